@@ -1,0 +1,5 @@
+"""What a window knows of the past: one file for each choice."""
+
+from tbptt_jax.influence.influence import Influence as Influence
+from tbptt_jax.influence.influence import Linearisation as Linearisation
+from tbptt_jax.influence.truncate import truncate as truncate

@@ -1,0 +1,56 @@
+"""Remember the first bit: the task of P. Remy, *Stateful LSTM in Keras* (2016)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tbptt_jax.window import Window, sequences
+
+
+class Floor(NamedTuple):
+    """The best that can be reached: accuracy, and cross-entropy in nats a scored step."""
+
+    accuracy: float
+    loss: float
+
+
+def first_bit(key: jax.Array, n: int, length: int = 20) -> Window:
+    """Sequences of zeros of which exactly half begin with a one; the label is that first value.
+
+    Args:
+      key: draws which half.
+      n: number of sequences, even.
+      length: steps in each.
+
+    Returns:
+      A window with inputs and targets ``[n, length, 1]`` float32; the target is the label at every step.
+
+    Raises:
+      ValueError: if n is odd or not positive, or the length is.
+    """
+    if n < 2 or n % 2:
+        raise ValueError(f"{n} sequences cannot be balanced: `n` needs to be even and at least 2.")
+    if length < 1:
+        raise ValueError(f"`length` is {length}; a sequence needs at least 1 step.")
+    label = jax.random.permutation(key, jnp.arange(n) % 2).astype(jnp.float32)[:, None, None]
+    inputs = jnp.zeros((n, length, 1)).at[:, :1].set(label)
+    return sequences(inputs, jnp.broadcast_to(label, (n, length, 1)))
+
+
+def first_bit_floor(windows: int) -> Floor:
+    """The Bayes optimum where a sequence gives ``windows`` windows, each judged alone, and one of them holds the bit.
+
+    The optimum knows the label if the window shows a one. Of the windows of zeros, n - 1 in 2n - 1 come from a sequence
+    that began with a one, so that is the probability to state for them, with n the number of windows:
+
+        accuracy = (n + 1) / 2n,    loss = [(n - 1) ln((2n - 1) / (n - 1)) + n ln((2n - 1) / n)] / 2n.
+
+    Contiguous windows of k of 20 steps: n = 20 / k. Sliding ones with stride 1: n = 21 - k. A carried state: n = 1.
+    """
+    n = windows
+    if n < 1:
+        raise ValueError(f"`windows` is {n}; a sequence gives at least 1.")
+    unseen = (n - 1) * np.log((2 * n - 1) / (n - 1)) if n > 1 else 0.0
+    return Floor((n + 1) / (2 * n), float(unseen + n * np.log((2 * n - 1) / n)) / (2 * n))

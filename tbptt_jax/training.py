@@ -1,0 +1,121 @@
+"""Training and evaluating over the windows of a stream."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from tbptt_jax.gradient import Estimate, Loss, Metrics, StreamState, weighted_mean
+from tbptt_jax.recurrence import Recurrence
+from tbptt_jax.window import Window, check, time_shape
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """Attributes:
+    params: the model's parameters.
+    optimiser: the optax state.
+    stream: the carry, the influence's state and its key.
+    updates: how many updates have been made, int32.
+    """
+
+    params: PyTree
+    optimiser: PyTree
+    stream: StreamState
+    updates: jax.Array
+
+
+class TrainStep(NamedTuple):
+    """Attributes:
+    init: ``(key, window) -> state``; only the window's shapes and dtypes enter the state.
+    update: ``(state, window) -> (state, metrics)``: one window, one optimiser update.
+    """
+
+    init: Callable[[jax.Array, Window], TrainState]
+    update: Callable[[TrainState, Window], tuple[TrainState, Metrics]]
+
+
+def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> TrainStep:
+    """One optimiser update for each window.
+
+    Args:
+      estimate: the gradient estimator.
+      optimiser: an optax transformation; clipping and schedules are its parts.
+    """
+
+    def init(key: jax.Array, window: Window) -> TrainState:
+        check(window)
+
+        @jax.jit  # every leaf a buffer of its own, so that `train_windows` can donate them
+        def start(key: jax.Array) -> TrainState:
+            params_key, stream_key = jax.random.split(key)
+            params = estimate.model.init(params_key, window.inputs)
+            stream = estimate.init(stream_key, params, window)
+            return TrainState(params, optimiser.init(params), stream, jnp.zeros((), jnp.int32))
+
+        return start(key)
+
+    def update(state: TrainState, window: Window) -> tuple[TrainState, Metrics]:
+        grads, stream, metrics = estimate.update(state.params, state.stream, window)
+        updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, optimiser_state, stream, state.updates + 1), metrics
+
+    return TrainStep(init, update)
+
+
+@functools.partial(jax.jit, static_argnames="step", donate_argnames="state")
+def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[TrainState, Metrics]:
+    """One update for each of many windows, in one compiled call.
+
+    Args:
+      step: the train step.
+      state: its state. It is donated: use the one returned.
+      windows: consecutive windows ``[windows, lanes, time, ...]``, as :func:`tbptt_jax.split` cuts them.
+
+    Returns:
+      The state after the last window, and metrics of shape ``[windows]``.
+    """
+    time_shape(windows, ("windows", "lanes", "time"))
+    return lax.scan(step.update, state, windows)
+
+
+def evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) -> Metrics:
+    """The mean of a loss over a stream, read from the initial carry on.
+
+    It has a carry of its own, so nothing leaks from or into training, and means are weighted by scored steps, so that
+    the result is the same for any window length.
+
+    Args:
+      model: the recurrence.
+      loss: ``(outputs, window) -> [lanes, time]``, or a tree of such arrays, one for each figure wanted.
+      params: the model's parameters.
+      windows: consecutive windows ``[windows, lanes, time, ...]``.
+
+    Returns:
+      The means, in the tree of the loss, and the total weight.
+
+    Raises:
+      ValueError: before any compute, if the windows' shapes or data are not as described or no step is scored.
+    """
+    check(windows, ("windows", "lanes", "time"))
+    return _evaluate(model, loss, params, windows)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "loss"))
+def _evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) -> Metrics:
+    _, lanes, _ = time_shape(windows, ("windows", "lanes", "time"))
+
+    def read(carry: PyTree, window: Window) -> tuple[PyTree, Metrics]:
+        carry, outputs = model.unroll(params, carry, window.inputs, window.resets, window.valid)
+        return carry, weighted_mean(loss, outputs, window)
+
+    _, (losses, weights) = lax.scan(read, model.initial_carry(params, lanes), windows)
+    weight = weights.sum()
+    share = weights / jnp.where(weight > 0, weight, 1)
+    return Metrics(jax.tree.map(lambda x: jnp.sum(x * share.astype(x.dtype)), losses), weight)
