@@ -127,7 +127,9 @@ def weighted_mean(loss: Loss, outputs: PyTree, window: Window) -> Metrics:
                 "average over features inside it, and leave weights, lanes and time to `gradient`."
             )
     weight = weights.sum()
-    share = weights / jnp.where(weight > 0, weight, 1)
-    return Metrics(
-        jax.tree.map(lambda x: jnp.sum(jnp.where(share > 0, x, 0) * share.astype(x.dtype)), per_step), weight
-    )
+
+    def mean(x: jax.Array) -> jax.Array:
+        scored = jnp.where(weights > 0, x, 0)
+        return jnp.sum(scored * weights.astype(x.dtype)) / jnp.where(weight > 0, weight, 1).astype(x.dtype)
+
+    return Metrics(jax.tree.map(mean, per_step), weight)

@@ -117,5 +117,4 @@ def _evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) ->
 
     _, (losses, weights) = lax.scan(read, model.initial_carry(params, lanes), windows)
     weight = weights.sum()
-    share = weights / jnp.where(weight > 0, weight, 1)
-    return Metrics(jax.tree.map(lambda x: jnp.sum(x * share.astype(x.dtype)), losses), weight)
+    return Metrics(jax.tree.map(lambda x: jnp.sum(x * weights) / weight, losses), weight)

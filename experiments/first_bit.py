@@ -1,0 +1,257 @@
+"""What happened? A stateless LSTM on short windows is at chance for what it can see; a stateful one remembers.
+
+The study of P. Remy, *Stateful LSTM in Keras* (2016). Sequences of 20 steps begin with a one or a zero, all else is zero,
+and the label is that first value. One LSTM, one train step; the systems differ only in how the same data is cut.
+
+    python -m experiments.first_bit
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+import tbptt_jax as tb
+from experiments import launch
+from tbptt_jax.tasks.first_bit import Floor, first_bit_floor
+
+LENGTH, SLIDING = 20, 10
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("train", 1000, "Training sequences.", lower_bound=2)
+flags.DEFINE_integer("test", 200, "Test sequences.", lower_bound=2)
+flags.DEFINE_integer("hidden", 10, "Units of the LSTM.", lower_bound=1)
+flags.DEFINE_integer("lanes", 100, "Sequences side by side in a training window.", lower_bound=1)
+flags.DEFINE_integer("updates", 1000, "Updates of each training, rounded up to whole epochs.", lower_bound=1)
+flags.DEFINE_float("learning_rate", 0.02, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0)
+flags.DEFINE_integer("seeds", 5, "Trainings of each system, side by side.", lower_bound=1)
+flags.DEFINE_string("workdir", "runs/first_bit", "Where results.json, figure.png and flags.txt go.")
+
+
+class System(NamedTuple):
+    """A way to cut sequences ``[n, 20, 1]``, what theory says of it, and what was published."""
+
+    name: str
+    window: int
+    cut: Callable[[tb.Window, int], tb.Window]  # (sequences, lanes) -> windows
+    exact: Floor | None
+    published: float | None = None
+
+
+def contiguous(length: int, sequences: tb.Window, lanes: int) -> tb.Window:
+    return tb.split(sequences, length, lanes=lanes)
+
+
+def sliding(sequences: tb.Window, lanes: int) -> tb.Window:
+    return tb.split(tb.slide(sequences, SLIDING), SLIDING, lanes=lanes)
+
+
+def misaligned(sequences: tb.Window, lanes: int) -> tb.Window:
+    """The misuse: overlapping windows in batches of 11, as `split` would not let them run, carried on with no reset."""
+    del lanes
+    return sliding(sequences, LENGTH - SLIDING + 1)._replace(resets=None)
+
+
+def systems() -> list[System]:
+    published = {("stateful", 1): 1.0, ("stateless", 1): 0.525}
+    rows = [
+        System("stateless full", LENGTH, functools.partial(contiguous, LENGTH), first_bit_floor(1)),
+        System("stateless sliding", SLIDING, sliding, first_bit_floor(LENGTH - SLIDING + 1), 0.5455),
+        System("stateful misaligned", SLIDING, misaligned, None, 0.5),
+    ]
+    for k in (1, 2, 4, 5, 10, 20):
+        cut = functools.partial(contiguous, k)
+
+        def forget(sequences: tb.Window, lanes: int, cut: Callable = cut) -> tb.Window:
+            return tb.stateless(cut(sequences, lanes))
+
+        floor = first_bit_floor(LENGTH // k)
+        rows.append(System("stateless contiguous", k, forget, floor, published.get(("stateless", k))))
+        rows.append(System("stateful contiguous", k, cut, first_bit_floor(1), published.get(("stateful", k))))
+    return rows
+
+
+def score_last(windows: tb.Window) -> tb.Window:
+    """One answer a window, at its last step, as the original study asks."""
+    weights = np.zeros(windows.inputs.shape[:3], np.float32)
+    weights[..., -1] = 1
+    return windows._replace(weights=weights if windows.valid is None else weights * windows.valid)
+
+
+def cross_entropy(logits: jax.Array, window: tb.Window) -> jax.Array:
+    return optax.sigmoid_binary_cross_entropy(logits, window.targets)[..., 0]
+
+
+def figures(logits: jax.Array, window: tb.Window) -> dict[str, jax.Array]:
+    correct = (logits > 0) == (window.targets > 0.5)
+    return {"loss": cross_entropy(logits, window), "accuracy": correct[..., 0].astype(jnp.float32)}
+
+
+def study(system: System, report: Callable[[float, str], None]) -> dict[str, Any]:
+    """Trains one system for all seeds at once and returns its row of the results."""
+    model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(1))
+
+    def data(key: jax.Array) -> tuple[tb.Window, tb.Window]:
+        keys = jax.random.split(key)
+        train = system.cut(tb.tasks.first_bit(keys[0], FLAGS.train, LENGTH), FLAGS.lanes)
+        test = system.cut(tb.tasks.first_bit(keys[1], FLAGS.test, LENGTH), FLAGS.test)
+        return score_last(train), score_last(test)
+
+    keys = jax.random.split(jax.random.key(0), FLAGS.seeds)
+    train, test = jax.jit(jax.vmap(data))(keys)
+    count = train.inputs.shape[1]
+    epochs = -(-FLAGS.updates // count)
+    optimiser = optax.adam(optax.cosine_decay_schedule(FLAGS.learning_rate, epochs * count))
+    step = tb.train_step(tb.gradient(model, cross_entropy), optimiser)
+
+    began = time.perf_counter()
+    first = jax.tree.map(lambda x: x[:, 0], train)
+    states = jax.jit(jax.vmap(step.init))(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), first)
+    epoch = jax.jit(jax.vmap(functools.partial(tb.train_windows, step)), donate_argnums=0)
+    for done in range(1, epochs + 1):
+        states, metrics = epoch(states, train)
+        if done % max(1, epochs // 20) == 0:  # fetching a number waits for the device
+            report(done / epochs, f"loss {metrics.loss.mean():.4f}")
+    jax.block_until_ready(states)
+    seconds = time.perf_counter() - began
+
+    evaluate = jax.jit(jax.vmap(lambda params, windows: tb.evaluate(model, figures, params, windows).loss))
+    scores = evaluate(states.params, test)
+    return {
+        "system": system.name,
+        "window": system.window,
+        "seeds": FLAGS.seeds,
+        "test_accuracy": float(scores["accuracy"].mean()),
+        "test_loss": float(scores["loss"].mean()),
+        "exact_accuracy": system.exact and system.exact.accuracy,
+        "exact_loss": system.exact and system.exact.loss,
+        "published_accuracy": system.published,
+        "test_accuracy_by_seed": scores["accuracy"].tolist(),
+        "test_loss_by_seed": scores["loss"].tolist(),
+        "train_windows": list(shape_of(train)),
+        "test_windows": list(shape_of(test)),
+        "accuracy_by_start": by_start(evaluate, states.params, test, system),
+        "epochs": epochs,
+        "updates": epochs * count,
+        "seconds": seconds,
+    }
+
+
+def shape_of(windows: tb.Window) -> tuple[int, ...]:
+    """``(windows over all lanes, time, features)`` of windows ``[seeds, windows, lanes, time, features]``."""
+    _, count, lanes, time_, features = windows.inputs.shape
+    filled = count * lanes if windows.valid is None else int(windows.valid[0, ..., 0].sum())
+    return filled, time_, features
+
+
+def by_start(evaluate: Callable, params: Any, test: tb.Window, system: System) -> dict[int, float]:
+    """Test accuracy of the windows that start at each position of their sequence."""
+    _, count, lanes, length, _ = test.inputs.shape
+    if system.cut in (sliding, misaligned):
+        starts = np.arange(count * lanes).reshape(count, lanes) % (LENGTH - length + 1)
+    else:
+        starts = np.arange(count)[:, None] % (LENGTH // length) * length + np.zeros(lanes, int)
+    return {
+        int(start): float(
+            evaluate(params, test._replace(weights=test.weights * (starts == start)[..., None]))["accuracy"].mean()
+        )
+        for start in np.unique(starts)
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    out = Table(
+        "system", box=box.SIMPLE_HEAD, pad_edge=False, title="Test scores, mean over seeds", title_justify="left"
+    )
+    for name in ("window", "published", "exact", "accuracy", "exact", "loss", "updates", "s"):
+        out.add_column(name, justify="right")
+
+    def number(x: float | None) -> str:
+        return "–" if x is None else f"{x:.4f}"
+
+    for row in rows:
+        scores = ("published_accuracy", "exact_accuracy", "test_accuracy", "exact_loss", "test_loss")
+        out.add_row(
+            row["system"],
+            str(row["window"]),
+            *(number(row[score]) for score in scores),
+            str(row["updates"]),
+            f"{row['seconds']:.1f}",
+        )
+    return out
+
+
+def what_happened(rows: list[dict[str, Any]]) -> Figure:
+    """Left: who sees the bit. Right: what that makes of the accuracy at each window length, beside the exact figures."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    styles = {
+        "stateful contiguous": ("C0", "o-"),
+        "stateless contiguous": ("C1", "s-"),
+        "stateless sliding": ("C2", "^-"),
+    }
+    for row in rows:
+        if row["system"] in styles and row["window"] == SLIDING:
+            color, style = styles[row["system"]]
+            starts = [int(start) for start in row["accuracy_by_start"]]
+            label = f"{row['system']}, windows of {SLIDING}"
+            left.plot(starts, list(row["accuracy_by_start"].values()), style, color=color, label=label, alpha=0.85)
+    left.set(
+        xlabel="the window's first step in its sequence",
+        ylabel="test accuracy",
+        title="What happened? Only a window that starts at 0 sees the bit",
+    )
+    for name, (color, style) in styles.items():
+        points = [(row["window"], row["test_accuracy"], row["exact_accuracy"]) for row in rows if row["system"] == name]
+        windows, accuracy, exact = zip(*sorted(points), strict=True)
+        right.plot(windows, accuracy, style, color=color, label=name, alpha=0.85)
+        right.plot(
+            windows, exact, "+", color="black", markersize=11, label=None if name != "stateless sliding" else "exact"
+        )
+    right.set(
+        xlabel="window, steps", xticks=[1, 2, 4, 5, 10, 20], title="Carrying the state beats lengthening the window"
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.6) if axes is left else (0.62, 0.6))
+    left.set_ylim(0.45, 1.05)
+    return figure
+
+
+def main() -> None:
+    for name in ("train", "test"):
+        if FLAGS[name].value % 2:
+            raise ValueError(
+                f"--{name}={FLAGS[name].value} is odd: half of the sequences begin with a one, so give an even number."
+            )
+    if FLAGS.lanes > FLAGS.train:
+        raise ValueError(
+            f"--lanes={FLAGS.lanes} is more than --train={FLAGS.train}: choose at most one lane a sequence."
+        )
+    directory = launch.workdir(FLAGS.workdir)
+    rows: list[dict[str, Any]] = []
+    chosen = systems()
+    with launch.progress(len(chosen), "systems") as report:
+        for i, system in enumerate(chosen):
+
+            def tell(part: float, text: str, i: int = i, system: System = system) -> None:
+                report(i + part, f"{system.name}, window {system.window}: {text}")
+
+            rows.append(study(system, tell))
+    launch.console.print(table(rows))
+    launch.write_results(directory, {"rows": rows}, what_happened(rows))
+    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,107 @@
+"""What every launch shares: one working directory, sentences for errors, progress, results written whole or not at all."""
+
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import matplotlib
+from absl import app, flags, logging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+matplotlib.use("agg")  # figures go to files; no display is needed
+console = Console(width=None if sys.stdout.isatty() else 100)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs ``main`` as an absl program. A ``ValueError`` or ``OSError`` ends it with its sentence and exit status 2."""
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Every setting is a flag, --name=value.")
+        logging.set_verbosity(logging.WARNING)  # jax says at INFO which accelerators it did not find
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded)
+
+
+def workdir(path: str) -> pathlib.Path:
+    """The directory to write into, made if it is missing.
+
+    Raises:
+      ValueError: if it cannot be made or written to.
+    """
+    directory = pathlib.Path(path).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={path} cannot be written to ({error.strerror}): name a directory that can."
+        ) from error
+    return directory
+
+
+def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any = None) -> None:
+    """Writes ``results.json`` with the flags and versions of this run, ``flags.txt`` for ``--flagfile``, and a figure.
+
+    Each file is written beside its place and moved into it, so that none is ever seen half-written.
+    """
+    own = flags.FLAGS.flags_by_module_dict()[flags.FLAGS.find_module_defining_flag("workdir")]
+    made_by = {
+        "flags": {flag.name: flag.value for flag in own},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "flax", "optax")}},
+        "device": jax.devices()[0].device_kind,
+    }
+    with _whole(directory / "flags.txt") as path:
+        path.write_text("".join(f"{flag.serialize()}\n" for flag in own if flag.serialize()))
+    if figure is not None:
+        with _whole(directory / "figure.png") as path:
+            figure.savefig(path, dpi=150, bbox_inches="tight", format="png")
+    with _whole(directory / "results.json") as path:
+        path.write_text(json.dumps({**results, **made_by}, indent=1, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
+    """Shows ``report(done, text)``: a live bar on a terminal, elsewhere a plain line every few seconds."""
+    if console.is_terminal:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done, text: bar.update(task, completed=done, description=text)
+        return
+
+    last = time.monotonic()
+
+    def report(done: float, text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5 or done == total:
+            last = time.monotonic()
+            print(f"{done:.4g} of {total} {unit}  {text}", flush=True)
+
+    yield report
+
+
+@contextlib.contextmanager
+def _whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    part = target.with_name(f".{target.name}.part")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
