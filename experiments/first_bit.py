@@ -194,37 +194,32 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def what_happened(rows: list[dict[str, Any]]) -> Figure:
     """Left: who sees the bit. Right: what that makes of the accuracy at each window length, beside the exact figures."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    styles = {
-        "stateful contiguous": ("C0", "o-"),
-        "stateless contiguous": ("C1", "s-"),
-        "stateless sliding": ("C2", "^-"),
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    looks = {
+        "stateful contiguous": {"color": "C0", "marker": "o"},
+        "stateless contiguous": {"color": "C1", "marker": "s", "markersize": 8, "markerfacecolor": "none"},
+        "stateless sliding": {"color": "C2", "marker": "^"},
     }
-    for row in rows:
-        if row["system"] in styles and row["window"] == SLIDING:
-            color, style = styles[row["system"]]
-            starts = [int(start) for start in row["accuracy_by_start"]]
-            label = f"{row['system']}, windows of {SLIDING}"
-            left.plot(starts, list(row["accuracy_by_start"].values()), style, color=color, label=label, alpha=0.85)
-    left.set(
-        xlabel="the window's first step in its sequence",
-        ylabel="test accuracy",
-        title="What happened? Only a window that starts at 0 sees the bit",
-    )
-    for name, (color, style) in styles.items():
-        points = [(row["window"], row["test_accuracy"], row["exact_accuracy"]) for row in rows if row["system"] == name]
-        windows, accuracy, exact = zip(*sorted(points), strict=True)
-        right.plot(windows, accuracy, style, color=color, label=name, alpha=0.85)
-        right.plot(
-            windows, exact, "+", color="black", markersize=11, label=None if name != "stateless sliding" else "exact"
+    for name, window in (("stateful contiguous", 2), ("stateless contiguous", 2), ("stateless sliding", SLIDING)):
+        (row,) = (row for row in rows if (row["system"], row["window"]) == (name, window))
+        starts = row["accuracy_by_start"]
+        left.plot(
+            list(starts), list(starts.values()), linestyle="none", label=f"{name}, windows of {window}", **looks[name]
         )
-    right.set(
-        xlabel="window, steps", xticks=[1, 2, 4, 5, 10, 20], title="Carrying the state beats lengthening the window"
-    )
+    left.set_title("What happened? Only the window at 0 sees the bit")
+    left.set(xlabel="where the window starts in its sequence", ylabel="test accuracy", xticks=range(0, LENGTH, 2))
+    for name, look in looks.items():
+        points = sorted(
+            (row["window"], row["test_accuracy"], row["exact_accuracy"]) for row in rows if row["system"] == name
+        )
+        windows, accuracy, exact = zip(*points, strict=True)
+        right.plot(windows, accuracy, label=name, **look)
+        right.plot(windows, exact, "k+", markersize=12, label="exact" if name == "stateless sliding" else None)
+    right.set_title("Carrying the state does what no short window can")
+    right.set(xlabel="window, steps", xticks=[1, 2, 4, 5, 10, 20], ylim=(0.45, 1.05))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.6) if axes is left else (0.62, 0.6))
-    left.set_ylim(0.45, 1.05)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure
 
 
