@@ -14,6 +14,9 @@ from tbptt_jax.recurrence import from_nnx as from_nnx
 from tbptt_jax.recurrence import stack as stack
 from tbptt_jax.influence import Influence as Influence
 from tbptt_jax.influence import truncate as truncate
+from tbptt_jax.influence import replay as replay
+from tbptt_jax.influence import rtrl as rtrl
+from tbptt_jax.influence import uoro as uoro
 from tbptt_jax.gradient import Metrics as Metrics
 from tbptt_jax.gradient import gradient as gradient
 from tbptt_jax.training import train_step as train_step

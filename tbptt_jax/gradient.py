@@ -3,13 +3,16 @@
 dL_n/dθ  =  ∂L_n/∂θ  +  (∂L_n/∂h_n) · (∂h_n/∂θ)
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tbptt_jax.influence import Influence, Linearisation, truncate
+from tbptt_jax.influence.influence import WindowVJP, window_vjp
 from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.window import Window, check, step_weights, time_shape, where_lanes
 
@@ -83,28 +86,71 @@ def gradient(
         check(window)
         lanes, _ = time_shape(window)
         carry = model.initial_carry(params, lanes)
-        return StreamState(carry, influence.init(params, carry), key)
+        vjp = jax.eval_shape(through, params, carry, window)[1]
+        return StreamState(carry, influence.init(params, _moving(carry), vjp), key)
 
     def update(params: PyTree, stream: StreamState, window: Window) -> tuple[PyTree, StreamState, Metrics]:
         check(window)
-
-        def forward(params: PyTree, carry: PyTree) -> tuple[tuple[jax.Array, PyTree], Metrics]:
-            carry, outputs = model.unroll(params, carry, window.inputs, window.resets, window.valid)
-            metrics = weighted_mean(loss, outputs, window)
-            scale = 1.0 if normaliser is None else metrics.weight / normaliser
-            return (metrics.loss * scale, carry), metrics
-
-        (total, carry), vjp, metrics = jax.vjp(forward, params, stream.carry, has_aux=True)
-        nothing = jax.tree.map(jnp.zeros_like, carry)
-        grads, at_left_edge = vjp((jnp.ones_like(total), nothing))
+        (grads, at_left_edge), vjp, carry, metrics = through(params, stream.carry, window)
         past = influence.pullback(stream.influence, at_left_edge)
-        grads = grads if past is None else jax.tree.map(jnp.add, grads, past)
-
+        if past is not None:
+            grads = _add(grads, past)
         key, draw = jax.random.split(stream.key)
-        linearisation = Linearisation(lambda cotangent: vjp((jnp.zeros_like(total), cotangent)))
+        linearisation = Linearisation(vjp, functools.partial(lane_vjp, params, stream.carry, window))
         return grads, StreamState(carry, influence.push(stream.influence, linearisation, draw), key), metrics
 
+    @jax.jit  # one trace for `init` and `update`, wherever they are called, so that they agree on the residuals
+    def through(params: PyTree, carry: PyTree, window: Window) -> tuple[tuple, WindowVJP, PyTree, Metrics]:
+        """Forward once, and back from the loss: the gradient inside, the way back from the carry, the new carry."""
+
+        def forward(params: PyTree, moving: PyTree) -> tuple[tuple, tuple]:
+            end, outputs = model.unroll(params, _still(carry, moving), window.inputs, window.resets, window.valid)
+            metrics = weighted_mean(loss, outputs, window)
+            scale = 1.0 if normaliser is None else metrics.weight / normaliser
+            return (metrics.loss * scale, _moving(end)), (end, metrics)
+
+        (total, moving), vjp, (end, metrics) = jax.vjp(forward, params, _moving(carry), has_aux=True)
+        no_loss = np.zeros((), total.dtype)
+        from_carry = jax.tree_util.Partial(lambda vjp, cotangent: vjp((no_loss, cotangent)), vjp)
+        inside = vjp((jnp.ones_like(total), jax.tree.map(jnp.zeros_like, moving)))
+        return inside, window_vjp(from_carry, (model, loss, normaliser)), end, metrics
+
+    def lane_vjp(params: PyTree, carry: PyTree, window: Window, carry_cotangent: PyTree) -> tuple[PyTree, PyTree]:
+        """The way back from the carry, with parameters of its own for each lane."""
+        lanes, _ = time_shape(window)
+
+        def one_lane(params: PyTree, moving: PyTree, carry: PyTree, window: Window) -> PyTree:
+            moving, carry, window = jax.tree.map(lambda x: x[None], (moving, carry, window))
+            end, _ = model.unroll(params, _still(carry, moving), window.inputs, window.resets, window.valid)
+            return jax.tree.map(lambda h: h[0], _moving(end))
+
+        each = jax.tree.map(lambda p: jnp.broadcast_to(p, (lanes, *p.shape)), params)
+        _, vjp = jax.vjp(lambda p, h: jax.vmap(one_lane)(p, h, carry, window), each, _moving(carry))
+        return vjp(carry_cotangent)
+
     return Estimate(init, update, model)
+
+
+def _moving(carry: PyTree) -> PyTree:
+    """The leaves that can be differentiated; a step counter cannot, and is None."""
+    return jax.tree.map(lambda h: h if jnp.issubdtype(h.dtype, jnp.inexact) else None, carry)
+
+
+def _still(carry: PyTree, moving: PyTree) -> PyTree:
+    """``carry`` with its moving leaves replaced."""
+    return jax.tree.map(lambda m, h: h if m is None else m, moving, carry, is_leaf=lambda x: x is None)
+
+
+def _add(grads: PyTree, past: PyTree) -> PyTree:
+    if jax.tree.structure(past) != jax.tree.structure(grads) or any(
+        jnp.shape(p) != g.shape for p, g in zip(jax.tree.leaves(past), jax.tree.leaves(grads), strict=True)
+    ):
+        has, needs = (jax.tree.map(lambda x: list(jnp.shape(x)), tree) for tree in (past, grads))
+        raise ValueError(
+            f"The influence's pullback returned {has}; it needs to return a gradient in the tree and shapes of the "
+            f"parameters, {needs}, or None if nothing crosses the window's edge."
+        )
+    return jax.tree.map(lambda g, p: g + p.astype(g.dtype), grads, past)
 
 
 def weighted_mean(loss: Loss, outputs: PyTree, window: Window) -> Metrics:

@@ -13,7 +13,7 @@ def truncate() -> Influence:
     trajectories*; Williams & Zipser 1995, section 4.3, with h = h' = k.
     """
     return Influence(
-        init=lambda params, carry: (),
+        init=lambda params, carry, vjp: (),
         pullback=lambda state, carry_cotangent: None,
         push=lambda state, linearisation, key: (),
     )

@@ -1,0 +1,87 @@
+"""Real-time recurrent learning: the whole matrix ∂h/∂θ, carried forward."""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP
+
+PyTree = Any
+
+
+class Rtrl(NamedTuple):
+    """Attributes:
+    matrix: ∂h/∂θ, leaves ``[lanes, dim(h), ...]`` in the tree of params.
+    units: the carry's unit vectors, leaves ``[dim(h), ...]`` in the tree of one lane's carry.
+    """
+
+    matrix: PyTree
+    units: PyTree
+
+
+def rtrl(max_bytes: int | None = None) -> Influence:
+    """Knows the past exactly: S = ∂h/∂θ for each lane, since lanes do not mix, moved on by S ← J·S + I.
+
+    J = ∂h'/∂h and I = ∂h'/∂θ are those of a whole window, read off by one backward pass for each unit of the carry.
+    The gradient is that of full BPTT for a stream of any length, online. Only small models afford it: memory
+    lanes·dim(h)·dim(θ), dim(h) backward passes with per-lane parameters and one more forward pass for each window.
+
+    Args:
+      max_bytes: the largest S to make; default half of the device's memory, since J·S needs as much again.
+
+    Reference: Williams & Zipser 1989, *A learning algorithm for continually running fully recurrent neural networks*,
+    equation 2.
+
+    Raises:
+      ValueError: from ``init``, if S would be larger than ``max_bytes``.
+    """
+
+    def init(params: PyTree, carry: PyTree, vjp: WindowVJP) -> Rtrl:
+        del vjp
+        leaves = jax.tree.leaves(carry)
+        lanes, units = leaves[0].shape[0], sum(h[0].size for h in leaves)
+        needed = sum(lanes * units * p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
+        limit = _device_memory() // 2 if max_bytes is None else max_bytes
+        if needed > limit:
+            theta = sum(p.size for p in jax.tree.leaves(params))
+            raise ValueError(
+                f"rtrl would carry a matrix of {lanes} lanes x {units} units x {theta:,} parameters, {needed / 2**30:,.1f} "
+                f"GiB, and may use {limit / 2**30:,.1f} GiB: use a smaller model or fewer lanes, or `uoro()`, which "
+                "carries an unbiased sketch of it in the memory of the parameters."
+            )
+        matrix = jax.tree.map(lambda p: jnp.zeros((lanes, units, *p.shape), p.dtype), params)
+        flat, unravel = ravel_pytree(jax.tree.map(lambda h: h[0], carry))
+        return Rtrl(matrix, jax.vmap(unravel)(jnp.eye(units, dtype=flat.dtype)))
+
+    def pullback(state: Rtrl, carry_cotangent: PyTree) -> PyTree:
+        by_unit = _flat(carry_cotangent)
+        return jax.tree.map(lambda s: jnp.einsum("lh,lh...->...", by_unit, s), state.matrix)
+
+    def push(state: Rtrl, linearisation: Linearisation, key: jax.Array) -> Rtrl:
+        del key
+        lanes = jax.tree.leaves(state.matrix)[0].shape[0]
+
+        def rows(unit: PyTree) -> tuple[PyTree, jax.Array]:
+            in_every_lane = jax.tree.map(lambda u: jnp.broadcast_to(u, (lanes, *u.shape)), unit)
+            immediate, jacobian = linearisation.lane_vjp(in_every_lane)
+            return immediate, _flat(jacobian)
+
+        immediate, jacobian = jax.vmap(rows, out_axes=1)(state.units)  # [lanes, dim(h), ...], [lanes, dim(h), dim(h)]
+        matrix = jax.tree.map(lambda s, i: jnp.einsum("lij,lj...->li...", jacobian, s) + i, state.matrix, immediate)
+        return Rtrl(matrix, state.units)
+
+    return Influence(init, pullback, push)
+
+
+def _flat(carry: PyTree) -> jax.Array:
+    """``[lanes, dim(h)]``."""
+    leaves = jax.tree.leaves(carry)
+    return jnp.concatenate([h.reshape(h.shape[0], -1) for h in leaves], 1)
+
+
+def _device_memory() -> int:
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
