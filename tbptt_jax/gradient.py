@@ -13,7 +13,7 @@ import numpy as np
 
 from tbptt_jax.influence import Influence, Linearisation, truncate
 from tbptt_jax.influence.influence import WindowVJP, window_vjp
-from tbptt_jax.recurrence import Recurrence
+from tbptt_jax.recurrence import Recurrence, unroll_window
 from tbptt_jax.window import Window, check, step_weights, time_shape, where_lanes
 
 PyTree = Any
@@ -104,7 +104,7 @@ def gradient(
         """Forward once, and back from the loss: the gradient inside, the way back from the carry, the new carry."""
 
         def forward(params: PyTree, moving: PyTree) -> tuple[tuple, tuple]:
-            end, outputs = model.unroll(params, _still(carry, moving), window.inputs, window.resets, window.valid)
+            end, outputs = unroll_window(model, params, _still(carry, moving), window)
             metrics = weighted_mean(loss, outputs, window)
             scale = 1.0 if normaliser is None else metrics.weight / normaliser
             return (metrics.loss * scale, _moving(end)), (end, metrics)
@@ -121,7 +121,7 @@ def gradient(
 
         def one_lane(params: PyTree, moving: PyTree, carry: PyTree, window: Window) -> PyTree:
             moving, carry, window = jax.tree.map(lambda x: x[None], (moving, carry, window))
-            end, _ = model.unroll(params, _still(carry, moving), window.inputs, window.resets, window.valid)
+            end, _ = unroll_window(model, params, _still(carry, moving), window)
             return jax.tree.map(lambda h: h[0], _moving(end))
 
         each = jax.tree.map(lambda p: jnp.broadcast_to(p, (lanes, *p.shape)), params)

@@ -31,8 +31,9 @@ class Recurrence(NamedTuple):
       init: ``(key, inputs [lanes, time, ...]) -> params``.
       initial_carry: ``(params, lanes) -> carry``, every leaf ``[lanes, ...]``. It may depend on the parameters: then
         the initial carry is learned.
-      unroll: ``(params, carry, inputs, resets=None, valid=None) -> (carry, outputs)`` with inputs and outputs
-        ``[lanes, time, ...]``, resets and valid ``[lanes, time]`` bool.
+      unroll: ``(params, carry, inputs, resets=None, valid=None, edges=None) -> (carry, outputs)`` with inputs and outputs
+        ``[lanes, time, ...]``, resets and valid ``[lanes, time]`` bool, edges ``[lanes, time]`` float. A model
+        without use for ``edges`` need not take them: they are passed only where there are some.
     """
 
     init: Callable[..., PyTree]
@@ -68,14 +69,21 @@ def from_step(
     """
 
     def unroll(
-        params: PyTree, carry: PyTree, inputs: PyTree, resets: jax.Array | None = None, valid: jax.Array | None = None
+        params: PyTree,
+        carry: PyTree,
+        inputs: PyTree,
+        resets: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        edges: jax.Array | None = None,
     ) -> tuple[PyTree, PyTree]:
-        lanes, time = time_shape(Window(inputs, resets=resets, valid=valid))
+        lanes, time = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
         start = initial_carry(params, lanes)
         check_carry(carry, start, lanes)
 
         def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, PyTree]:
-            x, reset, is_valid = at_t
+            x, reset, is_valid, edge = at_t
+            if edge is not None:
+                carry = _scale_cotangent(edge, carry)
             if reset is not None:
                 carry = where_lanes(reset if is_valid is None else reset & is_valid, start, carry)
             new, y = step(params, carry, x)
@@ -83,15 +91,15 @@ def from_step(
             return (new if is_valid is None else where_lanes(is_valid, new, carry)), y
 
         def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
-            x, resets, valid = per_step
+            x, resets, valid, edges = per_step
             if valid is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
                 x = where_lanes(valid, x, jax.tree.map(jnp.zeros_like, x))
             x = x if encoder is None else encoder(params, x)
-            carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, resets, valid)))
+            carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, resets, valid, edges)))
             y = jax.tree.map(_swap, y)
             return carry, (y if readout is None else readout(params, y))
 
-        return _in_segments(segment, carry, (inputs, resets, valid), time, checkpoint)
+        return _in_segments(segment, carry, (inputs, resets, valid, edges), time, checkpoint)
 
     return Recurrence(init, initial_carry, unroll)
 
@@ -215,13 +223,18 @@ def stack(*layers: Recurrence) -> Recurrence:
         return tuple(layer.initial_carry(p, lanes) for layer, p in zip(layers, params, strict=True))
 
     def unroll(
-        params: PyTree, carry: PyTree, inputs: PyTree, resets: jax.Array | None = None, valid: jax.Array | None = None
+        params: PyTree,
+        carry: PyTree,
+        inputs: PyTree,
+        resets: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        edges: jax.Array | None = None,
     ) -> tuple[PyTree, PyTree]:
-        lanes, _ = time_shape(Window(inputs, resets=resets, valid=valid))
+        lanes, _ = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
         check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
         carries = []
         for layer, p, c in zip(layers, params, carry, strict=True):
-            c, inputs = layer.unroll(p, c, inputs, resets, valid)
+            c, inputs = unroll_window(layer, p, c, Window(inputs, resets=resets, valid=valid, edges=edges))
             carries.append(c)
         return tuple(carries), inputs
 
@@ -241,6 +254,22 @@ def check_carry(carry: PyTree, expected: PyTree, lanes: int) -> None:
         f"The carry does not fit this window of {lanes} lanes: it is {has}, and needs to be {needs}. A carry belongs to "
         "the lanes it was made for; begin another number of lanes with `initial_carry(params, lanes)`."
     )
+
+
+def unroll_window(model: Recurrence, params: PyTree, carry: PyTree, window: Window) -> tuple[PyTree, PyTree]:
+    """``model.unroll`` over a window: ``(carry, outputs [lanes, time, ...])``."""
+    edges = {} if window.edges is None else {"edges": window.edges}
+    return model.unroll(params, carry, window.inputs, window.resets, window.valid, **edges)
+
+
+def _scale_cotangent(scale: jax.Array, tree: PyTree) -> PyTree:
+    """The same values; what goes back through them is multiplied by ``scale`` ``[lanes]``."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        still = lax.stop_gradient(x)
+        return still + scale.reshape(scale.shape + (1,) * (x.ndim - 1)).astype(x.dtype) * (x - still)
+
+    return jax.tree.map(lambda x: leaf(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree)
 
 
 def _in_segments(segment: Callable, carry: PyTree, per_step: PyTree, time: int, checkpoint: Segment) -> tuple:

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from tbptt_jax.gradient import Estimate, Loss, Metrics, StreamState, weighted_mean
-from tbptt_jax.recurrence import Recurrence
+from tbptt_jax.recurrence import Recurrence, unroll_window
 from tbptt_jax.window import Window, check, time_shape
 
 PyTree = Any
@@ -45,8 +45,11 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
 
     Args:
       estimate: the gradient estimator.
-      optimiser: an optax transformation; clipping and schedules are its parts.
+      optimiser: an optax transformation; clipping and schedules are its parts. One that takes extra arguments is given
+        the ``window``, as :func:`tbptt_jax.schedules.scale_by_length` needs.
     """
+
+    optimiser = optax.with_extra_args_support(optimiser)
 
     def init(key: jax.Array, window: Window) -> TrainState:
         check(window)
@@ -62,7 +65,7 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
 
     def update(state: TrainState, window: Window) -> tuple[TrainState, Metrics]:
         grads, stream, metrics = estimate.update(state.params, state.stream, window)
-        updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
+        updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params, window=window)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, optimiser_state, stream, state.updates + 1), metrics
 
@@ -112,7 +115,7 @@ def _evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) ->
     _, lanes, _ = time_shape(windows, ("windows", "lanes", "time"))
 
     def read(carry: PyTree, window: Window) -> tuple[PyTree, Metrics]:
-        carry, outputs = model.unroll(params, carry, window.inputs, window.resets, window.valid)
+        carry, outputs = unroll_window(model, params, carry, window)
         return carry, weighted_mean(loss, outputs, window)
 
     _, (losses, weights) = lax.scan(read, model.initial_carry(params, lanes), windows)

@@ -27,6 +27,8 @@ class Window(NamedTuple):
       resets: ``[lanes, time]`` bool; True: this lane's carry returns to the initial carry *before* the step is
         consumed. None: never.
       valid: ``[lanes, time]`` bool; False: padding. The carry stands still and the step is not scored. None: all valid.
+      edges: ``[lanes, time]``, by how much the gradient is multiplied where it goes back over the edge into this step,
+        for estimators that reweight what they did not cut (:mod:`tbptt_jax.schedules`). None: 1.
 
     Windows of a stream are stacked on a leading axis: ``[windows, lanes, time, ...]``. What is None costs nothing.
     """
@@ -36,6 +38,7 @@ class Window(NamedTuple):
     weights: Array | None = None
     resets: Array | None = None
     valid: Array | None = None
+    edges: Array | None = None
 
 
 def step_weights(window: Window) -> jax.Array:
@@ -56,7 +59,7 @@ def time_shape(window: Window, axes: tuple[str, ...] = ("lanes", "time")) -> tup
         raise ValueError("The window has no inputs: give at least one array of shape [lanes, time, ...].")
     shape = np.shape(paths[0][1])[: len(axes)]
     for field, tree in window._asdict().items():
-        exact = field in ("weights", "resets", "valid")
+        exact = field in ("weights", "resets", "valid", "edges")
         for _, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             got = np.shape(leaf)
             if len(got) < len(axes) or (exact and len(got) != len(axes)):

@@ -1,0 +1,191 @@
+"""Windows of varying length: where a stream is cut, when that is drawn by chance.
+
+    lengths = schedules.polynomial_tail(base=20)(key, time)        where to cut
+    windows = schedules.cut(sequences, lengths)                    a list: the lengths differ
+
+Each cut window is padded to one of few lengths, so that a jitted update compiles few times.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tbptt_jax.window import Window, check, split, time_shape
+
+PyTree = Any
+
+
+class Cuts(NamedTuple):
+    """Attributes:
+    lengths: ``[windows]`` int, in order; they add up to the stream.
+    edges: ``[time]`` float, the weight of the backward edge into each step, or None: all 1.
+    """
+
+    lengths: np.ndarray
+    edges: np.ndarray | None = None
+
+
+Schedule = Callable[[jax.Array, int], Cuts]
+
+
+def fixed(length: int) -> Schedule:
+    """Windows of one length; the last is what is left."""
+    _at_least("length", length, 1)
+
+    def draw(key: jax.Array, time: int) -> Cuts:
+        del key
+        return Cuts(_fill(np.full(-(-time // length), length), time))
+
+    return draw
+
+
+def random_length(base: int, *, short: float = 0.05, deviation: float = 5.0, least: int = 5) -> Schedule:
+    """AWD-LSTM's windows: around ``base`` steps, with probability ``short`` around half of that.
+
+    The lengths are normal with ``deviation``, at least ``least`` steps. Cutting at other places in each epoch lets every
+    pair of steps come into one window. Scale the learning rate with :func:`scale_by_length`, as the paper does.
+
+    Reference: Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*, section 5.
+    """
+    _at_least("base", base, 1)
+    _at_least("least", least, 1)
+
+    def draw(key: jax.Array, time: int) -> Cuts:
+        rng = _host_rng(key)
+        most = -(-time // least)
+        middle = np.where(rng.random(most) < short, base / 2, base)
+        return Cuts(_fill(np.maximum(least, rng.normal(middle, deviation).astype(int)), time))
+
+    return draw
+
+
+def constant_tail(base: float) -> Schedule:
+    """ARTBP with a cut after each step with probability 1/base: windows of ``base`` steps on average, geometric.
+
+    Each backward edge that survives weighs 1/(1 - c), with c the probability that it would have been cut; with
+    ``truncate()`` between windows the gradient at fixed parameters is then unbiased.
+
+    Reference: Tallec & Ollivier 2017, *Unbiasing truncated backpropagation through time*, section 4.
+    """
+    _at_least("base", base, 1)
+    return _artbp(lambda steps: np.full(steps.shape, 1 / base))
+
+
+def polynomial_tail(base: float, alpha: float = 4.0) -> Schedule:
+    """ARTBP with c = (α - 1) / ((α - 2)·base + d) after d steps without a cut: windows of ``base`` steps on average.
+
+    Long windows are more frequent than under :func:`constant_tail`, and weigh less: the weight of a lag grows as a power
+    of it, not exponentially, which keeps the variance in bounds.
+
+    Args:
+      base: mean window length, in steps.
+      alpha: exponent of the tail, above 2.
+
+    Reference: Tallec & Ollivier 2017, *Unbiasing truncated backpropagation through time*, section 4, equation 17.
+    """
+    _at_least("base", base, 1)
+    if not alpha > 2:
+        raise ValueError(f"`alpha` is {alpha}; the mean window is finite only above 2.")
+    return _artbp(lambda steps: (alpha - 1) / ((alpha - 2) * base + steps))
+
+
+def edge_weights(lengths: np.ndarray, cut_probability: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The weight of the backward edge into each step, ``[time]``: 1/(1 - c_d) after d steps of a window, 1 at its start.
+
+    ``cut_probability`` takes the steps d = 1, 2, … since the last cut to c_d. No window may be longer than it allows,
+    and none may be cut short for being long: that would bring the bias back.
+    """
+    since_cut = np.concatenate([np.arange(length) for length in lengths])
+    probability = cut_probability(np.maximum(since_cut, 1))
+    return np.where(since_cut == 0, 1.0, 1 / np.where(since_cut == 0, 1.0, 1 - probability))
+
+
+def cut(window: Window, cuts: Cuts, *, unit: int | None = None) -> list[Window]:
+    """Cuts whole sequences or lanes at the drawn places.
+
+    Args:
+      window: ``[lanes, time, ...]``.
+      cuts: from a schedule, for the same time.
+      unit: windows are padded to ``unit``, 2·unit, 4·unit, … steps; default a quarter of the mean length. What runs
+        over them compiles once for each of these lengths that occurs: :func:`compilations` of them.
+
+    Returns:
+      Consecutive windows ``[lanes, padded length, ...]``, with resets and ``valid`` in all of them.
+    """
+    check(window)
+    lanes, time = time_shape(window)
+    lengths = np.asarray(cuts.lengths)
+    if (lengths < 1).any() or lengths.sum() != time:
+        raise ValueError(f"The lengths need to be at least 1 and add up to the stream's {time} steps; got {lengths}.")
+    unit = max(1, round(lengths.mean() / 4)) if unit is None else unit
+    _at_least("unit", unit, 1)
+    whole = jax.tree.map(lambda x: x[0], split(window, time))
+    valid = np.ones((lanes, time), bool) if whole.valid is None else whole.valid
+    edges = None if cuts.edges is None else np.broadcast_to(cuts.edges, (lanes, time))
+    whole = whole._replace(valid=valid, edges=edges)
+    windows = []
+    for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+        padded = unit * 2 ** max(0, math.ceil(math.log2(length / unit)))
+        steps = slice(end - length, end)
+
+        def pad(x: Any, steps: slice = steps, padding: int = int(padded - length)) -> Any:
+            x = x[:, steps]
+            xp = np if isinstance(x, np.ndarray) else jnp
+            return xp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+
+        windows.append(jax.tree.map(pad, whole))
+    return windows
+
+
+def compilations(windows: list[Window]) -> int:
+    """How many shapes the windows have: so often does an update over them compile."""
+    return len({time_shape(window) for window in windows})
+
+
+def scale_by_length(base: float) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by the window's length in steps, padding not counted, over ``base``.
+
+    ``optax.chain(optax.sgd(30.0), scale_by_length(70))`` steps as far for each step of the stream whatever the window.
+    :func:`tbptt_jax.train_step` hands the window to the optimiser.
+
+    Reference: Merity, Keskar & Socher 2018, section 5.
+    """
+    _at_least("base", base, 1)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, *, window: Window, **_: Any) -> tuple:
+        _, time = time_shape(window)
+        length = time if window.valid is None else jnp.any(window.valid, 0).sum()
+        return jax.tree.map(lambda u: u * (length / base).astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _artbp(cut_probability: Callable[[np.ndarray], np.ndarray]) -> Schedule:
+    def draw(key: jax.Array, time: int) -> Cuts:
+        rng = _host_rng(key)
+        survival = np.cumprod(1 - cut_probability(np.arange(1, time + 1)))  # P(a window is longer than d)
+        lengths = _fill(1 + np.searchsorted(-survival, -rng.random(time)), time)
+        return Cuts(lengths, edge_weights(lengths, cut_probability))
+
+    return draw
+
+
+def _host_rng(key: jax.Array) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.bits(key, 4)))
+
+
+def _fill(lengths: np.ndarray, time: int) -> np.ndarray:
+    """The first of ``lengths`` that cover ``time``, the last cut to fit."""
+    ends = np.minimum(np.cumsum(lengths), time)
+    ends = ends[: np.searchsorted(ends, time) + 1]
+    return np.diff(ends, prepend=0)
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"`{name}` is {value}; it needs to be at least {least}.")
