@@ -256,6 +256,21 @@ def check_carry(carry: PyTree, expected: PyTree, lanes: int) -> None:
     )
 
 
+def rematerialised(model: Recurrence, checkpoint: Segment) -> Recurrence:
+    """The same recurrence, unrolled in segments as :func:`from_step` does with ``checkpoint``."""
+
+    def unroll(params: PyTree, carry: PyTree, inputs: PyTree, *masks: jax.Array | None, **edges: jax.Array) -> tuple:
+        _, time = time_shape(Window(inputs))
+
+        def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
+            inputs, masks, edges = per_step
+            return model.unroll(params, carry, inputs, *masks, **edges)
+
+        return _in_segments(segment, carry, (inputs, masks, edges), time, checkpoint)
+
+    return model._replace(unroll=unroll)
+
+
 def unroll_window(model: Recurrence, params: PyTree, carry: PyTree, window: Window) -> tuple[PyTree, PyTree]:
     """``model.unroll`` over a window: ``(carry, outputs [lanes, time, ...])``."""
     edges = {} if window.edges is None else {"edges": window.edges}
