@@ -18,7 +18,11 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import tbptt_jax as tb
+
 matplotlib.use("agg")  # figures go to files; no display is needed
+INFLUENCES = "Any of truncate, replay:WINDOWS, replay:WINDOWS:SURVIVAL, rtrl, uoro; WINDOWS is a number, or all."
+
 console = Console(width=None if sys.stdout.isatty() else 100)
 
 
@@ -54,6 +58,40 @@ def workdir(path: str) -> pathlib.Path:
             f"--workdir={path} cannot be written to ({error.strerror}): name a directory that can."
         ) from error
     return directory
+
+
+def influence(name: str, windows: int) -> tb.Influence:
+    """The influence that a flag names, for a stream of ``windows`` windows.
+
+    Raises:
+      ValueError: if it names none.
+    """
+    kind, *settings = name.split(":")
+    try:
+        match kind, settings:
+            case (("truncate" | "rtrl" | "uoro"), []):
+                return {"truncate": tb.truncate, "rtrl": tb.rtrl, "uoro": tb.uoro}[kind]()
+            case "replay", [depth]:
+                return tb.replay(windows if depth == "all" else int(depth))
+            case "replay", [depth, survival]:
+                return tb.replay(windows if depth == "all" else int(depth), float(survival))
+    except ValueError as error:
+        raise ValueError(f"--influences has {name}: {error} {INFLUENCES}") from error
+    raise ValueError(f"--influences has {name}, which is none. {INFLUENCES}")
+
+
+def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
+    """The numbers of a list flag, each from 1 to ``at_most``.
+
+    Raises:
+      ValueError: if one is not.
+    """
+    for value in values:
+        if not value.strip().isdecimal() or not 1 <= int(value) <= at_most:
+            raise ValueError(f"--{flag} has {value!r}: give whole numbers from 1 to {at_most}, such as --{flag}=1,2,5.")
+    if not values:
+        raise ValueError(f"--{flag} is empty: give at least one number, such as --{flag}=1,2,5.")
+    return sorted({int(value) for value in values})
 
 
 def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any = None) -> None:

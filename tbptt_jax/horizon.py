@@ -36,16 +36,18 @@ class Decay(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A window, and what it leaves out.
+    """A truncation, and what it leaves out.
 
     Attributes:
-      window: steps.
-      relative_bias: the bound δ(window) on the truncation's relative bias; infinite where nothing bounds it.
-      safe: whether that is within the tolerance.
+      window: steps of a window for ``truncate()`` with every step scored: the loss at its j-th step sees j - 1 steps back.
+      horizon: steps that every loss needs to see back, as with ``replay(m)`` and windows of k ≥ horizon / m.
+      relative_bias: the bound δ on the relative bias of that window; infinite where nothing bounds it.
+      safe: whether it is within the tolerance.
       reason: a sentence.
     """
 
     window: int
+    horizon: int
     relative_bias: float
     safe: bool
     reason: str
@@ -107,48 +109,47 @@ def decay(
     return Decay(phi, _fitted_rate(phi, tail), int(scored.sum()))
 
 
-def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int | None = None) -> Choice:
-    """The smallest window whose truncation bias is bounded by ``tolerance``.
+def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Choice:
+    """The smallest window, and the smallest horizon, whose truncation bias is bounded by ``tolerance``.
 
-    Lags beyond those measured are closed geometrically with β̂. In units of ‖∂h/∂θ‖, which cancel, a window of K leaves
-    out at most E(K) = Σ_{k>K} φ_k of a gradient of which it keeps ĝ(K) = Σ_{k≤K} φ_k, so that its relative bias is at
-    most δ(K) = E(K) / (ĝ(K) − E(K)). With β̂ ≥ 1 the sum has no end and no window is safe.
+    Lags beyond those measured follow φ geometrically with β̂. In units of ‖∂h/∂θ‖, which cancel, a loss that sees K steps
+    back misses at most E(K) = Σ_{k>K} φ_k of a gradient of which it keeps ĝ(K) = Σ_{k≤K} φ_k, and the relative bias is at
+    most δ(K) = E(K) / (ĝ(K) − E(K)). The losses of a window see 0, 1, … steps back: for it, E and ĝ are the means over
+    them. With β̂ ≥ 1 the sums have no end and no window is safe.
 
     Args:
       fading: from :func:`decay`.
       tolerance: the largest δ to accept, positive.
-      largest: the largest window allowed; default the lags measured.
+      largest: the largest window allowed, returned where none is safe.
 
-    Reference: Aicher, Foti & Fox 2019, theorem 1 and section 3.3. (Their code returns a window of 1 where β̂ ≥ 1.)
+    Reference: Aicher, Foti & Fox 2019, theorem 1 and section 3.3, for the horizon. (Their code returns 1 where β̂ ≥ 1.)
     """
     if not tolerance > 0:
         raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.1 for a bias of a tenth.")
-    lags = len(fading.norms)
-    largest = lags if largest is None else largest
-    if not 1 <= largest <= lags:
-        raise ValueError(f"`largest` is {largest}; {lags} lags were measured, so choose from 1 to {lags}.")
+    if largest < 1:
+        raise ValueError(f"`largest` is {largest}; a window has at least 1 step.")
     if fading.rate >= 1:
         reason = (
             f"The gradient does not fade: from one lag to the next it changes by a factor of {fading.rate:.4f}. No window "
             f"is safe; {largest} is the largest allowed."
         )
-        return Choice(largest, float("inf"), False, reason)
-    kept = np.cumsum(fading.norms)
-    left_out = kept[-1] - kept + fading.norms[-1] * fading.rate / (1 - fading.rate)
-    margin = kept - left_out
-    delta = np.where(margin > 0, left_out / np.where(margin > 0, margin, 1), np.inf)
-    within = np.flatnonzero(delta[:largest] <= tolerance)
-    if len(within):
-        window = int(within[0]) + 1
-        reason = (
-            f"Windows of {window} bound the relative bias by {delta[window - 1]:.2g}; β̂ is {fading.rate:.4f}."
-        )
-        return Choice(window, float(delta[window - 1]), True, reason)
-    reason = (
-        f"No window up to {largest} keeps the bias within {tolerance:g}; {largest} bounds it by {delta[largest - 1]:.2g}. "
-        f"β̂ is {fading.rate:.4f}."
-    )
-    return Choice(largest, float(delta[largest - 1]), False, reason)
+        return Choice(largest, largest, float("inf"), False, reason)
+
+    measured = len(fading.norms)
+    beyond = fading.norms[-1] * fading.rate ** np.arange(1, max(0, largest - measured) + 1)
+    phi = np.concatenate([fading.norms, beyond]).astype(np.float64)
+    rest = phi[-1] * fading.rate / (1 - fading.rate)
+    left_out = np.append(np.cumsum(phi[::-1])[::-1] + rest, rest)  # E(K) for K = 0, 1, …
+    total = left_out[0]
+    by_window = np.cumsum(left_out[:largest]) / np.arange(1, largest + 1)
+    horizon, _ = _first_within(left_out[1 : largest + 1], total, tolerance)
+    window, delta = _first_within(by_window, total, tolerance)
+    fits = f"β̂ is {fading.rate:.4f}; every loss should see {horizon} steps back."
+    if delta <= tolerance:
+        reason = f"Windows of {window} bound the relative bias by {delta:.2g}. {fits}"
+    else:
+        reason = f"No window up to {largest} keeps the relative bias within {tolerance:g}; {largest} bounds it by {delta:.2g}. {fits}"
+    return Choice(window, horizon, delta, bool(delta <= tolerance), reason)
 
 
 def bias(
@@ -216,6 +217,15 @@ def _sweep(model: Recurrence, loss: Loss, params: PyTree, stretches: Window) -> 
         return carry, (jnp.sqrt(square).T[:, ::-1], step_weights(stretch)[:, -1] > 0)
 
     return lax.scan(probe, model.initial_carry(params, lanes), stretches)[1]
+
+
+def _first_within(left_out: np.ndarray, total: float, tolerance: float) -> tuple[int, float]:
+    """The first length, from 1 on, with δ = E / (total - 2E) within the tolerance, else the last; and its δ."""
+    margin = total - 2 * left_out
+    delta = np.where(margin > 0, left_out / np.where(margin > 0, margin, 1), np.inf)
+    within = np.flatnonzero(delta <= tolerance)
+    index = within[0] if len(within) else len(delta) - 1
+    return int(index) + 1, float(delta[index])
 
 
 def _fitted_rate(phi: np.ndarray, tail: int) -> float:
