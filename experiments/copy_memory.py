@@ -1,0 +1,135 @@
+"""What each influence learns where the lag is longer than the window: say a symbol again, four windows later.
+
+python -m experiments.copy_memory
+"""
+
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from absl import flags
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+import tbptt_jax as tb
+from experiments import launch
+from tbptt_jax.tasks import copy_memory, copy_memory_floor
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list(
+    "influences", ["truncate", "replay:1", "replay:all", "replay:all:0.9", "rtrl", "uoro"], launch.INFLUENCES
+)
+flags.DEFINE_integer("window", 4, "Steps of a window.", lower_bound=1)
+flags.DEFINE_integer("lag", 28, "Steps of silence.", lower_bound=1)
+flags.DEFINE_integer("symbols", 2, "How many symbols there are.", lower_bound=2)
+flags.DEFINE_integer("length", 1, "How many symbols are to be remembered.", lower_bound=1)
+flags.DEFINE_integer("hidden", 8, "Units of the LSTM.", lower_bound=1)
+flags.DEFINE_integer("lanes", 16, "Sequences side by side.", lower_bound=1)
+flags.DEFINE_integer("updates", 20_000, "Updates, one a window.", lower_bound=1)
+flags.DEFINE_float("learning_rate", 0.003, "Adam's rate.", lower_bound=0.0)
+flags.DEFINE_integer("seeds", 5, "Trainings of each influence, side by side.", lower_bound=1)
+flags.DEFINE_string("workdir", "runs/copy_memory", "Where results.json, figure.png and flags.txt go.")
+
+
+def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, window.targets)
+
+
+def data(key: jax.Array, n: int) -> tb.Window:
+    """Windows of ``n`` sequences, ``lanes`` of them side by side."""
+    return tb.split(copy_memory(key, n, FLAGS.lag, FLAGS.symbols, FLAGS.length), FLAGS.window, lanes=FLAGS.lanes)
+
+
+def train(name: str) -> dict[str, Any]:
+    """One influence's row: the loss of a recalled symbol on new sequences, in nats, for each seed."""
+    each = -(-(FLAGS.lag + 2 * FLAGS.length) // FLAGS.window)
+    groups = -(-FLAGS.updates // each)
+    model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(FLAGS.symbols + 1))
+    estimate = tb.gradient(
+        model, loss, influence=launch.influence(name, each - 1), normaliser=FLAGS.lanes * FLAGS.length
+    )
+    step = tb.train_step(estimate, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(FLAGS.learning_rate)))
+
+    def one_seed(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys = jax.random.split(key, 3)
+        windows = data(keys[0], groups * FLAGS.lanes)
+        state = step.init(keys[1], jax.tree.map(lambda x: x[0], windows))
+        state, metrics = tb.train_windows(step, state, windows)
+        recalled = metrics.loss.reshape(groups, each)[:, -1]  # the window in which the symbols are due
+        return recalled, tb.evaluate(model, loss, state.params, data(keys[2], 16 * FLAGS.lanes)).loss
+
+    began = time.perf_counter()
+    curves, final = jax.jit(jax.vmap(one_seed))(jax.random.split(jax.random.key(0), FLAGS.seeds))
+    curves, final = np.asarray(curves), np.asarray(final)
+    seconds = time.perf_counter() - began
+    return {
+        "influence": name,
+        "window": FLAGS.window,
+        "seeds": FLAGS.seeds,
+        "updates": groups * each,
+        "loss": final.tolist(),
+        "curve": curves.mean(0).tolist(),
+        "seconds": seconds,
+    }
+
+
+def table(rows: list[dict[str, Any]], floor: float) -> Table:
+    title = f"Nats a recalled symbol on new sequences; without memory {floor:.4f}, with it 0"
+    out = Table("influence", box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for name in ("mean", "by seed", "seeds below the floor", "s"):
+        out.add_column(name, justify="right")
+    for row in rows:
+        losses = np.asarray(row["loss"])
+        below = f"{(losses < 0.9 * floor).sum()} of {len(losses)}"
+        out.add_row(
+            row["influence"],
+            f"{losses.mean():.4f}",
+            " ".join(f"{x:.4f}" for x in losses),
+            below,
+            f"{row['seconds']:.0f}",
+        )
+    return out
+
+
+def picture(rows: list[dict[str, Any]], floor: float) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    for row in rows:
+        curve = np.asarray(row["curve"])
+        width = max(1, len(curve) // 50)
+        smooth = curve[: len(curve) // width * width].reshape(-1, width).mean(1)
+        updates = (np.arange(len(smooth)) + 1) * width * row["updates"] / len(curve)
+        axes.plot(updates, smooth, label=row["influence"])
+    axes.axhline(floor, color="k", linestyle="--", linewidth=1, label="without memory")
+    axes.set(xlabel="updates", ylabel="nats a recalled symbol, mean over seeds", ylim=(0, None))
+    axes.set_title(f"Copy memory: lag {FLAGS.lag + FLAGS.length}, windows of {FLAGS.window}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    for name in FLAGS.influences:
+        launch.influence(name, 1)
+    if FLAGS.window > FLAGS.lag + 2 * FLAGS.length:
+        raise ValueError(
+            f"--window={FLAGS.window} is longer than a sequence of {FLAGS.lag + 2 * FLAGS.length} steps: choose less."
+        )
+    directory = launch.workdir(FLAGS.workdir)
+    floor = copy_memory_floor(1, FLAGS.lag, FLAGS.symbols, FLAGS.length).recalled
+    rows = []
+    with launch.progress(len(FLAGS.influences), "influences") as report:
+        for done, name in enumerate(FLAGS.influences, 1):
+            rows.append(train(name))
+            report(done, f"{name}: {np.mean(rows[-1]['loss']):.4f} nats")
+    launch.console.print(table(rows, floor))
+    launch.write_results(directory, {"rows": rows, "memoryless_floor": floor}, picture(rows, floor))
+    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+
+
+if __name__ == "__main__":
+    launch.run(main)
