@@ -1,0 +1,221 @@
+"""A character language model: an LSTM that reads a text as a few continuous lanes, its state carried from window to window.
+
+python -m experiments.char_lm
+python -m experiments.char_lm --text=mine.txt --window=32 --stateless
+"""
+
+import math
+import pathlib
+import pydoc_data.topics
+import time
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+import tbptt_jax as tb
+from experiments import launch
+
+HELD_OUT = 0.1
+WINDOWS_PER_CALL = 50
+PROMPT, SAMPLE = 100, 400
+
+FLAGS = flags.FLAGS
+flags.DEFINE_multi_string(
+    "text", [], "A UTF-8 file; may be given again. None: the reference manual that ships in Python."
+)
+flags.DEFINE_integer("window", 16, "Steps of a window.", lower_bound=1)
+flags.DEFINE_integer("lanes", 32, "Places of the text read side by side.", lower_bound=1)
+flags.DEFINE_integer("hidden", 128, "Units of a layer.", lower_bound=1)
+flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1)
+flags.DEFINE_float(
+    "learning_rate", 0.005, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0
+)
+flags.DEFINE_integer("updates", 5000, "Updates, one a window.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Of the parameters and the sample.")
+flags.DEFINE_bool("stateless", False, "Begin each window from the initial carry, for comparison.")
+flags.DEFINE_string("workdir", "runs/char_lm", "Where results.json, figure.png and flags.txt go.")
+
+
+class Text(NamedTuple):
+    """Attributes:
+    characters: the vocabulary. Number 0 stands for any character that the training part does not have.
+    train: ids ``[time]`` int32.
+    held_out: ids of the text's last tenth.
+    """
+
+    characters: list[str]
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def read(files: list[str]) -> str:
+    """The text of the files, one after another, or the default text.
+
+    Raises:
+      ValueError: if a file cannot be read, is empty or is not UTF-8.
+    """
+    if not files:
+        return "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    parts = []
+    for file in files:
+        try:
+            data = pathlib.Path(file).read_bytes()
+            parts.append(data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--text={file} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Convert it first, for "
+                "instance with `iconv -t UTF-8`."
+            ) from error
+        except OSError as error:
+            raise ValueError(f"--text={file} cannot be read: {error.strerror}.") from error
+        if not data:
+            raise ValueError(f"--text={file} is empty: give a file with text in it.")
+    return "\n".join(parts)
+
+
+def encode(text: str, lanes: int, window: int) -> Text:
+    """Splits off the last tenth and numbers the characters.
+
+    Raises:
+      ValueError: if the training part has less than one window for each lane, or the rest less than two characters.
+    """
+    cut = round(len(text) * (1 - HELD_OUT))
+    if cut - 1 < lanes * window or len(text) - cut < 2:
+        raise ValueError(
+            f"The text has {len(text)} characters, of which {cut} are for training; {lanes} lanes with windows of {window} "
+            f"need more than {lanes * window}. Give a longer text, or fewer --lanes or a shorter --window."
+        )
+    characters = sorted(set(text[:cut]))
+    number = {character: i for i, character in enumerate(characters, 1)}
+    ids = np.asarray([number.get(character, 0) for character in text], np.int32)
+    return Text(["�", *characters], ids[:cut], ids[cut:])
+
+
+def cut(ids: np.ndarray, lanes: int) -> tb.Window:
+    """Windows in which each character is to be told from those before it."""
+    windows = tb.split(tb.lanes(ids[:-1], ids[1:], lanes=lanes), min(FLAGS.window, -(-(len(ids) - 1) // lanes)))
+    return tb.stateless(windows) if FLAGS.stateless else windows
+
+
+def language_model(vocabulary: int) -> tb.Recurrence:
+    first, last = 0, FLAGS.layers - 1
+    return tb.stack(
+        *(
+            tb.from_linen(
+                nn.OptimizedLSTMCell(FLAGS.hidden),
+                encoder=nn.Embed(vocabulary, FLAGS.hidden) if layer == first else None,
+                readout=nn.Dense(vocabulary) if layer == last else None,
+            )
+            for layer in range(FLAGS.layers)
+        )
+    )
+
+
+def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, window.targets)
+
+
+def sample(model: tb.Recurrence, params: Any, prompt: np.ndarray, key: jax.Array) -> np.ndarray:
+    """Reads ``prompt`` ``[time]`` and goes on from the carry, one character at a time: ids ``[SAMPLE]``."""
+
+    @jax.jit
+    def generate(params: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
+        carry, logits = model.unroll(params, model.initial_carry(params, 1), prompt[None], None, None)
+
+        def one_step(state: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
+            carry, logits = state
+            character = jax.random.categorical(key, logits.at[:, 0].set(-jnp.inf))
+            carry, logits = model.unroll(params, carry, character[:, None], None, None)
+            return (carry, logits[:, 0]), character[0]
+
+        return jax.lax.scan(one_step, (carry, logits[:, -1]), jax.random.split(key, SAMPLE))[1]
+
+    return np.asarray(generate(params, prompt, key))
+
+
+def picture(curve: list[tuple[int, float]], held_out: float) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    characters, bits = zip(*curve, strict=True)
+    axes.plot(characters, bits, label="training text, as read")
+    axes.axhline(held_out, color="C1", linestyle="--", label=f"held-out text, at the end: {held_out:.3f}")
+    axes.set(xlabel="characters read", ylabel="bits per character")
+    axes.set_title(f"{'Stateless' if FLAGS.stateless else 'Stateful'} LSTM, windows of {FLAGS.window}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    text = encode(read(FLAGS.text), FLAGS.lanes, FLAGS.window)
+    directory = launch.workdir(FLAGS.workdir)
+    train_windows, held_out = cut(text.train, FLAGS.lanes), cut(text.held_out, 1)
+    model = language_model(len(text.characters))
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(FLAGS.learning_rate, FLAGS.updates))
+    )
+    step = tb.train_step(tb.gradient(model, loss), optimiser)
+    init_key, sample_key = jax.random.split(jax.random.key(FLAGS.seed))
+    state = step.init(init_key, jax.tree.map(lambda x: x[0], train_windows))
+
+    count = len(train_windows.inputs)
+    characters, timed, curve = 0, 0, []
+    began = warm = time.perf_counter()
+    with launch.progress(FLAGS.updates, "updates") as report:
+        for done in range(0, FLAGS.updates, WINDOWS_PER_CALL):
+            # In order, and round again: at the text's beginning the windows themselves reset every lane.
+            order = np.arange(done, min(done + WINDOWS_PER_CALL, FLAGS.updates)) % count
+            state, metrics = tb.train_windows(step, state, jax.tree.map(lambda x, order=order: x[order], train_windows))
+            bits = float(np.average(metrics.loss, weights=metrics.weight)) / math.log(2)  # waits for the call
+            read_now = int(np.sum(metrics.weight))
+            characters += read_now
+            if done:
+                timed += read_now
+            else:
+                warm = time.perf_counter()  # the first call compiles
+            speed = timed / (time.perf_counter() - warm) if timed else characters / (time.perf_counter() - began)
+            curve.append((characters, bits))
+            report(done + len(order), f"{bits:.3f} bits per character, {speed:,.0f} characters/s")
+
+    held_out_bits = float(tb.evaluate(model, loss, state.params, held_out).loss) / math.log(2)
+    seconds = time.perf_counter() - began
+    ids = sample(model, state.params, text.held_out[:PROMPT], sample_key)
+    prompt, told = ("".join(text.characters[i] for i in part) for part in (text.held_out[:PROMPT], ids))
+    results = {
+        "window": FLAGS.window,
+        "stateless": FLAGS.stateless,
+        "seed": FLAGS.seed,
+        "bits_per_character": held_out_bits,
+        "characters_per_second": speed,
+        "updates": FLAGS.updates,
+        "steps": FLAGS.updates * FLAGS.window,  # of each lane
+        "train_characters": len(text.train),
+        "held_out_characters": len(text.held_out),
+        "vocabulary": len(text.characters),
+        "seconds": seconds,
+        "curve": curve,
+        "prompt": prompt,
+        "sample": told,
+    }
+    launch.write_results(directory, results, picture(curve, held_out_bits))
+    launch.console.rule("read", align="left")
+    launch.console.print(prompt, markup=False, highlight=False)
+    launch.console.rule("and went on", align="left")
+    launch.console.print(told, markup=False, highlight=False)
+    launch.console.rule()
+    kind = "stateless" if FLAGS.stateless else "stateful"
+    launch.console.print(
+        f"Held-out text, {kind}, windows of {FLAGS.window}: {held_out_bits:.4f} bits per character. "
+        f"{speed:,.0f} characters/s, {seconds:.0f} s in all."
+    )
+    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+
+
+if __name__ == "__main__":
+    launch.run(main)
