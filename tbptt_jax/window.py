@@ -42,7 +42,7 @@ class Window(NamedTuple):
 
 
 def step_weights(window: Window) -> jax.Array:
-    """The weight of each step's loss, ``[..., lanes, time]`` float: 0 where it is padding or not scored."""
+    """The weight of each step's loss, ``[lanes, time]`` float: 0 where it is padding or not scored."""
     shape = time_shape(window)
     weights = jnp.ones(shape) if window.weights is None else jnp.asarray(window.weights)
     return weights if window.valid is None else jnp.where(window.valid, weights, 0)

@@ -1,0 +1,138 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from streams import (
+    LANES,
+    TIME,
+    assert_close,
+    first,
+    loss,
+    lstm,
+    lstm_start,
+    lstm_step,
+    params_of,
+    stream,
+    summed_gradient,
+)
+
+import tbptt_jax as tb
+
+NORMALISER = 7.0
+
+
+@pytest.fixture(scope="module")
+def params():
+    return params_of(lstm())
+
+
+@pytest.fixture(scope="module")
+def lag_gradients(params):
+    """G[s, t, :], the gradient of the losses at s through the parameters' use at t, summed over lanes, by brute force:
+    the textbook LSTM, each lane and each step by itself, each step with a copy of the parameters of its own."""
+    window = jax.tree.map(jnp.asarray, stream())
+    flat, unravel = ravel_pytree(params)
+
+    def losses(copies, lane):
+        valid, resets, weights = window.valid[lane], window.resets[lane], window.weights[lane]
+        carry, total = lstm_start(params), []
+        for t in range(TIME):
+            carry = jax.tree.map(lambda h, t=t: jnp.where(valid[t] & resets[t], 0.0, h), carry)
+            new, y = lstm_step(unravel(copies[t]), carry, window.inputs[lane, t])
+            carry = jax.tree.map(lambda n, h, t=t: jnp.where(valid[t], n, h), new, carry)
+            total.append(
+                jnp.where(valid[t], weights[t], 0.0) * jnp.sum((y - window.targets[lane, t]) ** 2) / NORMALISER
+            )
+        return jnp.stack(total)
+
+    jacobian = jax.jit(jax.vmap(jax.jacrev(losses), (None, 0)))
+    return np.asarray(jacobian(jnp.tile(flat, (TIME, 1)), jnp.arange(LANES)).sum(0))
+
+
+def weighted(lag_gradients, w):
+    s, t = np.indices(lag_gradients.shape[:2])
+    return np.einsum("st,stp->p", w(s, t), lag_gradients)
+
+
+@pytest.mark.parametrize("k", [1, 4, 5, TIME])
+def test_windows_of_k_sum_the_lags_within_them(k, params, lag_gradients):
+    got, _ = summed_gradient(
+        tb.gradient(lstm(), loss, normaliser=NORMALISER), params, tb.split(stream(rubbish=np.nan), k)
+    )
+    expected = weighted(lag_gradients, lambda s, t: (s // k == t // k) * 1.0)
+    np.testing.assert_allclose(ravel_pytree(got)[0], expected, rtol=1e-10, atol=1e-12)
+    full = weighted(lag_gradients, lambda s, t: 1.0 * (t <= s))
+    assert (k == TIME) == np.allclose(expected, full)  # a cut leaves something out, and the law would notice
+
+
+def test_one_window_over_the_sequence_is_jax_grad_of_the_plain_scan(params):
+    x, y = np.random.default_rng(0).normal(size=(2, LANES, TIME, 2))
+
+    def plain(params):
+        def step(carry, xy):
+            carry, out = jax.vmap(lstm_step, (None, 0, 0))(params, carry, xy[0])
+            return carry, jnp.sum((out - xy[1]) ** 2, -1)
+
+        start = jax.tree.map(lambda h: jnp.tile(h, (LANES, 1)), lstm_start(params))
+        return jnp.mean(jax.lax.scan(step, start, (x.swapaxes(0, 1), y.swapaxes(0, 1)))[1])
+
+    value, expected = jax.value_and_grad(plain)(params)
+    estimate = tb.gradient(lstm(), loss)
+    window = tb.Window(x, y)
+    got, _, metrics = estimate.update(params, estimate.init(jax.random.key(0), params, window), window)
+    assert_close(got, expected)
+    assert np.isclose(metrics.loss, value) and metrics.weight == LANES * TIME
+
+
+@pytest.mark.parametrize("rubbish", [np.nan, 1e30])
+def test_what_stands_in_the_padding_changes_nothing(rubbish, params):
+    estimate = tb.gradient(lstm(), loss)
+    clean, dirty = (summed_gradient(estimate, params, tb.split(stream(rubbish=r), 5)) for r in (0.0, rubbish))
+    assert_close(dirty, clean, rtol=0, atol=0)
+
+
+def test_padding_equals_leaving_out(params):
+    short = tb.Window(*np.random.default_rng(0).normal(size=(2, LANES, 6, 2)))
+    wide = jax.tree.map(lambda x: np.pad(x, ((0, 1), (0, 3), (0, 0)), constant_values=np.nan), short)
+    wide = wide._replace(valid=np.pad(np.ones((LANES, 6), bool), ((0, 1), (0, 3))))  # with a lane of length zero
+    estimate = tb.gradient(lstm(), loss)
+
+    def run(window):
+        grads, state, metrics = estimate.update(params, estimate.init(jax.random.key(0), params, window), window)
+        return grads, jax.tree.map(lambda h: h[:LANES], state.carry), metrics
+
+    assert_close(run(wide), run(short))
+
+
+def test_a_missing_target_may_be_nan_where_it_weighs_nothing(params):
+    window = tb.Window(*np.random.default_rng(0).normal(size=(2, LANES, 6, 2)), weights=np.ones((LANES, 6)))
+    window.weights[1, 2] = 0
+    missing = window._replace(targets=np.where(window.weights[..., None] > 0, window.targets, np.nan))
+    estimate = tb.gradient(lstm(), loss)
+    run = lambda w: estimate.update(params, estimate.init(jax.random.key(0), params, w), w)[0]  # noqa: E731
+    assert_close(run(missing), run(window), rtol=0, atol=0)
+
+
+def test_a_window_with_nothing_to_score_has_gradient_zero_and_moves_the_carry(params):
+    window = first(tb.split(stream(), 5))
+    estimate = tb.gradient(lstm(), loss)
+    state = estimate.init(jax.random.key(0), params, window)
+    grads, after, metrics = jax.jit(estimate.update)(params, state, window._replace(weights=jnp.zeros((LANES, 5))))
+    assert metrics.loss == metrics.weight == 0
+    assert all((g == 0).all() for g in jax.tree.leaves(grads))
+    assert not np.allclose(after.carry[0], state.carry[0])
+
+
+def test_the_default_normaliser_is_the_windows_own_weight(params):
+    windows = tb.split(stream(), 9)
+    summed, metrics = summed_gradient(tb.gradient(lstm(), loss, normaliser=1.0), params, windows)
+    by_hand = None
+    estimate = tb.gradient(lstm(), loss)
+    state = estimate.init(jax.random.key(0), params, first(windows))
+    for i in range(len(windows.inputs)):
+        grads, state, m = estimate.update(params, state, jax.tree.map(lambda x, i=i: x[i], windows))
+        grads = jax.tree.map(lambda g, m=m: g * m.weight, grads)
+        by_hand = grads if by_hand is None else jax.tree.map(jnp.add, by_hand, grads)
+    assert_close(by_hand, summed)
+    assert np.isclose(metrics.weight.sum(), (stream().weights * stream().valid).sum())

@@ -1,0 +1,39 @@
+"""The house stands: imports go down, and what the README shows runs as pasted."""
+
+import ast
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+FLOORS = {
+    "window": 1, "tasks": 2, "influence": 2, "recurrence": 2, "schedules": 2, "gradient": 3, "training": 4, "horizon": 4,
+}  # fmt: skip
+SIDEWAYS = {("tasks", "recurrence")}  # a task may bring the recurrence it is about
+
+
+def room(path):
+    return path.relative_to(ROOT / "tbptt_jax").parts[0].removesuffix(".py")
+
+
+def test_imports_go_down():
+    for path in (ROOT / "tbptt_jax").rglob("*.py"):
+        if room(path) == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
+            for name in names:
+                if isinstance(node, ast.Import | ast.ImportFrom) and name and name.startswith("tbptt_jax."):
+                    here, there = room(path), name.split(".")[1]
+                    assert here == there or FLOORS[there] < FLOORS[here] or (here, there) in SIDEWAYS, f"{path}: {name}"
+                assert not (name or "").startswith("experiments")
+
+
+def test_the_readmes_program_runs_as_pasted_and_learns():
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(program.strip().splitlines()) <= 25
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert float(ran.stdout.splitlines()[-1]) < 0.01  # the loss of the last line, evaluated
