@@ -195,7 +195,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def what_happened(rows: list[dict[str, Any]]) -> Figure:
     """Left: who sees the bit. Right: what that makes of the accuracy at each window length, beside the exact figures."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         "stateful contiguous": {"color": "C0", "marker": "o"},
         "stateless contiguous": {"color": "C1", "marker": "s", "markersize": 8, "markerfacecolor": "none"},
         "stateless sliding": {"color": "C2", "marker": "^"},
@@ -224,10 +224,10 @@ def what_happened(rows: list[dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    for name in ("train", "test"):
-        if FLAGS[name].value % 2:
+    for name, number in (("train", FLAGS.train), ("test", FLAGS.test)):
+        if number % 2:
             raise ValueError(
-                f"--{name}={FLAGS[name].value} is odd: half of the sequences begin with a one, so give an even number."
+                f"--{name}={number} is odd: half of the sequences begin with a one, so give an even number."
             )
     if FLAGS.lanes > FLAGS.train:
         raise ValueError(

@@ -99,7 +99,7 @@ def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any 
 
     Each file is written beside its place and moved into it, so that none is ever seen half-written.
     """
-    own = flags.FLAGS.flags_by_module_dict()[flags.FLAGS.find_module_defining_flag("workdir")]
+    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     made_by = {
         "flags": {flag.name: flag.value for flag in own},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "flax", "optax")}},

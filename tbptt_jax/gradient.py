@@ -142,9 +142,10 @@ def _still(carry: PyTree, moving: PyTree) -> PyTree:
 
 
 def _add(grads: PyTree, past: PyTree) -> PyTree:
-    if jax.tree.structure(past) != jax.tree.structure(grads) or any(
-        jnp.shape(p) != g.shape for p, g in zip(jax.tree.leaves(past), jax.tree.leaves(grads), strict=True)
-    ):
+    def shapes(tree: PyTree) -> Any:
+        return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
+
+    if shapes(past) != shapes(grads):
         has, needs = (jax.tree.map(lambda x: list(jnp.shape(x)), tree) for tree in (past, grads))
         raise ValueError(
             f"The influence's pullback returned {has}; it needs to return a gradient in the tree and shapes of the "

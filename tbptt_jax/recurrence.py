@@ -320,8 +320,9 @@ def _in_segments(segment: Callable, carry: PyTree, per_step: PyTree, time: int, 
 def _divide(name: str, part: Callable[[nnx.Rngs], nnx.Module] | nnx.Module) -> tuple[nnx.GraphDef, Callable]:
     """An NNX module as its static graph and a function ``key -> params``."""
 
-    def split(module: nnx.Module) -> tuple[nnx.GraphDef, PyTree]:
-        graph, params, rest = nnx.split(module, nnx.Param, ...)
+    def split(module: nnx.Module) -> tuple[Any, PyTree]:
+        parts: Any = nnx.split(module, nnx.Param, ...)
+        graph, params, rest = parts
         if jax.tree.leaves(rest):
             raise ValueError(
                 f"The {name} holds variables besides its parameters: {list(nnx.to_flat_state(rest).paths)}. A recurrence "

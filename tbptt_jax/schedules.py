@@ -157,9 +157,10 @@ def scale_by_length(base: float) -> optax.GradientTransformationExtraArgs:
     """
     _at_least("base", base, 1)
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None, *, window: Window, **_: Any) -> tuple:
-        _, time = time_shape(window)
-        length = time if window.valid is None else jnp.any(window.valid, 0).sum()
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, *, window: Window, **others: Any) -> tuple:
+        del params, others
+        time = time_shape(window)[1]
+        length = jnp.asarray(time if window.valid is None else jnp.any(window.valid, 0).sum())
         return jax.tree.map(lambda u: u * (length / base).astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
@@ -176,7 +177,7 @@ def _artbp(cut_probability: Callable[[np.ndarray], np.ndarray]) -> Schedule:
 
 
 def _host_rng(key: jax.Array) -> np.random.Generator:
-    return np.random.default_rng(np.asarray(jax.random.bits(key, 4)))
+    return np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
 
 
 def _fill(lengths: np.ndarray, time: int) -> np.ndarray:

@@ -154,7 +154,8 @@ def lanes(inputs: PyTree, targets: PyTree = None, *, lanes: int) -> Window:
         return _pad(x, 0, padding).reshape(lanes, length, *x.shape[1:])
 
     valid = fold(np.ones(time, bool)) if padding else None
-    window = Window(*jax.tree.map(fold, (inputs, targets)), resets=_first_step(lanes, length), valid=valid)
+    inputs, targets = jax.tree.map(fold, (inputs, targets))
+    window = Window(inputs, targets, resets=_first_step(lanes, length), valid=valid)
     check(window)
     return window
 

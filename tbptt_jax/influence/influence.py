@@ -73,4 +73,6 @@ def window_vjp(vjp: Callable[[PyTree], tuple[PyTree, PyTree]], made_of: Hashable
     """``carry_cotangent -> (params_cotangent, carry_cotangent)``, a pytree with its residuals as leaves, to be stored."""
     residuals, treedef = jax.tree.flatten(vjp)
     shapes = tuple((r.shape, r.dtype) for r in residuals)
-    return WindowVJP(residuals, Backward((made_of, shapes), lambda r, cotangent: treedef.unflatten(r)(cotangent)))
+    return WindowVJP(
+        residuals, Backward((made_of, shapes), lambda r, cotangent: jax.tree.unflatten(treedef, r)(cotangent))
+    )

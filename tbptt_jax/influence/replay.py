@@ -1,5 +1,6 @@
 """TBPTT(k1, k2), full BPTT and randomised truncation: backward through the windows that came before, once more."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +77,7 @@ def replay(windows: int, survival: float = 1.0) -> Influence:
                 "This window does not have the shape of the one that `init` was given, and `replay` keeps windows side by "
                 "side: cut a stream into windows of one shape, as `split` does, with `resets` and `valid` in all or none."
             )
-        ring = state.ring.replace(residuals=[s.at[slot].set(n) for s, n in zip(stored, new, strict=True)])
+        ring = dataclasses.replace(state.ring, residuals=[s.at[slot].set(n) for s, n in zip(stored, new, strict=True)])
         survived = jax.random.bernoulli(key, survival, (windows,)) if survival < 1 else jnp.ones(windows, bool)
         return Replay(state.params, ring, state.pushed + 1, jnp.cumprod(survived).sum(dtype=jnp.int32))
 

@@ -40,16 +40,15 @@ def uoro() -> Influence:
         return Uoro(*jax.tree.map(jnp.zeros_like, (carry, params)))
 
     def pullback(state: Uoro, carry_cotangent: PyTree) -> PyTree:
-        along = sum(
-            jnp.vdot(c, s) for c, s in zip(*map(jax.tree.leaves, (carry_cotangent, state.carry_sketch)), strict=True)
-        )
+        parts = jax.tree.map(jnp.vdot, carry_cotangent, state.carry_sketch)
+        along = jnp.sum(jnp.stack(jax.tree.leaves(parts)))
         return jax.tree.map(lambda w: along.astype(w.dtype) * w, state.params_sketch)
 
     def push(state: Uoro, linearisation: Linearisation, key: jax.Array) -> Uoro:
         leaves, treedef = jax.tree.flatten(state.carry_sketch)
         keys = jax.random.split(key, len(leaves))
         signs = [jax.random.rademacher(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)]
-        return push_signs(state, linearisation, treedef.unflatten(signs))
+        return push_signs(state, linearisation, jax.tree.unflatten(treedef, signs))
 
     return Influence(init, pullback, push)
 
