@@ -63,7 +63,7 @@ def picture(paths: dict[str, np.ndarray]) -> Figure:
             label = "{}, windows of {}".format(*run.split("@")) if seed == 0 else None
             axes.plot(steps, path, color=f"C{i}", linewidth=1, alpha=0.9, label=label)
     axes.axhline(influence_balancing_optimum(), color="k", linestyle="--", linewidth=1, label="optimum, −1/6")
-    axes.set(xscale="log", xlim=(10, None), ylim=(-1.2, 2.2), xlabel="steps of the stream", ylabel="θ")
+    axes.set(xscale="log", xlim=(10, FLAGS.steps), ylim=(-1.2, 2.2), xlabel="steps of the stream", ylabel="θ")
     axes.set_title("Influence balancing: a short window drives θ the wrong way")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="upper left")
