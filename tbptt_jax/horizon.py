@@ -92,7 +92,7 @@ def decay(
     section 3.
     """
     check(window)
-    _, time = time_shape(window)
+    lanes, time = time_shape(window)
     if not 2 <= lags <= time:
         raise ValueError(f"`lags` is {lags}; this probe window has {time} steps, so choose from 2 to {time}.")
     tail = lags // 2 if tail is None else tail
@@ -101,7 +101,11 @@ def decay(
             f"`tail` is {tail}; the decay is fitted from there to lag {lags}, so choose from 1 to {lags - 1}."
         )
     whole = time // lags * lags
-    stretches = split(jax.tree.map(lambda x: x[:, :whole], window), lags)
+
+    def stretch(x: jax.Array) -> jax.Array:  # as they are: `split` would add a reset, which is an end to the past
+        return x[:, :whole].reshape(lanes, -1, lags, *x.shape[2:]).swapaxes(0, 1)
+
+    stretches = jax.tree.map(stretch, window)
     norms, scored = jax.tree.map(np.asarray, _sweep(model, loss, params, stretches))
     if not scored.any():
         raise ValueError(f"None of the steps {lags}, {2 * lags}, … is scored, so there is no loss to trace back from.")

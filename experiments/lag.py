@@ -1,0 +1,103 @@
+"""Two lags, three and eight steps (Pitis 2016): stateless windows end at their exact floor, stateful ones go below it.
+
+python -m experiments.lag
+"""
+
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from absl import flags
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+import tbptt_jax as tb
+from experiments import launch
+from tbptt_jax.tasks import lag, lag_floor
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("windows", ["1", "2", "3", "5", "8", "12", "20"], "Window lengths, in steps.")
+flags.DEFINE_integer("hidden", 16, "Units of the LSTM.", lower_bound=1)
+flags.DEFINE_integer("lanes", 64, "Streams side by side.", lower_bound=1)
+flags.DEFINE_integer("steps", 24_000, "Steps of each stream to train on.", lower_bound=100)
+flags.DEFINE_integer("test_steps", 10_000, "Steps of each stream to test on.", lower_bound=100)
+flags.DEFINE_float("learning_rate", 0.01, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0)
+flags.DEFINE_integer("seeds", 3, "Trainings, side by side.", lower_bound=1)
+flags.DEFINE_string("workdir", "runs/lag", "Where results.json, figure.png and flags.txt go.")
+
+
+def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
+    return optax.sigmoid_binary_cross_entropy(logits, window.targets)[..., 0]
+
+
+def train(window: int, stateful: bool) -> dict[str, Any]:
+    """One row: the loss on new streams, in nats a step, for each seed."""
+    model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(1))
+    schedule = optax.cosine_decay_schedule(FLAGS.learning_rate, -(-FLAGS.steps // window))
+    step = tb.train_step(tb.gradient(model, loss), optax.adam(schedule))
+
+    def cut(key: jax.Array, steps: int) -> tb.Window:
+        windows = tb.split(lag(key, FLAGS.lanes, steps), window)
+        return windows if stateful else tb.stateless(windows)
+
+    def one_seed(key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, 3)
+        windows = cut(keys[0], FLAGS.steps)
+        state = step.init(keys[1], jax.tree.map(lambda x: x[0], windows))
+        state, _ = tb.train_windows(step, state, windows)
+        return tb.evaluate(model, loss, state.params, cut(keys[2], FLAGS.test_steps // window * window)).loss
+
+    began = time.perf_counter()
+    losses = jax.jit(jax.vmap(one_seed))(jax.random.split(jax.random.key(0), FLAGS.seeds)).tolist()
+    return {
+        "carry": "stateful" if stateful else "stateless",
+        "window": window,
+        "loss": losses,
+        "exact_loss": lag_floor() if stateful else lag_floor(window),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    for i, carry in enumerate(("stateless", "stateful")):
+        mine = [row for row in rows if row["carry"] == carry]
+        x = [row["window"] for row in mine]
+        for seed in range(FLAGS.seeds):
+            label = carry if seed == 0 else None
+            axes.plot(x, [row["loss"][seed] for row in mine], "os"[i], color=f"C{1 - i}", alpha=0.7, label=label)
+    x = list(range(1, max(row["window"] for row in rows) + 1))
+    axes.plot(x, [lag_floor(window) for window in x], "k-", linewidth=1, label="exact floor of stateless windows")
+    axes.axhline(lag_floor(), color="k", linestyle="--", linewidth=1, label="floor with both lags known")
+    axes.set(xlabel="window, steps", ylabel="nats a step, on new streams", title="Lags of three and eight steps")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    windows = launch.positive_integers("windows", FLAGS.windows, at_most=FLAGS.test_steps)
+    directory = launch.workdir(FLAGS.workdir)
+    points = [(window, stateful) for window in windows for stateful in (False, True)]
+    rows = []
+    with launch.progress(len(points), "trainings") as report:
+        for done, (window, stateful) in enumerate(points, 1):
+            rows.append(train(window, stateful))
+            report(done, f"{rows[-1]['carry']}, window {window}: {rows[-1]['loss'][0]:.4f} nats")
+    out = Table("carry", box=box.SIMPLE_HEAD, pad_edge=False, title="Nats a step on new streams", title_justify="left")
+    for name in ("window", "exact floor", "by seed", "s"):
+        out.add_column(name, justify="right")
+    for row in rows:
+        by_seed = " ".join(f"{x:.4f}" for x in row["loss"])
+        out.add_row(row["carry"], str(row["window"]), f"{row['exact_loss']:.4f}", by_seed, f"{row['seconds']:.0f}")
+    launch.console.print(out)
+    launch.write_results(directory, {"rows": rows}, picture(rows))
+    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+
+
+if __name__ == "__main__":
+    launch.run(main)

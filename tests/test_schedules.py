@@ -1,0 +1,106 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from streams import first, loss, lstm, params_of, stream, summed_gradient
+
+import tbptt_jax as tb
+from tbptt_jax import schedules
+
+KEY = jax.random.key(3)
+LAWS = {"constant": lambda d: np.full(np.shape(d), 0.3), "polynomial": lambda d: 3 / (2 * 5 + d)}
+
+
+def gradient_over(windows, params, estimate):
+    state, total = estimate.init(KEY, params, windows[0]), 0.0
+    update = jax.jit(estimate.update)
+    for window in windows:
+        grads, state, _ = update(params, state, window)
+        total = total + ravel_pytree(grads)[0]
+    return total
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_artbp_averaged_over_every_draw_is_full_bptt(law):
+    time, cut_probability = 6, LAWS[law]
+    whole = jax.tree.map(lambda x: x[:, :time], stream())
+    params, estimate = params_of(lstm()), tb.gradient(lstm(), loss, normaliser=1.0)
+    full = ravel_pytree(summed_gradient(estimate, params, tb.split(whole, time))[0])[0]
+    mean = plain = total = 0.0
+    for cuts in itertools.product([False, True], repeat=time - 1):
+        lengths = np.diff([0, *(np.flatnonzero(cuts) + 1), time])
+        probability = 1.0
+        for n, length in enumerate(lengths):
+            probability *= np.prod(1 - cut_probability(np.arange(1, length)))
+            probability *= cut_probability(np.asarray(length)) if n < len(lengths) - 1 else 1.0
+        reweighted = schedules.Cuts(lengths, schedules.edge_weights(lengths, cut_probability))
+        mean = mean + probability * gradient_over(schedules.cut(whole, reweighted, unit=time), params, estimate)
+        plain = plain + probability * gradient_over(
+            schedules.cut(whole, schedules.Cuts(lengths), unit=time), params, estimate
+        )
+        total += probability
+    assert np.isclose(total, 1)
+    np.testing.assert_allclose(mean, full, rtol=1e-10, atol=1e-12)
+    assert not np.allclose(plain, full, rtol=1e-2)  # cutting without reweighting is biased
+
+
+@pytest.mark.parametrize(
+    "schedule, mean",
+    [
+        (schedules.fixed(7), 7),
+        (schedules.random_length(40), 39),
+        (schedules.constant_tail(20), 20),
+        (schedules.polynomial_tail(20, 6.0), 20),
+    ],
+    ids=["fixed", "random_length", "constant_tail", "polynomial_tail"],
+)
+def test_lengths_cover_the_stream_with_the_stated_mean_and_are_drawn_from_the_key(schedule, mean):
+    cuts, again, other = schedule(KEY, 200_000), schedule(KEY, 200_000), schedule(jax.random.key(4), 200_000)
+    assert cuts.lengths.sum() == 200_000 and cuts.lengths.min() >= 1
+    assert abs(cuts.lengths.mean() - mean) < 0.03 * mean
+    np.testing.assert_array_equal(cuts.lengths, again.lengths)
+    assert mean == 7 or not np.array_equal(cuts.lengths, other.lengths)
+
+
+def test_cutting_anywhere_gives_the_same_stream_in_few_padded_lengths():
+    window, estimate, params = stream(rubbish=np.nan), tb.gradient(lstm(), loss, normaliser=1.0), params_of(lstm())
+    windows = schedules.cut(window, schedules.random_length(6, deviation=2.0, least=2)(KEY, 23), unit=2)
+    assert {w.inputs.shape[1] for w in windows} <= {2, 4, 8, 16} and schedules.compilations(windows) <= 4
+    assert sum(int(w.valid.sum()) for w in windows) == window.valid.sum()
+    state = estimate.init(KEY, params, windows[0])
+    for w in windows:
+        _, state, _ = estimate.update(params, state, w)
+    expected = tb.split(window, 5)
+    whole = estimate.init(KEY, params, first(expected))
+    for i in range(len(expected.inputs)):
+        _, whole, _ = estimate.update(params, whole, jax.tree.map(lambda x, i=i: x[i], expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11), state.carry, whole.carry)
+
+
+def test_steps_are_scaled_by_the_windows_length_without_its_padding():
+    optimiser = optax.chain(optax.sgd(1.0), schedules.scale_by_length(10))
+    step = tb.train_step(tb.gradient(lstm(), loss), optimiser)
+    plain = tb.train_step(tb.gradient(lstm(), loss), optax.sgd(1.0))
+    whole = tb.sequences(*np.random.default_rng(0).normal(size=(2, 3, 12, 2)))
+    window = schedules.cut(whole, schedules.Cuts(np.array([5, 7])), unit=8)[0]
+    before = step.init(KEY, window)
+    moved = [jax.tree.map(jnp.subtract, s.update(before, window)[0].params, before.params) for s in (step, plain)]
+    np.testing.assert_allclose(ravel_pytree(moved[0])[0], 0.5 * ravel_pytree(moved[1])[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "mistake, sentence",
+    [
+        (lambda: schedules.fixed(0), "`length` is 0"),
+        (lambda: schedules.constant_tail(0.5), "`base` is 0.5"),
+        (lambda: schedules.polynomial_tail(20, 2.0), "`alpha` is 2.0"),
+        (lambda: schedules.cut(stream(), schedules.Cuts(np.array([5, 5]))), "add up to the stream's 23 steps"),
+    ],
+)
+def test_a_mistake_is_told_in_a_sentence(mistake, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        mistake()
