@@ -83,7 +83,8 @@ def lstm(
 
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
         keys = jax.random.split(key, layers + 2)
-        params, x = {}, inputs
+        params: dict[str, Any] = {}
+        x: Any = inputs
         if encoder is not None:
             x, params["encoder"] = encoder.init_with_output(keys[0], x)
         widths = [jnp.shape(x)[-1], *[outputs] * (layers - 1)]
@@ -106,6 +107,7 @@ def lstm(
         check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
 
         def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
+            x: Any
             x, resets, valid = per_step
             if valid is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
                 x = where_lanes(valid, x, jax.tree.map(jnp.zeros_like, x))
@@ -138,7 +140,7 @@ def to_flax(weights: Weights) -> PyTree:
     if weights.projection is not None:
         raise ValueError("These weights have a projection; Flax's LSTM cells have none.")
     parts = zip(GATES, *(jnp.split(w, 4, -1) for w in (weights.input, weights.recurrent, weights.bias)), strict=True)
-    cell = {}
+    cell: dict[str, Any] = {}
     for gate, input_kernel, kernel, bias in parts:
         cell |= {f"i{gate}": {"kernel": input_kernel}, f"h{gate}": {"kernel": kernel, "bias": bias}}
     return {"params": cell}
@@ -151,7 +153,7 @@ def from_torch(state: Mapping[str, Any]) -> tuple[Weights, ...]:
     """
     if any(name.endswith("_reverse") for name in state):
         raise ValueError("This PyTorch LSTM is bidirectional; a stream is read in one direction only.")
-    layers = []
+    layers: list[Weights] = []
     while (name := f"_l{len(layers)}") and f"weight_ih{name}" in state:
         recurrent = jnp.asarray(state[f"weight_hh{name}"]).T
         bias = jnp.zeros(recurrent.shape[1:], recurrent.dtype)
