@@ -1,0 +1,351 @@
+"""The LSTM whose window is one operation (Hochreiter & Schmidhuber 1997, *Long short-term memory*).
+
+    i, f, o = σ(x W_x + h W_h + b),  g = tanh(…)        c ← f c + i g        h ← o tanh(c)
+
+Only ``h W_h`` and the gates recur, so only they are inside the scan (Appleyard, Kočiský & Blunsom 2016, *Optimizing
+performance of recurrent neural networks on GPUs*): the product with the inputs is one for all steps before it, and in the
+backward pass the scan computes the cotangents of the gates alone; every weight's gradient is one product after it.
+What the window keeps for its backward pass is the gates, the cells and, as its output, h: six numbers a unit and step.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tbptt_jax.recurrence import PyTree, Recurrence, Segment, _in_segments, check_carry
+from tbptt_jax.window import Window, time_shape, where_lanes
+
+GATES = "ifgo"  # the order along the axis of four times the features, as PyTorch has it
+
+
+class Weights(NamedTuple):
+    """One layer's parameters, the gates side by side in the order input, forget, candidate, output.
+
+    Attributes:
+      input: ``[inputs, 4 * features]``.
+      recurrent: ``[outputs, 4 * features]``; outputs are the features, or the projection's where there is one.
+      bias: ``[4 * features]``.
+      projection: ``[features, outputs]``, or None.
+    """
+
+    input: jax.Array
+    recurrent: jax.Array
+    bias: jax.Array
+    projection: jax.Array | None = None
+
+
+def lstm(
+    features: int,
+    *,
+    readout: nn.Module | None = None,
+    encoder: nn.Module | None = None,
+    layers: int = 1,
+    projection: int | None = None,
+    dtype: Any = None,
+    checkpoint: Segment = None,
+    implementation: Literal["fused", "scan"] | None = None,
+) -> Recurrence:
+    """A recurrence of LSTM layers, ``encoder`` → layers → ``readout``, each layer's window one fused operation.
+
+    ``params["cell"]`` is a tuple of :class:`Weights`, one a layer; the carry is a tuple of ``(c [lanes, features],
+    h [lanes, outputs])``, one a layer, zeros at first. The numbers are those of ``nn.OptimizedLSTMCell`` to rounding. At
+    a step that is padding the output is the h that stands still.
+
+    Args:
+      features: units of each layer.
+      readout: a Linen module without state, called on ``[lanes, time, outputs]``; ``params["readout"]``.
+      encoder: likewise, called on the inputs, ``[lanes, time, ...] -> [lanes, time, inputs]``; ``params["encoder"]``.
+      layers: how many, each fed with the outputs of the one before.
+      projection: project h to this many outputs before it recurs (Sak, Senior & Beaufays 2014). None: no projection.
+      dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; carry, gates and sums stay in the
+        parameters' dtype. None: the parameters' dtype throughout.
+      checkpoint: see :func:`tbptt_jax.from_step`.
+      implementation: ``"fused"``, differentiated by hand: reverse mode and, as the transpose of what ``jax.vjp``
+        returns, forward mode; or ``"scan"``, the same window left to JAX to differentiate, for ``jax.jvp`` and second
+        derivatives. None: the fused one.
+
+    Raises:
+      ValueError: now, if a size is not positive or the implementation unknown; from ``unroll``, when it is traced, if
+        what reaches the cell is not ``[lanes, time, inputs]`` of the weights' inputs or the carry does not fit.
+    """
+    for name, size in {"features": features, "layers": layers, "projection": projection}.items():
+        if size is not None and size < 1:
+            raise ValueError(f"`{name}` is {size}; an LSTM needs at least 1.")
+    if implementation not in (None, "fused", "scan"):
+        raise ValueError(f"`implementation` is {implementation!r}; it needs to be 'fused', 'scan', or None to choose.")
+    window = _scanned if implementation == "scan" else _fused
+    outputs = features if projection is None else projection
+
+    def init(key: jax.Array, inputs: PyTree) -> PyTree:
+        keys = jax.random.split(key, layers + 2)
+        params: dict[str, Any] = {}
+        x: Any = inputs
+        if encoder is not None:
+            x, params["encoder"] = encoder.init_with_output(keys[0], x)
+        widths = [jnp.shape(x)[-1], *[outputs] * (layers - 1)]
+        params["cell"] = tuple(_init(k, width, features, projection) for k, width in zip(keys[2:], widths, strict=True))
+        if readout is not None:
+            lanes, _ = time_shape(Window(inputs))
+            params["readout"] = readout.init(keys[1], jnp.zeros((lanes, 1, outputs)))
+        return params
+
+    def initial_carry(params: PyTree, lanes: int) -> PyTree:
+        def zeros(width: int, weights: Weights) -> jax.Array:
+            return jnp.zeros((lanes, width), weights.recurrent.dtype)
+
+        return tuple((zeros(features, weights), zeros(outputs, weights)) for weights in params["cell"])
+
+    def unroll(
+        params: PyTree, carry: PyTree, inputs: PyTree, resets: jax.Array | None = None, valid: jax.Array | None = None
+    ) -> tuple[PyTree, PyTree]:
+        lanes, time = time_shape(Window(inputs, resets=resets, valid=valid))
+        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
+
+        def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
+            x: Any
+            x, resets, valid = per_step
+            if valid is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
+                x = where_lanes(valid, x, jax.tree.map(jnp.zeros_like, x))
+                resets = None if resets is None else resets & valid
+            x = x if encoder is None else encoder.apply(params["encoder"], x)
+            after = []
+            for weights, before in zip(params["cell"], carry, strict=True):
+                _check_inputs(x, weights)
+                state, x = window(dtype, weights, before, x.astype(weights.input.dtype), resets, valid)
+                after.append(state)
+            return tuple(after), (x if readout is None else readout.apply(params["readout"], x))
+
+        return _in_segments(segment, carry, (inputs, resets, valid), time, checkpoint)
+
+    return Recurrence(init, initial_carry, unroll)
+
+
+def from_flax(params: PyTree) -> Weights:
+    """The weights of an ``nn.OptimizedLSTMCell`` or ``nn.LSTMCell``, with or without its outer ``"params"``."""
+    params = params.get("params", params)
+    return Weights(
+        jnp.concatenate([params[f"i{gate}"]["kernel"] for gate in GATES], 1),
+        jnp.concatenate([params[f"h{gate}"]["kernel"] for gate in GATES], 1),
+        jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES]),
+    )
+
+
+def to_flax(weights: Weights) -> PyTree:
+    """The parameters of an ``nn.OptimizedLSTMCell`` with these weights: ``cell.apply(to_flax(weights), carry, x)``."""
+    if weights.projection is not None:
+        raise ValueError("These weights have a projection; Flax's LSTM cells have none.")
+    parts = zip(GATES, *(jnp.split(w, 4, -1) for w in (weights.input, weights.recurrent, weights.bias)), strict=True)
+    cell: dict[str, Any] = {}
+    for gate, input_kernel, kernel, bias in parts:
+        cell |= {f"i{gate}": {"kernel": input_kernel}, f"h{gate}": {"kernel": kernel, "bias": bias}}
+    return {"params": cell}
+
+
+def from_torch(state: Mapping[str, Any]) -> tuple[Weights, ...]:
+    """The layers of a ``torch.nn.LSTM`` from its ``state_dict()``, or from arrays under the same names.
+
+    PyTorch's two biases only ever appear as their sum, and become one.
+    """
+    if any(name.endswith("_reverse") for name in state):
+        raise ValueError("This PyTorch LSTM is bidirectional; a stream is read in one direction only.")
+    layers: list[Weights] = []
+    while (name := f"_l{len(layers)}") and f"weight_ih{name}" in state:
+        recurrent = jnp.asarray(state[f"weight_hh{name}"]).T
+        bias = jnp.zeros(recurrent.shape[1:], recurrent.dtype)
+        for key in (f"bias_ih{name}", f"bias_hh{name}"):
+            bias = bias + jnp.asarray(state[key]) if key in state else bias
+        down = jnp.asarray(state[f"weight_hr{name}"]).T if f"weight_hr{name}" in state else None
+        layers.append(Weights(jnp.asarray(state[f"weight_ih{name}"]).T, recurrent, bias, down))
+    if not layers:
+        raise ValueError(f"There is no `weight_ih_l0` among {sorted(state)}: give the `state_dict()` of one nn.LSTM.")
+    return tuple(layers)
+
+
+def to_torch(layers: Sequence[Weights]) -> dict[str, jax.Array]:
+    """Arrays under the names of a ``torch.nn.LSTM``'s ``state_dict()``; the second bias of each layer is 0."""
+    state = {}
+    for n, weights in enumerate(layers):
+        state[f"weight_ih_l{n}"] = weights.input.T
+        state[f"weight_hh_l{n}"] = weights.recurrent.T
+        state[f"bias_ih_l{n}"] = weights.bias
+        state[f"bias_hh_l{n}"] = jnp.zeros_like(weights.bias)
+        if weights.projection is not None:
+            state[f"weight_hr_l{n}"] = weights.projection.T
+    return state
+
+
+def _scanned(
+    dtype: Any, weights: Weights, carry: tuple, x: jax.Array, resets: jax.Array | None, valid: jax.Array | None
+) -> tuple[tuple, jax.Array]:
+    """The window as a plain scan: ``carry, x [lanes, time, inputs] -> carry, h [lanes, time, outputs]``."""
+    dot = functools.partial(_dot, dtype)
+    from_inputs = dot(x, weights.input) + weights.bias
+
+    def step(carry: tuple, at_t: tuple) -> tuple[tuple, jax.Array]:
+        from_input, reset, is_valid = at_t
+        before = c, h = _reset(carry, reset)
+        i, f, g, o = jnp.split(_gates(from_input + dot(h, weights.recurrent)), 4, -1)
+        c = f * c + i * g
+        h = o * jnp.tanh(c)
+        h = h if weights.projection is None else dot(h, weights.projection)
+        carry = (c, h) if is_valid is None else where_lanes(is_valid, (c, h), before)
+        return carry, carry[1]
+
+    carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), (from_inputs, resets, valid)))
+    return carry, h.swapaxes(0, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(
+    dtype: Any, weights: Weights, carry: tuple, x: jax.Array, resets: jax.Array | None, valid: jax.Array | None
+) -> tuple[tuple, jax.Array]:
+    """:func:`_scanned`, with its backward pass written out."""
+    return _scanned(dtype, weights, carry, x, resets, valid)  # not differentiated: nothing to keep
+
+
+def _forward(
+    dtype: Any, weights: Weights, carry: tuple, x: jax.Array, resets: jax.Array | None, valid: jax.Array | None
+) -> tuple[tuple, tuple]:
+    dot = functools.partial(_dot, dtype)
+    lanes, time, _ = x.shape
+    recurrent = weights.recurrent if dtype is None else weights.recurrent.astype(dtype)
+
+    def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
+        carry, gates, cells, hs = state
+        before = c, h = _reset(carry, _at(resets, t))
+        # The gates take the place of the products they come from: the largest array of the window exists once. All four
+        # are one elementwise pass, and lanes lead as they do outside, so nothing is transposed.
+        activated = _gates(_at(gates, t) + (dot(h, recurrent) + weights.bias))
+        i, f, g, o = jnp.split(activated, 4, -1)
+        c = f * c + i * g
+        h = o * jnp.tanh(c)
+        h = h if weights.projection is None else dot(h, weights.projection)
+        carry = c, h = (c, h) if valid is None else where_lanes(_at(valid, t), (c, h), before)
+        return (carry, _put(gates, activated, t), _put(cells, c, t), _put(hs, h, t)), None
+
+    def room(width: int) -> jax.Array:
+        return jnp.zeros((lanes, time, width), x.dtype)
+
+    start = carry, dot(x, weights.input), room(carry[0].shape[-1]), room(carry[1].shape[-1])
+    (after, gates, cells, hs), _ = lax.scan(step, start, jnp.arange(time))
+    return (after, hs), (weights, carry, x, resets, valid, gates, cells, hs)
+
+
+def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
+    """Linear in the cotangents by construction, scan and all, so that JAX can transpose it into forward mode."""
+    weights, carry, x, resets, valid, gates, cells, hs = residuals
+    after, d_hs = cotangents
+    dot = functools.partial(_dot, dtype)
+    time = x.shape[1]
+    transposed, features = weights.recurrent.T, cells.shape[-1]
+    transposed = transposed if dtype is None else transposed.astype(dtype)
+    down = None if weights.projection is None else weights.projection.T
+
+    def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
+        (d_c, d_h), d_gates, d_outputs = state
+        d_h = d_h + _at(d_hs, t)
+        d_before = d_c, d_h  # where the carry stands still, its cotangent does too
+        if valid is not None:
+            d_c, d_h = _reset(d_before, ~_at(valid, t))
+        if down is not None:
+            d_outputs = _put(d_outputs, d_h, t)
+            d_h = dot(d_h, down)
+        c_before = jnp.where(t > 0, _at(cells, jnp.maximum(t - 1, 0)), carry[0])
+        if resets is not None:
+            (c_before,) = _reset((c_before,), _at(resets, t))
+        i, f, g, o = jnp.split(_at(gates, t), 4, -1)
+        squashed = jnp.tanh(_at(cells, t))
+        d_c = d_c + d_h * (o * (1 - squashed * squashed))
+        d_activated = jnp.concatenate(
+            [
+                d_c * (g * i * (1 - i)),
+                d_c * (c_before * f * (1 - f)),
+                d_c * (i * (1 - g * g)),
+                d_h * (squashed * o * (1 - o)),
+            ],
+            -1,
+        )
+        d_carry = d_c * f, dot(d_activated, transposed)
+        if valid is not None:
+            d_carry = where_lanes(_at(valid, t), d_carry, d_before)
+        if resets is not None:
+            d_carry = _reset(d_carry, _at(resets, t))
+        return (d_carry, _put(d_gates, d_activated, t), d_outputs), None
+
+    start = after, jnp.zeros_like(gates), None if down is None else jnp.zeros_like(hs)
+    (d_carry, d_gates, d_outputs), _ = lax.scan(step, start, jnp.arange(time), reverse=True)
+
+    before = jnp.concatenate([carry[1][:, None], hs[:, :-1]], 1)
+    before = before if resets is None else where_lanes(resets, jnp.zeros_like(before), before)
+    d_projection = None
+    if d_outputs is not None:
+        d_projection = _over_steps(dtype, gates[..., 3 * features :] * jnp.tanh(cells), d_outputs)
+    d_weights = Weights(
+        _over_steps(dtype, x, d_gates), _over_steps(dtype, before, d_gates), d_gates.sum((0, 1)), d_projection
+    )
+    return d_weights, d_carry, dot(d_gates, weights.input.T), None, None
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def _gates(x: jax.Array) -> jax.Array:
+    """σ, σ, tanh, σ of four blocks side by side, as one pass: σ(x) = (1 + tanh(x / 2)) / 2."""
+    candidate = jnp.arange(x.shape[-1]) // (x.shape[-1] // 4) == GATES.index("g")
+    scale = jnp.where(candidate, 1, 0.5).astype(x.dtype)
+    return jnp.tanh(x * scale) * scale + (1 - scale)
+
+
+def _dot(dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a [..., k] @ b [k, n]``: operands in ``dtype``, sums and result in that of ``a``."""
+    result = a.dtype
+    if dtype is not None:
+        a, b = a.astype(dtype), b.astype(dtype)
+    return lax.dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())), preferred_element_type=result)
+
+
+def _over_steps(dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``[lanes, time, m]``, ``[lanes, time, n]`` → ``[m, n]``, summed over lanes and steps: a weight's gradient."""
+    return _dot(dtype, a.reshape(-1, a.shape[-1]).T, b.reshape(-1, b.shape[-1]))
+
+
+def _reset(tree: tuple, reset: jax.Array | None) -> tuple:
+    """Zeros in the lanes where ``reset`` ``[lanes]`` is True."""
+    return tree if reset is None else where_lanes(reset, jax.tree.map(jnp.zeros_like, tree), tree)
+
+
+def _at(x: jax.Array | None, t: jax.Array) -> Any:
+    return None if x is None else lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
+
+
+def _put(x: jax.Array, value: jax.Array, t: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(x, value, t, 1)
+
+
+def _init(key: jax.Array, inputs: int, features: int, projection: int | None) -> Weights:
+    """Flax's initial values: each gate's own LeCun normal and orthogonal matrices, zero biases."""
+    into, again, down = jax.random.split(key, 3)
+    outputs = features if projection is None else projection
+
+    def side_by_side(initial: Any, key: jax.Array, rows: int) -> jax.Array:
+        return jnp.concatenate([initial(k, (rows, features)) for k in jax.random.split(key, 4)], 1)
+
+    return Weights(
+        side_by_side(nn.initializers.lecun_normal(), into, inputs),
+        side_by_side(nn.initializers.orthogonal(), again, outputs),
+        jnp.zeros(4 * features),
+        None if projection is None else nn.initializers.lecun_normal()(down, (features, projection)),
+    )
+
+
+def _check_inputs(x: jax.Array, weights: Weights) -> None:
+    if jnp.ndim(x) != 3 or x.shape[-1] != weights.input.shape[0]:
+        raise ValueError(
+            f"What reaches the LSTM has shape {list(jnp.shape(x))}; it needs to be [lanes, time, "
+            f"{weights.input.shape[0]}], as when the parameters were initialised. An `encoder` can bring it there."
+        )
