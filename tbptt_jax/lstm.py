@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbptt_jax.recurrence import PyTree, Recurrence, Segment, _in_segments, check_carry
+from tbptt_jax.recurrence import PyTree, Recurrence, Segment, check_carry, in_segments, scale_cotangent
 from tbptt_jax.window import Window, time_shape, where_lanes
 
 GATES = "ifgo"  # the order along the axis of four times the features, as PyTorch has it
@@ -78,7 +78,6 @@ def lstm(
             raise ValueError(f"`{name}` is {size}; an LSTM needs at least 1.")
     if implementation not in (None, "fused", "scan"):
         raise ValueError(f"`implementation` is {implementation!r}; it needs to be 'fused', 'scan', or None to choose.")
-    window = _scanned if implementation == "scan" else _fused
     outputs = features if projection is None else projection
 
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
@@ -101,14 +100,19 @@ def lstm(
         return tuple((zeros(features, weights), zeros(outputs, weights)) for weights in params["cell"])
 
     def unroll(
-        params: PyTree, carry: PyTree, inputs: PyTree, resets: jax.Array | None = None, valid: jax.Array | None = None
+        params: PyTree,
+        carry: PyTree,
+        inputs: PyTree,
+        resets: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        edges: jax.Array | None = None,
     ) -> tuple[PyTree, PyTree]:
-        lanes, time = time_shape(Window(inputs, resets=resets, valid=valid))
+        lanes, time = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
         check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
 
         def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
             x: Any
-            x, resets, valid = per_step
+            x, resets, valid, edges = per_step
             if valid is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
                 x = where_lanes(valid, x, jax.tree.map(jnp.zeros_like, x))
                 resets = None if resets is None else resets & valid
@@ -116,11 +120,15 @@ def lstm(
             after = []
             for weights, before in zip(params["cell"], carry, strict=True):
                 _check_inputs(x, weights)
-                state, x = window(dtype, weights, before, x.astype(weights.input.dtype), resets, valid)
+                x = x.astype(weights.input.dtype)
+                if implementation == "scan" or edges is not None:  # reweighted edges are left to JAX too
+                    state, x = _scanned(dtype, weights, before, x, resets, valid, edges)
+                else:
+                    state, x = _fused(dtype, weights, before, x, resets, valid)
                 after.append(state)
             return tuple(after), (x if readout is None else readout.apply(params["readout"], x))
 
-        return _in_segments(segment, carry, (inputs, resets, valid), time, checkpoint)
+        return in_segments(segment, carry, (inputs, resets, valid, edges), time, checkpoint)
 
     return Recurrence(init, initial_carry, unroll)
 
@@ -180,15 +188,21 @@ def to_torch(layers: Sequence[Weights]) -> dict[str, jax.Array]:
 
 
 def _scanned(
-    dtype: Any, weights: Weights, carry: tuple, x: jax.Array, resets: jax.Array | None, valid: jax.Array | None
+    dtype: Any,
+    weights: Weights,
+    carry: tuple,
+    x: jax.Array,
+    resets: jax.Array | None,
+    valid: jax.Array | None,
+    edges: jax.Array | None = None,
 ) -> tuple[tuple, jax.Array]:
     """The window as a plain scan: ``carry, x [lanes, time, inputs] -> carry, h [lanes, time, outputs]``."""
     dot = functools.partial(_dot, dtype)
     from_inputs = dot(x, weights.input) + weights.bias
 
     def step(carry: tuple, at_t: tuple) -> tuple[tuple, jax.Array]:
-        from_input, reset, is_valid = at_t
-        before = c, h = _reset(carry, reset)
+        from_input, reset, is_valid, edge = at_t
+        before = c, h = _reset(carry if edge is None else scale_cotangent(edge, carry), reset)
         i, f, g, o = jnp.split(_gates(from_input + dot(h, weights.recurrent)), 4, -1)
         c = f * c + i * g
         h = o * jnp.tanh(c)
@@ -196,7 +210,7 @@ def _scanned(
         carry = (c, h) if is_valid is None else where_lanes(is_valid, (c, h), before)
         return carry, carry[1]
 
-    carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), (from_inputs, resets, valid)))
+    carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), (from_inputs, resets, valid, edges)))
     return carry, h.swapaxes(0, 1)
 
 

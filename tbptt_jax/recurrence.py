@@ -83,7 +83,7 @@ def from_step(
         def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, PyTree]:
             x, reset, is_valid, edge = at_t
             if edge is not None:
-                carry = _scale_cotangent(edge, carry)
+                carry = scale_cotangent(edge, carry)
             if reset is not None:
                 carry = where_lanes(reset if is_valid is None else reset & is_valid, start, carry)
             new, y = step(params, carry, x)
@@ -99,7 +99,7 @@ def from_step(
             y = jax.tree.map(_swap, y)
             return carry, (y if readout is None else readout(params, y))
 
-        return _in_segments(segment, carry, (inputs, resets, valid, edges), time, checkpoint)
+        return in_segments(segment, carry, (inputs, resets, valid, edges), time, checkpoint)
 
     return Recurrence(init, initial_carry, unroll)
 
@@ -266,7 +266,7 @@ def rematerialised(model: Recurrence, checkpoint: Segment) -> Recurrence:
             inputs, masks, edges = per_step
             return model.unroll(params, carry, inputs, *masks, **edges)
 
-        return _in_segments(segment, carry, (inputs, masks, edges), time, checkpoint)
+        return in_segments(segment, carry, (inputs, masks, edges), time, checkpoint)
 
     return model._replace(unroll=unroll)
 
@@ -277,7 +277,7 @@ def unroll_window(model: Recurrence, params: PyTree, carry: PyTree, window: Wind
     return model.unroll(params, carry, window.inputs, window.resets, window.valid, **edges)
 
 
-def _scale_cotangent(scale: jax.Array, tree: PyTree) -> PyTree:
+def scale_cotangent(scale: jax.Array, tree: PyTree) -> PyTree:
     """The same values; what goes back through them is multiplied by ``scale`` ``[lanes]``."""
 
     def leaf(x: jax.Array) -> jax.Array:
@@ -287,7 +287,7 @@ def _scale_cotangent(scale: jax.Array, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: leaf(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree)
 
 
-def _in_segments(segment: Callable, carry: PyTree, per_step: PyTree, time: int, checkpoint: Segment) -> tuple:
+def in_segments(segment: Callable, carry: PyTree, per_step: PyTree, time: int, checkpoint: Segment) -> tuple:
     """Scans ``segment`` over stretches of time, keeping for the backward pass only the carry between them."""
     if checkpoint is None:
         return segment(carry, per_step)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from streams import assert_close, loss, stream, summed_gradient
 
 import tbptt_jax as tb
 from tbptt_jax.lstm import from_flax, from_torch, to_flax, to_torch
@@ -283,3 +284,18 @@ def test_inputs_of_another_width_are_refused():
         fused.unroll(params, carry, window()[..., :2])
     with pytest.raises(ValueError, match="carry does not fit"):
         fused.unroll(params, carry, window(lanes=2))
+
+
+def test_every_influence_and_reweighted_edges_agree_with_the_window_left_to_jax():
+    kinds = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    fused, scanned = (tb.lstm(3, readout=nn.Dense(2, **kinds), implementation=how) for how in ("fused", "scan"))
+    window = stream(rubbish=np.nan)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), fused.init(jax.random.key(0), window.inputs))
+    plain = tb.split(window, 5)
+    reweighted = tb.split(window._replace(edges=np.random.default_rng(0).random(window.valid.shape) * 2), 5)
+    cases = [(plain, tb.replay(2)), (plain, tb.rtrl()), (plain, tb.uoro()), (reweighted, tb.truncate())]
+    for windows, influence in cases:
+        a, b = (
+            summed_gradient(tb.gradient(m, loss, influence=influence), params, windows)[0] for m in (fused, scanned)
+        )
+        assert_close(a, b, rtol=1e-9)
