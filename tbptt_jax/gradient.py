@@ -75,10 +75,16 @@ def gradient(
       ``lax.scan``.
 
     Raises:
-      ValueError: now, if the normaliser is not positive; from ``init`` and ``update``, before any compute, if the
+      ValueError: now, if the model or the influence is none or the normaliser is not positive; from ``init`` and ``update``, before any compute, if the
         window's shapes, data or weights, the carry's lanes or the loss's shape are not as described.
     """
     influence = truncate() if influence is None else influence
+    if not isinstance(model, Recurrence):
+        raise ValueError(
+            f"`model` is {model!r}; it needs to be a Recurrence, as `from_linen`, `from_nnx`, `from_step` or `lstm` make."
+        )
+    if not isinstance(influence, Influence):
+        raise ValueError(f"`influence` is {influence!r}; it needs to be an Influence, such as `truncate()`, called.")
     if normaliser is not None and not normaliser > 0:
         raise ValueError(f"`normaliser` is {normaliser}; it needs to be positive, or None for the window's own weight.")
 
@@ -106,6 +112,11 @@ def gradient(
         def forward(params: PyTree, moving: PyTree) -> tuple[tuple, tuple]:
             end, outputs = unroll_window(model, params, _still(carry, moving), window)
             metrics = weighted_mean(loss, outputs, window)
+            if not isinstance(metrics.loss, jax.Array):
+                raise ValueError(
+                    f"The loss is a tree, {jax.tree.structure(metrics.loss)}; a gradient needs one array [lanes, time]. "
+                    "Trees of figures are for `evaluate`."
+                )
             scale = 1.0 if normaliser is None else metrics.weight / normaliser
             return (metrics.loss * scale, _moving(end)), (end, metrics)
 

@@ -87,6 +87,13 @@ def from_step(
             if reset is not None:
                 carry = where_lanes(reset if is_valid is None else reset & is_valid, start, carry)
             new, y = step(params, carry, x)
+            given: Any = jax.tree.structure(carry)
+            returned: Any = jax.tree.structure(new)
+            if returned != given:
+                raise ValueError(
+                    f"`step` was given the carry {given} and returned {returned}: it needs "
+                    "to return (carry, y), the carry in the same tree."
+                )
             new = jax.tree.map(lambda n, c: n.astype(c.dtype), new, carry)  # bfloat16 compute, float32 carry
             return (new if is_valid is None else where_lanes(is_valid, new, carry)), y
 
@@ -122,6 +129,11 @@ def from_linen(
         ``nn.ConvLSTMCell``, read it.
       checkpoint: see :func:`from_step`.
     """
+
+    if not isinstance(cell, nn.RNNCellBase):
+        raise ValueError(
+            f"`cell` is {cell!r}; it needs to be an RNN cell of Flax Linen, such as `nn.OptimizedLSTMCell(64)`."
+        )
 
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
         lanes, _ = time_shape(Window(inputs))

@@ -48,28 +48,44 @@ def step_weights(window: Window) -> jax.Array:
     return weights if window.valid is None else jnp.where(window.valid, weights, 0)
 
 
+_HINTS = {
+    ("lanes", "time"): " To take the first of windows that are stacked: `jax.tree.map(lambda x: x[0], windows)`.",
+    (
+        "windows",
+        "lanes",
+        "time",
+    ): " `split` stacks windows so; a single one is `jax.tree.map(lambda x: x[None], window)`.",
+}
+
+
 def time_shape(window: Window, axes: tuple[str, ...] = ("lanes", "time")) -> tuple[int, ...]:
     """The leading shape that every array of ``window`` shares, named by ``axes``.
 
     Raises:
       ValueError: if there are no inputs, an array has too few axes, the arrays disagree, or an axis has length 0.
     """
-    paths = jax.tree_util.tree_flatten_with_path(window.inputs)[0]
-    if not paths:
-        raise ValueError("The window has no inputs: give at least one array of shape [lanes, time, ...].")
-    shape = np.shape(paths[0][1])[: len(axes)]
-    for field, tree in window._asdict().items():
-        exact = field in ("weights", "resets", "valid", "edges")
-        for _, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            got = np.shape(leaf)
-            if len(got) < len(axes) or (exact and len(got) != len(axes)):
-                rest = "" if exact else ", ..."
-                raise ValueError(f"`{field}` has shape {list(got)}; it needs the axes [{', '.join(axes)}{rest}].")
-            if got[: len(axes)] != shape:
+    leaves = jax.tree.leaves(window.inputs)
+    if not leaves:
+        raise ValueError(f"The window has no inputs: give at least one array of shape [{', '.join(axes)}, ...].")
+    masks = ("resets", "valid", "weights", "edges")  # these have no axes beyond, and so tell most about a mistake
+    hint = _HINTS.get(axes, "")
+    for field in (*masks, "inputs", "targets"):
+        for leaf in jax.tree.leaves(getattr(window, field)):
+            if not hasattr(leaf, "shape"):
                 raise ValueError(
-                    f"`{field}` has shape {list(got)}, but `inputs` begins with {list(shape)}: every array of a window "
-                    f"needs the same [{', '.join(axes)}]."
+                    f"`{field}` holds {leaf!r}, a Python {type(leaf).__name__}; give arrays, as `np.asarray` makes."
                 )
+            if len(leaf.shape) < len(axes) or (field in masks and len(leaf.shape) != len(axes)):
+                rest = "" if field in masks else ", ..."
+                raise ValueError(
+                    f"`{field}` has shape {list(leaf.shape)}; it needs the axes [{', '.join(axes)}{rest}].{hint}"
+                )
+            if leaf.shape[: len(axes)] != leaves[0].shape[: len(axes)]:
+                raise ValueError(
+                    f"`{field}` has shape {list(leaf.shape)}, but `inputs` begins with {list(leaves[0].shape[: len(axes)])}: "
+                    f"every array of a window needs the same [{', '.join(axes)}].{hint}"
+                )
+    shape = leaves[0].shape[: len(axes)]
     for name, size in zip(axes, shape, strict=True):
         if size == 0:
             raise ValueError(f"The window has shape {list(shape)}: its `{name}` axis is empty; it needs at least 1.")
@@ -242,6 +258,8 @@ def _first_step(rows: int, time: int) -> np.ndarray:
 
 
 def _check_length(length: int, time: int) -> None:
+    if not isinstance(length, int | np.integer):
+        raise ValueError(f"A window's length is a whole number of steps; got {length!r}.")
     if length < 1:
         raise ValueError(f"A window of {length} steps is empty: it needs at least 1.")
     if length > time:

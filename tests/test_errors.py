@@ -1,5 +1,6 @@
 """Each mistake is a sentence before any compute: what was given, what was needed, what to do."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +104,27 @@ MISTAKES = {
     "normaliser of 0": (
         lambda: tb.gradient(lstm(), loss, normaliser=0.0),
         "`normaliser` is 0.0; it needs to be positive",
+    ),
+    "an influence not called": (
+        lambda: tb.gradient(lstm(), loss, influence=tb.truncate),
+        r"`influence` is .*such as `truncate\(\)`, called",
+    ),
+    "a cell for a model": (lambda: tb.gradient(nn.GRUCell(3), loss), "it needs to be a Recurrence"),
+    "a layer for a cell": (lambda: tb.from_linen(nn.Dense(3)), "it needs to be an RNN cell"),
+    "a tree of losses": (lambda: update(tb.Window(X, X), loss=lambda o, w: {"l": loss(o, w)}), "The loss is a tree"),
+    "a carry of another tree": (
+        lambda: tb.from_step(lambda p, c, x: ((c, c), x), None, lambda p, n: jnp.zeros(n)).unroll({}, jnp.zeros(4), X),
+        "`step` was given the carry .* the same tree",
+    ),
+    "lists": (lambda: tb.split(tb.Window([[1.0]]), 1), "`inputs` holds 1.0, a Python float; give arrays"),
+    "half a step": (lambda: tb.split(tb.Window(X), 2.5), "whole number of steps; got 2.5"),
+    "stacked windows for one": (
+        lambda: begin(tb.split(tb.Window(X, X), 5)),
+        r"`resets` has shape \[2, 4, 5\].*To take the first",
+    ),
+    "one window for a stack": (
+        lambda: tb.train_windows(None, None, tb.sequences(X)),
+        r"`resets` has shape \[4, 10\].*x\[None\]",
     ),
     "no layers": (lambda: tb.stack(), "given no layers"),
     "odd number of first bits": (lambda: tb.tasks.first_bit(jax.random.key(0), 7), "7 sequences cannot be balanced"),
