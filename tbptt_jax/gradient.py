@@ -51,11 +51,13 @@ class Estimate(NamedTuple):
       init: ``(key, params, window) -> stream_state``, at the start of a stream with the window's lanes.
       update: ``(params, stream_state, window) -> (grads, stream_state, metrics)``; grads have the tree of params.
       model: the recurrence it differentiates.
+      normaliser: what the sum of weighted losses is divided by; None: the window's own total weight.
     """
 
     init: Callable[[jax.Array, PyTree, Window], StreamState]
     update: Callable[[PyTree, StreamState, Window], tuple[PyTree, StreamState, Metrics]]
     model: Recurrence
+    normaliser: float | None = None
 
 
 def gradient(
@@ -139,7 +141,7 @@ def gradient(
         _, vjp = jax.vjp(lambda p, h: jax.vmap(one_lane)(p, h, carry, window), each, _moving(carry))
         return vjp(carry_cotangent)
 
-    return Estimate(init, update, model)
+    return Estimate(init, update, model, normaliser)
 
 
 def _moving(carry: PyTree) -> PyTree:

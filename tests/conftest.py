@@ -3,3 +3,4 @@
 import jax
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 2)  # for the tests of sharding
