@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         for _ in range(FLAGS.turns + 2):
             for side, each in zip(sides, times, strict=True):
                 began = time.perf_counter()
-                side[1], metrics = jax.block_until_ready(tb.train_windows(*side))
+                side[1], _ = jax.block_until_ready(tb.train_windows(*side))
                 each.append(1e3 * (time.perf_counter() - began) / FLAGS.run)
         alone, spread = (np.array(each[2:]) for each in times)
         low, middle, high = np.percentile(alone / spread, [25, 50, 75])
