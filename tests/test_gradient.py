@@ -35,19 +35,18 @@ def lag_gradients(params):
     flat, unravel = ravel_pytree(params)
 
     def losses(copies, lane):
-        valid, resets, weights = window.valid[lane], window.resets[lane], window.weights[lane]
-        carry, total = lstm_start(params), []
-        for t in range(TIME):
-            carry = jax.tree.map(lambda h, t=t: jnp.where(valid[t] & resets[t], 0.0, h), carry)
-            new, y = lstm_step(unravel(copies[t]), carry, window.inputs[lane, t])
-            carry = jax.tree.map(lambda n, h, t=t: jnp.where(valid[t], n, h), new, carry)
-            total.append(
-                jnp.where(valid[t], weights[t], 0.0) * jnp.sum((y - window.targets[lane, t]) ** 2) / NORMALISER
-            )
-        return jnp.stack(total)
+        def step(carry, at_t):
+            copy, x, y, weight, reset, valid = at_t
+            carry = jax.tree.map(lambda h: jnp.where(valid & reset, 0.0, h), carry)
+            new, out = lstm_step(unravel(copy), carry, x)
+            carry = jax.tree.map(lambda n, h: jnp.where(valid, n, h), new, carry)
+            return carry, jnp.where(valid, weight, 0.0) * jnp.sum((out - y) ** 2) / NORMALISER
 
+        return jax.lax.scan(step, lstm_start(params), (copies, *lane))[1]
+
+    lanes = window.inputs, window.targets, window.weights, window.resets, window.valid
     jacobian = jax.jit(jax.vmap(jax.jacrev(losses), (None, 0)))
-    return np.asarray(jacobian(jnp.tile(flat, (TIME, 1)), jnp.arange(LANES)).sum(0))
+    return np.asarray(jacobian(jnp.tile(flat, (TIME, 1)), lanes).sum(0))
 
 
 def weighted(lag_gradients, w):
