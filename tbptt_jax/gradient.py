@@ -77,8 +77,9 @@ def gradient(
       ``lax.scan``.
 
     Raises:
-      ValueError: now, if the model or the influence is none or the normaliser is not positive; from ``init`` and ``update``, before any compute, if the
-        window's shapes, data or weights, the carry's lanes or the loss's shape are not as described.
+      ValueError: now, if the model or the influence is none, or the normaliser is not positive; from ``init`` and
+        ``update``, before any compute, if the window's shapes, data or weights, the carry's lanes or the loss's shape are
+        not as described.
     """
     influence = truncate() if influence is None else influence
     if not isinstance(model, Recurrence):
