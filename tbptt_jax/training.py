@@ -11,7 +11,7 @@ from jax import lax
 
 from tbptt_jax.gradient import Estimate, Loss, Metrics, StreamState, weighted_mean
 from tbptt_jax.recurrence import Recurrence, unroll_window
-from tbptt_jax.window import Window, check, time_shape
+from tbptt_jax.window import Window, check, check_scored, time_shape
 
 PyTree = Any
 
@@ -107,6 +107,7 @@ def evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) -> 
       ValueError: before any compute, if the windows' shapes or data are not as described or no step is scored.
     """
     check(windows, ("windows", "lanes", "time"))
+    check_scored(windows)
     return _evaluate(model, loss, params, windows)
 
 

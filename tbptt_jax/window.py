@@ -95,7 +95,7 @@ def time_shape(window: Window, axes: tuple[str, ...] = ("lanes", "time")) -> tup
 def check(window: Window, axes: tuple[str, ...] = ("lanes", "time")) -> None:
     """Raises a ``ValueError`` for what can be known before compute to be wrong with ``window``.
 
-    Shapes and dtypes are checked always, values (non-finite data, nothing scored) only where the arrays are concrete.
+    Shapes and dtypes are checked always, values (non-finite data, negative weights) only where the arrays are concrete.
     """
     shape = time_shape(window, axes)
     for field in ("resets", "valid"):
@@ -117,12 +117,17 @@ def check(window: Window, axes: tuple[str, ...] = ("lanes", "time")) -> None:
                         f"`{field}` is not finite at {where} ({len(bad)} such steps): fill or drop it, mark the step as "
                         "padding with `valid`, or, if it is a target that is missing, give the step weight 0."
                     )
-    if window.weights is not None:
-        weights = np.asarray(window.weights)
-        if (weights < 0).any():
-            raise ValueError("`weights` holds a negative weight; each needs to be 0 (not scored) or more.")
-        if not (weights * valid).any():
-            raise ValueError("`weights` is 0 at every valid step: nothing would be scored. Give one step a weight.")
+    if window.weights is not None and (np.where(valid, window.weights, 0) < 0).any():
+        raise ValueError("`weights` holds a negative weight; each needs to be 0 (not scored) or more.")
+
+
+def check_scored(window: Window) -> None:
+    """Raises a ``ValueError`` if a whole stream, concrete, has no step to score. One window of it may have none."""
+    if any(isinstance(mask, jax.core.Tracer) for mask in (window.weights, window.valid)):
+        return
+    valid = True if window.valid is None else np.asarray(window.valid)
+    if not np.any(np.where(valid, 1 if window.weights is None else window.weights, 0)):
+        raise ValueError("`weights` is 0 at every valid step: nothing would be scored. Give one step a weight.")
 
 
 def sequences(inputs: PyTree, targets: PyTree = None, lengths: Array | None = None) -> Window:
@@ -194,6 +199,7 @@ def slide(window: Window, length: int, stride: int = 1) -> Window:
     """
     n, time = time_shape(window)
     _check_length(length, time)
+    check(window)
     if stride < 1:
         raise ValueError(f"`stride` is {stride}; it needs to be at least 1 step.")
     if window.valid is not None:
@@ -223,6 +229,7 @@ def split(window: Window, length: int, *, lanes: int | None = None) -> Window:
     if not 1 <= lanes <= n:
         raise ValueError(f"{n} sequences cannot be run in {lanes} lanes: choose from 1 to {n}.")
     check(window)
+    check_scored(window)
     more_rows, more_steps = -n % lanes, -time % length
 
     def cut(x: Array) -> Array:

@@ -72,12 +72,31 @@ MISTAKES = {
         "`inputs` is not finite at lanes 1, time 0",
     ),
     "nan in sequences": (lambda: tb.sequences(with_nan(X)), "`inputs` is not finite at sequences 2, time 3"),
-    "nothing scored": (lambda: begin(tb.Window(X, X, 0 * ONES)), "`weights` is 0 at every valid step"),
+    "nothing scored": (lambda: tb.split(tb.Window(X, X, 0 * ONES), 5), "`weights` is 0 at every valid step"),
     "nothing to evaluate": (
         lambda: tb.evaluate(lstm(), loss, None, tb.Window(X[None], X[None], 0 * ONES[None])),
         "`weights` is 0 at every",
     ),
-    "all padding": (lambda: begin(tb.Window(X, X, ONES, valid=ONES < 0)), "`weights` is 0 at every valid step"),
+    "all padding": (lambda: tb.split(tb.Window(X, X, ONES, valid=ONES < 0), 5), "`weights` is 0 at every valid step"),
+    "nothing valid to evaluate": (
+        lambda: tb.evaluate(lstm(), loss, None, tb.Window(X[None], X[None], valid=ONES[None] < 0)),
+        "nothing would be scored",
+    ),
+    "nan in what slides": (lambda: tb.slide(tb.Window(with_nan(X)), 5), "`inputs` is not finite at lanes 2, time 3"),
+    "integer resets in what slides": (
+        lambda: tb.slide(tb.Window(X, resets=np.ones((4, 10), int)), 5),
+        "`resets` has dtype int64; it needs bool",
+    ),
+    "dropout in the readout": (
+        lambda: tb.from_nnx(
+            lambda rngs: nnx.GRUCell(2, 3, rngs=rngs), readout=lambda rngs: nnx.Dropout(0.5, rngs=rngs)
+        ),
+        "The readout holds variables besides its parameters.*key",
+    ),
+    "a negative normaliser": (
+        lambda: tb.gradient(lstm(), loss, normaliser=-1.0),
+        "`normaliser` is -1.0; it needs to be positive",
+    ),
     "negative weights": (lambda: begin(tb.Window(X, X, -ONES)), "negative weight"),
     "window of 0": (lambda: tb.split(tb.Window(X), 0), "A window of 0 steps is empty"),
     "window longer than the stream": (

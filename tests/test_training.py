@@ -29,6 +29,30 @@ def test_train_windows_is_a_loop_of_updates_and_keeps_the_carry():
     assert not np.allclose(state.stream.carry[1][0], 0)
 
 
+def test_windows_that_score_nothing_train_alike_one_by_one_and_in_one_call():
+    late = stream(rubbish=np.nan)
+    late.weights[:, :10] = 0
+    late.weights[~late.valid] = -1  # rubbish in the padding
+    windows = tb.split(late, 5)
+    step = train_step()
+    state = looped = step.init(jax.random.key(0), first(windows))
+    for i in range(len(windows.inputs)):
+        looped, metrics = step.update(looped, jax.tree.map(lambda x, i=i: x[i], windows))
+        assert (metrics.weight == 0) == (i < 2)
+    state, _ = tb.train_windows(step, state, windows)
+    assert_close(state.params, looped.params)
+    assert_close(state.stream.carry, looped.stream.carry)
+
+
+def test_evaluating_leaves_the_training_state_as_it_was():
+    step, windows = train_step(), tb.split(stream(), 5)
+    state, _ = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), windows)
+    params, carry = jax.tree.map(np.array, (state.params, state.stream.carry))
+    one, other = (tb.evaluate(lstm(), loss, state.params, windows) for _ in range(2))
+    assert_close(one, other, rtol=0, atol=0)  # it begins from its own carry each time
+    assert_close(jax.tree.map(np.array, (state.params, state.stream.carry)), (params, carry), rtol=0, atol=0)
+
+
 def test_the_state_is_donated_and_seeds_run_side_by_side():
     step, windows = train_step(), tb.split(stream(), 5)
     state = step.init(jax.random.key(1), first(windows))

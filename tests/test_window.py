@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tbptt_jax as tb
@@ -13,6 +13,7 @@ sizes = st.integers(1, 12)
 def test_split_consumes_each_step_once_in_order_and_resets_where_rows_begin(n, time, k, lanes, data):
     k, lanes = min(k, time), min(lanes, n)
     lengths = np.asarray(data.draw(st.lists(st.integers(0, time), min_size=n, max_size=n)))
+    assume(lengths.any())
     ids = np.arange(n * time).reshape(n, time) + 1
     windows = tb.split(tb.sequences(ids, ids, lengths), k, lanes=lanes)
 
@@ -66,6 +67,17 @@ def test_stateless_begins_every_window_anew_and_keeps_the_resets_within():
     resets = tb.stateless(tb.split(inside, 3)).resets
     assert resets[:, :, 0].all()
     assert np.argwhere(resets[:, :, 1:]).tolist() == [[1, 0, 0], [1, 1, 0]]
+
+
+def test_resets_within_a_sequence_go_with_their_step_into_every_cut():
+    rng = np.random.default_rng(0)
+    marks = rng.random((3, 9)) < 0.4
+    starts = np.arange(9) == 0
+    windows = tb.split(tb.Window(marks * 1.0, resets=marks), 4)
+    np.testing.assert_array_equal(windows.resets.swapaxes(0, 1).reshape(3, -1)[:, :9], marks | starts)
+    cut = tb.slide(tb.Window(marks * 1.0, resets=marks), 4)
+    np.testing.assert_array_equal(cut.resets[:, 1:], cut.inputs[:, 1:] > 0)
+    assert cut.resets[:, 0].all()
 
 
 def test_a_window_of_pytrees_is_cut_leaf_by_leaf():
