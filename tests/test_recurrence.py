@@ -201,6 +201,15 @@ def test_a_bfloat16_cell_keeps_a_float32_carry():
     assert {h.dtype for h in jax.tree.leaves(carry)} == {jnp.dtype("float32")}
 
 
+def test_a_step_that_computes_in_bfloat16_adds_up_in_the_float32_of_its_carry():
+    step = lambda params, carry, x: ((carry + x).astype(jnp.bfloat16), carry)  # noqa: E731
+    model = tb.from_step(step, lambda key, inputs: {}, lambda params, lanes: jnp.zeros((lanes, 1), jnp.float32))
+    x = jnp.ones((2, 5, 1), jnp.bfloat16)
+    carry, outputs = model.unroll({}, model.initial_carry({}, 2), x)
+    assert carry.dtype == outputs.dtype == jnp.float32
+    assert (carry == 5).all()
+
+
 def test_a_convolutional_cell_is_told_its_shape():
     model = tb.from_linen(nn.ConvLSTMCell(2, (3, 3)), input_shape=(5, 5, 1))
     x = jnp.ones((2, 3, 5, 5, 1))

@@ -35,6 +35,7 @@ def test_lanes_lays_out_a_corpus_once_each_lane_continuing_itself(time, lanes, k
     lanes = min(lanes, time)
     corpus = np.arange(time)
     laid = tb.lanes(corpus, lanes=lanes)
+    assert laid.resets[:, 0].all() and not laid.resets[:, 1:].any()
     windows = tb.split(laid, min(k, laid.inputs.shape[1]))
     valid = np.ones(windows.inputs.shape, bool) if windows.valid is None else windows.valid
     in_lanes = windows.inputs.swapaxes(0, 1).reshape(lanes, -1)
