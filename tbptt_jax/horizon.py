@@ -227,6 +227,7 @@ def _first_within(left_out: np.ndarray, total: float, tolerance: float) -> tuple
     """The first length, from 1 on, with δ = E / (total - 2E) within the tolerance, else the last; and its δ."""
     margin = total - 2 * left_out
     delta = np.where(margin > 0, left_out / np.where(margin > 0, margin, 1), np.inf)
+    delta = np.where(left_out == 0, 0.0, delta)  # nothing is left out, also where there is no past at all
     within = np.flatnonzero(delta <= tolerance)
     index = within[0] if len(within) else len(delta) - 1
     return int(index) + 1, float(delta[index])

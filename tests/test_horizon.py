@@ -57,6 +57,11 @@ def test_no_window_is_safe_where_the_gradient_does_not_fade():
     assert not choice.safe and choice.window == 300 and "No window is safe" in choice.reason
 
 
+def test_a_model_without_memory_needs_no_more_than_one_step():
+    choice = horizon.suggest(horizon.Decay(np.zeros(20), 0.0, 10))
+    assert (choice.window, choice.horizon, choice.relative_bias, choice.safe) == (1, 1, 0.0, True)
+
+
 def test_bias_sees_what_is_exact_and_what_is_not():
     model, params = lstm(), params_of(lstm())
     window = stream(rubbish=np.nan)
