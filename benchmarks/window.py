@@ -1,0 +1,208 @@
+"""One LSTM train window: forward, backward and the update, on given cotangents of the outputs."""
+
+import contextlib
+import functools
+import os
+
+import jax
+import numpy as np
+import optax
+from matplotlib.axes import Axes
+
+import tbptt_jax as tb
+from benchmarks.turns import Maker, Section, Side, Timed, could_not_run, elsewhere, quartiles, table, take_turns
+from tbptt_jax import sharding
+
+SHAPES = (
+    (32, 64, 64, 128),
+    (32, 128, 128, 256),
+    (16, 256, 256, 512),
+    (64, 64, 512, 512),
+    (20, 70, 400, 1150),
+    (11, 20, 1, 10),
+)
+RUN = 4  # windows in one compiled run
+RATE = 1e-6
+OURS = ("tb.lstm, run", "tb.lstm, run, lanes spread")
+Shape = tuple[int, int, int, int]
+
+
+def jax_window(model: tb.Recurrence, shape: Shape, windows: int = RUN, devices: int = 1) -> Side:
+    """Our loop around a model, ours or a peer's: ``windows`` in one compiled run, lanes over ``devices``."""
+    lanes, steps, inputs, features = shape
+    rng = np.random.default_rng(0)
+    x, cotangents = (rng.normal(size=(windows, lanes, steps, n)).astype(np.float32) for n in (inputs, features))
+    cut = tb.Window(x, cotangents)
+    estimate = tb.gradient(model, lambda y, window: (y * window.targets).sum(-1), normaliser=1)
+    if devices > 1:
+        mesh = jax.make_mesh((devices,), ("lane",), axis_types=(jax.sharding.AxisType.Auto,))
+        estimate, cut = sharding.over_lanes(estimate, mesh), sharding.place(cut, mesh)
+    cut = jax.device_put(cut)
+    step = tb.train_step(estimate, optax.sgd(RATE))
+    state = step.init(jax.random.key(0), jax.tree.map(lambda x: x[0], cut))
+
+    def call() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(tb.train_windows(step, state, cut))
+
+    return call
+
+
+def flax_rnn(shape: Shape) -> tb.Recurrence:
+    import flax.linen as nn
+
+    rnn = nn.RNN(nn.OptimizedLSTMCell(shape[-1]))
+    return tb.Recurrence(rnn.init, lambda params, lanes: (), lambda params, carry, x: (carry, rnn.apply(params, x)))
+
+
+def haiku_unroll(shape: Shape) -> tb.Recurrence:
+    import haiku as hk
+
+    @hk.without_apply_rng
+    @hk.transform
+    def unroll(x: jax.Array) -> jax.Array:
+        core = hk.LSTM(shape[-1])
+        return hk.dynamic_unroll(core, x, core.initial_state(len(x)), time_major=False)[0]
+
+    return tb.Recurrence(unroll.init, lambda p, lanes: (), lambda p, carry, x: (carry, unroll.apply(p, x)))
+
+
+def keras_on_jax(shape: Shape) -> tb.Recurrence:
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    lanes, steps, inputs, features = shape
+    layer = keras.layers.LSTM(features, return_sequences=True)
+    layer.build((lanes, steps, inputs))
+    params, others = ([v.value for v in vs] for vs in (layer.trainable_variables, layer.non_trainable_variables))
+    return tb.Recurrence(
+        lambda key, x: params,
+        lambda params, lanes: (),
+        lambda params, carry, x: (carry, layer.stateless_call(params, others, x)[0]),
+    )
+
+
+def keras_on_torch(*shape: int) -> Side:
+    """Keras's layer is a module of PyTorch's here, and runs eagerly. In a process with KERAS_BACKEND=torch."""
+    import keras
+
+    lanes, steps, inputs, features = shape
+    layer = keras.layers.LSTM(features, return_sequences=True)
+    layer.build((lanes, steps, inputs))
+    return torch_call(layer, layer, shape)
+
+
+def torch_window(shape: Shape, compiled: bool = False) -> Side:
+    """PyTorch's own layer: on a GPU, cuDNN's."""
+    import torch
+
+    _, _, inputs, features = shape
+    layer = torch.nn.LSTM(inputs, features, batch_first=True).to("cuda" if torch.cuda.is_available() else "cpu")
+    if compiled:
+        torch.compiler.reset()  # or it would compile the second shape for any shape
+    run = torch.compile(layer) if compiled else layer
+    return torch_call(layer, lambda x: run(x)[0], shape)
+
+
+def torch_call(layer, forward, shape: tuple[int, ...]) -> Side:  # type: ignore[no-untyped-def]
+    import torch
+
+    lanes, steps, inputs, features = shape
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, cotangents = (torch.randn(lanes, steps, n, device=device) for n in (inputs, features))
+    optimiser = torch.optim.SGD(layer.parameters(), RATE)
+
+    def call() -> None:
+        optimiser.zero_grad()
+        forward(x).backward(cotangents)
+        optimiser.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return call
+
+
+def sides(shape: Shape, in_torch: Maker) -> dict[str, tuple[Maker, int]]:
+    """Everyone, and the windows in a call."""
+    jax_side = functools.partial(functools.partial, jax_window)
+    ours, devices = tb.lstm(shape[-1]), jax.device_count()
+    everyone = {
+        "tb.lstm, call": (jax_side(ours, shape, 1), 1),
+        OURS[0]: (jax_side(ours, shape), RUN),
+        OURS[1]: (jax_side(ours, shape, RUN, devices), RUN),
+        "PyTorch, eager": (functools.partial(torch_window, shape), 1),
+        "PyTorch, torch.compile": (functools.partial(torch_window, shape, True), 1),
+        "Flax nn.RNN, run": (lambda: jax_window(flax_rnn(shape), shape), RUN),
+        "Haiku dynamic_unroll, run": (lambda: jax_window(haiku_unroll(shape), shape), RUN),
+        "Keras on JAX, run": (lambda: jax_window(keras_on_jax(shape), shape), RUN),
+        "Keras on PyTorch, eager": (in_torch, 1),
+    }
+    if devices == 1 or shape[0] % devices:
+        del everyone[OURS[1]]
+    return everyone
+
+
+def measure(seconds: float) -> Section:
+    results: dict[Shape, Timed] = {}
+    names: list[str] = []
+    failed: dict[str, str] = {}
+    for shape in SHAPES:
+        with contextlib.ExitStack() as stack:
+
+            def in_torch(shape: Shape = shape, stack: contextlib.ExitStack = stack) -> Side:
+                return stack.enter_context(elsewhere(keras_on_torch, *shape, KERAS_BACKEND="torch"))
+
+            everyone = sides(shape, in_torch)
+            timed = take_turns({name: make for name, (make, _) in everyone.items()}, seconds)
+        a_window = {name: 1e3 * times / everyone[name][1] for name, times in timed.times.items()}
+        results[shape] = timed._replace(times=a_window)
+        names += [name for name in everyone if name not in names]
+        failed |= timed.failed
+        jax.clear_caches()
+        print(shape, {name: quartiles(times) for name, times in a_window.items()}, timed.failed, flush=True)
+
+    def ratio(name: str, shape: Shape) -> float:
+        times = results[shape].times
+        ours = min(np.median(times[name]) for name in OURS if name in times)
+        return float(np.median(times[name]) / ours) if name in times else np.nan
+
+    ratios = {name: [ratio(name, shape) for shape in SHAPES] for name in names if name not in OURS}
+    ratios = {name: each for name, each in ratios.items() if np.isfinite(each).any()}
+    columns = [", ".join(map(str, shape)) for shape in SHAPES]
+    times_table = table(
+        ["ms a window: lanes, time, inputs, units", *columns],
+        [
+            [name, *(quartiles(results[s].times[name]) if name in results[s].times else "–" for s in SHAPES)]
+            for name in names
+        ],
+    )
+
+    def mean(each: list[float]) -> float:
+        return float(np.exp(np.nanmean(np.log(each))))
+
+    ratios_table = table(
+        ["times slower than tb.lstm", *columns, "geometric mean"],
+        [[name, *(f"{r:.2f}" for r in each), f"{mean(each):.2f}"] for name, each in ratios.items()],
+    )
+    text = f"""One LSTM layer, float32: forward, backward and an SGD update. Milliseconds a window, median (quartiles).
+A *run* is {RUN} windows in one compiled call, as `tb.train_windows` makes them; the JAX peers are given the same loop, so
+that only the layer differs. *Lanes spread*: each of the {jax.device_count()} devices reads its own lanes (`tb.sharding`).
+Keras on PyTorch runs in a process of its own.
+
+{times_table}
+
+Ratios of medians, above 1 where `tb.lstm` is faster; it is the run, with its lanes spread where that is the faster.
+
+{ratios_table}{could_not_run(failed)}"""
+
+    def draw(axes: Axes) -> None:
+        places, width = np.arange(len(SHAPES)), 0.85 / len(ratios)
+        for i, (name, each) in enumerate(ratios.items()):
+            axes.bar(places + i * width, each, width, label=f"{name}, {mean(each):.1f}")
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set(yscale="log", ylabel="time / tb.lstm, run")
+        axes.set_title("One train window (number: geometric mean)")
+        axes.set_xticks(places + 0.4, ["×".join(map(str, shape)) for shape in SHAPES])
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+
+    return Section("The LSTM window", text, draw)
