@@ -11,7 +11,7 @@ from absl import flags
 from matplotlib.axes import Axes
 
 import tbptt_jax as tb
-from benchmarks.turns import Section, Side, could_not_run, quartiles, table, take_turns
+from benchmarks.turns import Maker, Section, Side, could_not_run, quartiles, table, take_turns
 from experiments import char_lm
 from tbptt_jax import sharding
 
@@ -117,10 +117,9 @@ def measure(seconds: float) -> Section:
     vocabulary, devices = len(text.characters), jax.device_count()
     x, y = windows.inputs, windows.targets
     model = fused(vocabulary, FLAGS.hidden)
-    sides = {
+    sides: dict[str, Maker] = {
         OURS: functools.partial(ours, model, windows),
         f"{OURS}, lanes spread": functools.partial(ours, model, windows, devices),
-        "tb.train_windows, the model of experiments.char_lm": lambda: ours(char_lm.language_model(vocabulary), windows),
         "PyTorch, eager": lambda: torch_loop(vocabulary, x, y),
         "Flax nn.RNN, a compiled step": lambda: flax_loop(vocabulary, x, y, False),
         "Flax nn.RNN, a compiled loop": lambda: flax_loop(vocabulary, x, y, True),

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 import tbptt_jax as tb
 from benchmarks.turns import Section, Side, quartiles, table, take_turns
+from tbptt_jax.recurrence import Segment
 
 LENGTHS = (10**3, 10**4, 10**5, 10**6)
 LANES, WINDOW, HIDDEN, VOCABULARY = 32, 50, 128, 96
@@ -18,20 +19,21 @@ STREAM_LANES, STREAM_HIDDEN = 4, 16  # small, for a million steps
 WIDTHS, BATCHES = (16, 32, 64, 128, 256, 512, 1024), (1, 4, 16, 64, 256)
 
 
-def train_step(hidden: int, checkpoint: str | None = None) -> tb.training.TrainStep:
-    model = tb.lstm(hidden, encoder=nn.Embed(VOCABULARY, hidden), readout=nn.Dense(VOCABULARY), checkpoint=checkpoint)
-    estimate = tb.gradient(model, lambda y, window: optax.softmax_cross_entropy_with_integer_labels(y, window.targets))
+def train_step(hidden: int, checkpoint: Segment = None) -> tb.training.TrainStep:
+    model = tb.lstm(hidden, encoder=nn.Embed(VOCABULARY, hidden), readout=nn.Dense(1), checkpoint=checkpoint)
+    estimate = tb.gradient(model, lambda y, window: (y[..., 0] - window.targets) ** 2)
     return tb.train_step(estimate, optax.adam(1e-3))
 
 
-def bytes_of(steps: int, window: int, checkpoint: str | None = None) -> tuple[int, int]:
+def bytes_of(steps: int, window: int, checkpoint: Segment = None) -> tuple[int, int]:
     """Arguments and temporary memory of ``tb.train_windows``, compiled for a stream and never run."""
     step = train_step(HIDDEN, checkpoint)
     ids = jax.ShapeDtypeStruct((steps // window, LANES, window), jnp.int32)
-    windows = tb.Window(ids, ids)
+    windows = tb.Window(ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32))
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), windows)
     state = jax.eval_shape(step.init, jax.random.key(0), first)
     analysis = tb.train_windows.lower(step, state, windows).compile().memory_analysis()
+    assert analysis is not None
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
 
 
@@ -50,8 +52,8 @@ def memory(seconds: float) -> Section:
         for i, steps in enumerate(LENGTHS)
     ]
     text = f"""Temporary memory of the compiled `tb.train_windows`, MB, by XLA's `memory_analysis`: {LANES} lanes, an LSTM of
-{HIDDEN} units with an embedding of, and a readout to, {VOCABULARY} characters, Adam. The arguments are the parameters, Adam's moments and the
-stream itself, which need not be on the device at once.
+{HIDDEN} units that reads characters and tells a number at every step, Adam. The arguments are the parameters, Adam's moments and
+the stream itself, which need not be on the device at once.
 
 {table(["steps of a lane", "arguments", *used], rows)}"""
 
@@ -69,7 +71,7 @@ stream itself, which need not be on the device at once.
 def stream(steps: int, lanes: int, hidden: int) -> Side:
     step = train_step(hidden)
     ids = np.random.default_rng(0).integers(VOCABULARY, size=(steps // WINDOW, lanes, WINDOW), dtype=np.int32)
-    windows = jax.device_put(tb.Window(ids, ids))
+    windows = jax.device_put(tb.Window(ids, ids.astype(np.float32)))
     state = step.init(jax.random.key(0), jax.tree.map(lambda x: x[0], windows))
 
     def call() -> None:

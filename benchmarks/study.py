@@ -43,13 +43,15 @@ def ours(windows: list[int], seeds: int) -> Side:
 
             return jax.lax.scan(epoch, state, length=EPOCHS)[1]
 
-        return jax.jit(jax.vmap(train))
+        return jax.jit(jax.vmap(train) if seeds > 1 else train)
 
     studies = [study(length) for length in windows]
 
     def call() -> None:
+        key = jax.random.key(0)
+        keys = jax.random.split(key, seeds) if seeds > 1 else key
         for study in studies:
-            jax.block_until_ready(study(jax.random.split(jax.random.key(0), seeds)))
+            jax.block_until_ready(study(keys))
 
     return call
 

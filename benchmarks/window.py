@@ -52,19 +52,20 @@ def flax_rnn(shape: Shape) -> tb.Recurrence:
     import flax.linen as nn
 
     rnn = nn.RNN(nn.OptimizedLSTMCell(shape[-1]))
-    return tb.Recurrence(rnn.init, lambda params, lanes: (), lambda params, carry, x: (carry, rnn.apply(params, x)))
+    return tb.Recurrence(rnn.init, lambda params, lanes: (), lambda params, carry, x, *_: (carry, rnn.apply(params, x)))
 
 
 def haiku_unroll(shape: Shape) -> tb.Recurrence:
     import haiku as hk
 
-    @hk.without_apply_rng
-    @hk.transform
     def unroll(x: jax.Array) -> jax.Array:
         core = hk.LSTM(shape[-1])
         return hk.dynamic_unroll(core, x, core.initial_state(len(x)), time_major=False)[0]
 
-    return tb.Recurrence(unroll.init, lambda p, lanes: (), lambda p, carry, x: (carry, unroll.apply(p, x)))
+    model = hk.without_apply_rng(hk.transform(unroll))
+    return tb.Recurrence(
+        model.init, lambda params, lanes: (), lambda params, carry, x, *_: (carry, model.apply(params, x))
+    )
 
 
 def keras_on_jax(shape: Shape) -> tb.Recurrence:
@@ -78,7 +79,7 @@ def keras_on_jax(shape: Shape) -> tb.Recurrence:
     return tb.Recurrence(
         lambda key, x: params,
         lambda params, lanes: (),
-        lambda params, carry, x: (carry, layer.stateless_call(params, others, x)[0]),
+        lambda params, carry, x, *_: (carry, layer.stateless_call(params, others, x)[0]),
     )
 
 
@@ -126,7 +127,7 @@ def sides(shape: Shape, in_torch: Maker) -> dict[str, tuple[Maker, int]]:
     """Everyone, and the windows in a call."""
     jax_side = functools.partial(functools.partial, jax_window)
     ours, devices = tb.lstm(shape[-1]), jax.device_count()
-    everyone = {
+    everyone: dict[str, tuple[Maker, int]] = {
         "tb.lstm, call": (jax_side(ours, shape, 1), 1),
         OURS[0]: (jax_side(ours, shape), RUN),
         OURS[1]: (jax_side(ours, shape, RUN, devices), RUN),
