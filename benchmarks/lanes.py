@@ -5,6 +5,7 @@ A train window of ``tb.lstm`` (forward, backward, update) in a compiled run of s
 
 import os
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
         x = rng.normal(size=(FLAGS.run, lanes, steps, inputs)).astype(np.float32)
         windows = tb.Window(x, rng.normal(size=(FLAGS.run, lanes, steps, units)).astype(np.float32))
         one = tb.gradient(tb.lstm(units), lambda y, w: jnp.sum(y * w.targets, -1))
-        sides = []
+        sides: list[Any] = []
         for estimate, cut in ((one, windows), (sharding.over_lanes(one, mesh), sharding.place(windows, mesh))):
             step = tb.train_step(estimate, optax.sgd(1e-6))
             sides.append([step, step.init(jax.random.key(0), jax.tree.map(lambda x: x[0], windows)), cut])

@@ -40,7 +40,9 @@ def loss(s: jax.Array, window: tb.Window) -> jax.Array:
 def train(influence: str, window: int) -> np.ndarray:
     """θ after each window, ``[seeds, windows]``."""
     windows = tb.split(influence_balancing(FLAGS.steps // window * window), window)
-    estimate = tb.gradient(influence_balancing_model(), loss, influence=launch.influence(influence, 1))
+    estimate = tb.gradient(
+        influence_balancing_model(), loss, influence=launch.influence(influence, len(windows.inputs))
+    )
     step = tb.train_step(
         estimate, optax.sgd(lambda updates: FLAGS.learning_rate / jnp.sqrt(1 + updates * window / 1000))
     )
@@ -91,13 +93,15 @@ def main() -> None:
                 {
                     "influence": influence,
                     "window": window,
-                    "theta": [float(x) if np.isfinite(x) else None for x in final],
+                    "theta": final.tolist(),
                 }
             )
             report(
                 done, f"{influence}, windows of {window}: θ {np.array2string(final, precision=4)} in {seconds:.1f} s"
             )
-            launch.console.print(f"{influence}, windows of {window}: θ = {np.array2string(final, precision=4)}")
+            launch.console.print(
+                f"{influence}, windows of {window}: θ = {np.array2string(final, precision=4)}", markup=False
+            )
     launch.console.print(f"The optimum is {influence_balancing_optimum():.4f}; θ began at 0.5.")
     launch.write_results(directory, {"rows": rows, "optimum": influence_balancing_optimum()}, picture(paths))
     launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")

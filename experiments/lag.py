@@ -80,7 +80,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    windows = launch.positive_integers("windows", FLAGS.windows, at_most=FLAGS.test_steps)
+    windows = launch.positive_integers("windows", FLAGS.windows, at_most=min(FLAGS.steps, FLAGS.test_steps))
     directory = launch.workdir(FLAGS.workdir)
     points = [(window, stateful) for window in windows for stateful in (False, True)]
     rows = []

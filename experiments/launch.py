@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -80,6 +81,14 @@ def influence(name: str, windows: int) -> tb.Influence:
     raise ValueError(f"--influences has {name}, which is none. {INFLUENCES}")
 
 
+def check_influences(names: list[str]) -> None:
+    """Raises a ``ValueError`` unless each of ``names``, at least one, is an influence's."""
+    if not names:
+        raise ValueError(f"--influences is empty. {INFLUENCES}")
+    for name in names:
+        influence(name, 1)
+
+
 def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
     """The numbers of a list flag, each from 1 to ``at_most``.
 
@@ -97,7 +106,8 @@ def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
 def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any = None) -> None:
     """Writes ``results.json`` with the flags and versions of this run, ``flags.txt`` for ``--flagfile``, and a figure.
 
-    Each file is written beside its place and moved into it, so that none is ever seen half-written.
+    Each file is written beside its place and moved into it, so that none is ever seen half-written. What is not finite,
+    as where a training diverged, is written as null.
     """
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     made_by = {
@@ -111,7 +121,7 @@ def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any 
         with _whole(directory / "figure.png") as path:
             figure.savefig(path, dpi=150, bbox_inches="tight", format="png")
     with _whole(directory / "results.json") as path:
-        path.write_text(json.dumps({**results, **made_by}, indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(_finite({**results, **made_by}), indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -133,6 +143,14 @@ def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
             print(f"{done:.4g} of {total} {unit}  {text}", flush=True)
 
     yield report
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 @contextlib.contextmanager

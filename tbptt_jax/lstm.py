@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbptt_jax.recurrence import PyTree, Recurrence, Segment, check_carry, in_segments, scale_cotangent
-from tbptt_jax.window import Window, time_shape, where_lanes
+from tbptt_jax.recurrence import PyTree, Recurrence, Segment, recurrence, scale_cotangent
+from tbptt_jax.window import Window, check_whole, time_shape, where_lanes
 
 GATES = "ifgo"  # the order along the axis of four times the features, as PyTorch has it
 
@@ -74,8 +74,8 @@ def lstm(
         what reaches the cell is not ``[lanes, time, inputs]`` of the weights' inputs or the carry does not fit.
     """
     for name, size in {"features": features, "layers": layers, "projection": projection}.items():
-        if size is not None and size < 1:
-            raise ValueError(f"`{name}` is {size}; an LSTM needs at least 1.")
+        if size is not None:
+            check_whole(name, size)
     if implementation not in (None, "fused", "scan"):
         raise ValueError(f"`implementation` is {implementation!r}; it needs to be 'fused', 'scan', or None to choose.")
     outputs = features if projection is None else projection
@@ -99,38 +99,33 @@ def lstm(
 
         return tuple((zeros(features, weights), zeros(outputs, weights)) for weights in params["cell"])
 
-    def unroll(
+    def scan(
         params: PyTree,
         carry: PyTree,
-        inputs: PyTree,
-        resets: jax.Array | None = None,
-        valid: jax.Array | None = None,
-        edges: jax.Array | None = None,
-    ) -> tuple[PyTree, PyTree]:
-        lanes, time = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
-        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
+        x: jax.Array,
+        resets: jax.Array | None,
+        valid: jax.Array | None,
+        edges: jax.Array | None,
+    ) -> tuple[PyTree, jax.Array]:
+        after = []
+        for weights, before in zip(params["cell"], carry, strict=True):
+            _check_inputs(x, weights)
+            x = x.astype(weights.input.dtype)
+            if implementation == "scan" or edges is not None:  # reweighted edges are left to JAX too
+                state, x = _scanned(dtype, weights, before, x, resets, valid, edges)
+            else:
+                state, x = _fused(dtype, weights, before, x, resets, valid)
+            after.append(state)
+        return tuple(after), x
 
-        def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
-            x: Any
-            x, resets, valid, edges = per_step
-            if valid is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
-                x = where_lanes(valid, x, jax.tree.map(jnp.zeros_like, x))
-                resets = None if resets is None else resets & valid
-            x = x if encoder is None else encoder.apply(params["encoder"], x)
-            after = []
-            for weights, before in zip(params["cell"], carry, strict=True):
-                _check_inputs(x, weights)
-                x = x.astype(weights.input.dtype)
-                if implementation == "scan" or edges is not None:  # reweighted edges are left to JAX too
-                    state, x = _scanned(dtype, weights, before, x, resets, valid, edges)
-                else:
-                    state, x = _fused(dtype, weights, before, x, resets, valid)
-                after.append(state)
-            return tuple(after), (x if readout is None else readout.apply(params["readout"], x))
-
-        return in_segments(segment, carry, (inputs, resets, valid, edges), time, checkpoint)
-
-    return Recurrence(init, initial_carry, unroll)
+    return recurrence(
+        init,
+        initial_carry,
+        scan,
+        encoder and (lambda params, x: encoder.apply(params["encoder"], x)),
+        readout and (lambda params, y: readout.apply(params["readout"], y)),
+        checkpoint,
+    )
 
 
 def from_flax(params: PyTree) -> Weights:

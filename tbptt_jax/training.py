@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from tbptt_jax.gradient import Estimate, Loss, Metrics, StreamState, weighted_mean
+from tbptt_jax.gradient import Estimate, Loss, Metrics, StreamState, step_losses, weighted_mean
 from tbptt_jax.recurrence import Recurrence, unroll_window
 from tbptt_jax.window import Window, check, check_scored, time_shape
 
@@ -47,8 +47,16 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
       estimate: the gradient estimator.
       optimiser: an optax transformation; clipping and schedules are its parts. One that takes extra arguments is given
         the ``window``, as :func:`tbptt_jax.schedules.scale_by_length` needs.
-    """
 
+    Raises:
+      ValueError: now, if they are not these; from ``init`` and ``update`` what the estimator's raise.
+    """
+    for name, given, needed, like in (
+        ("estimate", estimate, Estimate, "`tb.gradient(model, loss)`"),
+        ("optimiser", optimiser, optax.GradientTransformation, "`optax.adam(1e-3)`"),
+    ):
+        if not isinstance(given, needed):
+            raise ValueError(f"`{name}` is {given!r}; it needs to be such as {like}.")
     optimiser = optax.with_extra_args_support(optimiser)
 
     def init(key: jax.Array, window: Window) -> TrainState:
@@ -72,7 +80,6 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
     return TrainStep(init, update)
 
 
-@functools.partial(jax.jit, static_argnames="step", donate_argnames="state")
 def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[TrainState, Metrics]:
     """One update for each of many windows, in one compiled call.
 
@@ -83,8 +90,22 @@ def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[
 
     Returns:
       The state after the last window, and metrics of shape ``[windows]``.
+
+    Raises:
+      ValueError: before any compute, if the windows' shapes or data are not as described or no step is scored.
     """
-    time_shape(windows, ("windows", "lanes", "time"))
+    check(windows, ("windows", "lanes", "time"))
+    check_scored(windows)
+    if not isinstance(step, TrainStep) or not isinstance(state, TrainState):
+        raise ValueError(
+            f"`step` and `state` are a {type(step).__name__} and a {type(state).__name__}; they need to be "
+            "`step = tb.train_step(…)` and `state = step.init(key, window)`."
+        )
+    return _train_windows(step, state, windows)
+
+
+@functools.partial(jax.jit, static_argnames="step", donate_argnames="state")
+def _train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[TrainState, Metrics]:
     return lax.scan(step.update, state, windows)
 
 
@@ -117,8 +138,8 @@ def _evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) ->
 
     def read(carry: PyTree, window: Window) -> tuple[PyTree, Metrics]:
         carry, outputs = unroll_window(model, params, carry, window)
-        return carry, weighted_mean(loss, outputs, window)
+        return carry, weighted_mean(step_losses(loss, outputs, window), window)
 
     _, (losses, weights) = lax.scan(read, model.initial_carry(params, lanes), windows)
     weight = weights.sum()
-    return Metrics(jax.tree.map(lambda x: jnp.sum(x * weights) / weight, losses), weight)
+    return Metrics(jax.tree.map(lambda x: jnp.sum(x * weights) / jnp.where(weight > 0, weight, 1), losses), weight)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP
+from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP, check_carried
 
 PyTree = Any
 
@@ -37,6 +37,7 @@ def uoro() -> Influence:
 
     def init(params: PyTree, carry: PyTree, vjp: WindowVJP) -> Uoro:
         del vjp
+        check_carried(carry)
         return Uoro(*jax.tree.map(jnp.zeros_like, (carry, params)))
 
     def pullback(state: Uoro, carry_cotangent: PyTree) -> PyTree:
