@@ -250,52 +250,48 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
     weights, carry, x, resets, valid, gates, cells, hs = residuals
     after, d_hs = cotangents
     dot = functools.partial(_dot, dtype)
-    time = x.shape[1]
-    transposed, features = weights.recurrent.T, cells.shape[-1]
-    transposed = transposed if dtype is None else transposed.astype(dtype)
+    transposed = weights.recurrent.T if dtype is None else weights.recurrent.T.astype(dtype)
     down = None if weights.projection is None else weights.projection.T
+
+    # The cell's derivatives, of all steps at once: only products are left to the scan. Where the carry stands still its
+    # cotangent does too, and nothing goes back through a reset.
+    i, f, g, o = jnp.split(gates, 4, -1)
+    squashed = jnp.tanh(cells)
+    c_before, h_before = (
+        jnp.concatenate([start[:, None], each[:, :-1]], 1) for start, each in zip(carry, (cells, hs), strict=True)
+    )
+    c_before, h_before = _reset((c_before, h_before), resets)
+    by_gate = jnp.concatenate(
+        [g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)], -1
+    )  # dc/di, dc/df, dc/dg and dh/do, before the activations
+    by_cell = o * (1 - squashed * squashed)  # dh/dc
+    if valid is not None:
+        by_gate, by_cell = _reset((by_gate, by_cell), ~valid)
+        f = where_lanes(valid, f, jnp.ones_like(f))
+    (f,) = _reset((f,), resets)
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
         (d_c, d_h), d_gates, d_outputs = state
-        d_h = d_h + _at(d_hs, t)
-        d_before = d_c, d_h  # where the carry stands still, its cotangent does too
+        d_h = d_output = d_h + _at(d_hs, t)
         if valid is not None:
-            d_c, d_h = _reset(d_before, ~_at(valid, t))
+            (d_output,) = _reset((d_output,), ~_at(valid, t))
         if down is not None:
-            d_outputs = _put(d_outputs, d_h, t)
-            d_h = dot(d_h, down)
-        c_before = jnp.where(t > 0, _at(cells, jnp.maximum(t - 1, 0)), carry[0])
-        if resets is not None:
-            (c_before,) = _reset((c_before,), _at(resets, t))
-        i, f, g, o = jnp.split(_at(gates, t), 4, -1)
-        squashed = jnp.tanh(_at(cells, t))
-        d_c = d_c + d_h * (o * (1 - squashed * squashed))
-        d_activated = jnp.concatenate(
-            [
-                d_c * (g * i * (1 - i)),
-                d_c * (c_before * f * (1 - f)),
-                d_c * (i * (1 - g * g)),
-                d_h * (squashed * o * (1 - o)),
-            ],
-            -1,
-        )
-        d_carry = d_c * f, dot(d_activated, transposed)
+            d_outputs = _put(d_outputs, d_output, t)
+            d_output = dot(d_output, down)
+        d_c = d_c + d_output * _at(by_cell, t)
+        d_activated = _at(by_gate, t) * jnp.concatenate([d_c, d_c, d_c, d_output], -1)
+        d_before = dot(d_activated, transposed)
         if valid is not None:
-            d_carry = where_lanes(_at(valid, t), d_carry, d_before)
-        if resets is not None:
-            d_carry = _reset(d_carry, _at(resets, t))
-        return (d_carry, _put(d_gates, d_activated, t), d_outputs), None
+            d_before = where_lanes(_at(valid, t), d_before, d_h)
+        (d_before,) = _reset((d_before,), _at(resets, t))
+        return ((d_c * _at(f, t), d_before), _put(d_gates, d_activated, t), d_outputs), None
 
     start = after, jnp.zeros_like(gates), None if down is None else jnp.zeros_like(hs)
-    (d_carry, d_gates, d_outputs), _ = lax.scan(step, start, jnp.arange(time), reverse=True)
+    (d_carry, d_gates, d_outputs), _ = lax.scan(step, start, jnp.arange(x.shape[1]), reverse=True)
 
-    before = jnp.concatenate([carry[1][:, None], hs[:, :-1]], 1)
-    before = before if resets is None else where_lanes(resets, jnp.zeros_like(before), before)
-    d_projection = None
-    if d_outputs is not None:
-        d_projection = _over_steps(dtype, gates[..., 3 * features :] * jnp.tanh(cells), d_outputs)
+    d_projection = None if d_outputs is None else _over_steps(dtype, o * squashed, d_outputs)
     d_weights = Weights(
-        _over_steps(dtype, x, d_gates), _over_steps(dtype, before, d_gates), d_gates.sum((0, 1)), d_projection
+        _over_steps(dtype, x, d_gates), _over_steps(dtype, h_before, d_gates), d_gates.sum((0, 1)), d_projection
     )
     return d_weights, d_carry, dot(d_gates, weights.input.T), None, None
 
@@ -324,7 +320,7 @@ def _over_steps(dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _reset(tree: tuple, reset: jax.Array | None) -> tuple:
-    """Zeros in the lanes where ``reset`` ``[lanes]`` is True."""
+    """Zeros where ``reset``, ``[lanes]`` or ``[lanes, time]``, is True."""
     return tree if reset is None else where_lanes(reset, jax.tree.map(jnp.zeros_like, tree), tree)
 
 
