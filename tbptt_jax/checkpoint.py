@@ -11,7 +11,10 @@ that is in it are kept with it, and compared when it is read.
 
 import contextlib
 import json
+import logging
+import os
 import pathlib
+import re
 import shutil
 import warnings
 import zlib
@@ -70,16 +73,20 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
     settings = json.loads(json.dumps(settings))
     if keep < 1:
         raise ValueError(f"`keep` is {keep}; it needs to be at least 1 checkpoint.")
-    manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    log = logging.getLogger("absl")
+    log.addFilter(_not_orbax)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    manager = ocp.CheckpointManager(directory, options=options)
 
     def written(write: Callable[..., Any], *args: Any, **options: Any) -> None:
         try:
             write(*args, **options)
         except Exception as error:  # Orbax and TensorStore have many kinds
-            good = max(manager.all_steps(read=True), default=None)
+            manager.reload()
+            good = max(manager.all_steps(), default=None)
             left = "There is none before it" if good is None else f"The one of update {good} is intact"
             raise OSError(
-                f"A checkpoint could not be written to {directory}: {_first_line(error)} {left}; make room, then run again."
+                f"A checkpoint could not be written to {directory}: {_reason(error)} {left}; make room, then run again."
             ) from error
 
     def save(update: int, state: PyTree, data: Any) -> None:
@@ -91,12 +98,13 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
         written(manager.save, update, args=args, force=True)
 
     def restore(like: PyTree) -> Saved | None:
+        written(manager.wait_until_finished)
         broken: dict[int, str] = {}
         for update in sorted(manager.all_steps(), reverse=True):
             try:
                 content, arrays = _read(manager, update)
             except Exception as error:
-                broken[update] = f"The checkpoint {directory / str(update)} is broken: {_first_line(error)}"
+                broken[update] = f"The checkpoint {directory / str(update)} is broken: {_reason(error)}"
                 continue
             _check_same_run(directory, content, settings, like)
             for each, sentence in broken.items():  # Orbax would not write in their place
@@ -117,6 +125,7 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
         written(manager.wait_until_finished)
     finally:
         manager.close()
+        log.removeFilter(_not_orbax)
 
 
 def _pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
@@ -137,26 +146,27 @@ def _read(manager: ocp.CheckpointManager, update: int) -> tuple[dict[str, Any], 
     run = manager.restore(update, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
     content = run["content"]
     if _checksum_of_json(content) != run["checksum"]:
-        raise ValueError("its JSON does not have its checksum.")
-    arrays = [np.empty(shape, jax.numpy.dtype(dtype)) for shape, dtype in (leaf["stored"] for leaf in content["leaves"])]
+        raise ValueError("its JSON does not have its checksum")
+    arrays = [
+        np.empty(shape, jax.numpy.dtype(dtype)) for shape, dtype in (leaf["stored"] for leaf in content["leaves"])
+    ]
     wanted = ocp.args.StandardRestore({str(i): array for i, array in enumerate(arrays) if array.size})
     stored = manager.restore(update, args=ocp.args.Composite(arrays=wanted)).arrays
     arrays = [stored.get(str(i), array) for i, array in enumerate(arrays)]
     for leaf, array in zip(content["leaves"], arrays, strict=True):
         if zlib.crc32(array.tobytes()) != leaf["checksum"]:
-            raise ValueError(f"`{leaf['path']}` does not have its checksum.")
+            raise ValueError(f"`{leaf['path']}` does not have its checksum")
     return content, arrays
 
 
 def _unpack(arrays: list[np.ndarray], leaves: list[dict[str, Any]], like: PyTree) -> PyTree:
     def place(array: np.ndarray, leaf: dict[str, Any], like: Any) -> jax.Array:
-        # Not the host's own memory: a train step may be given these to write into.
-        new = jax.device_put(array, may_alias=False) if leaf["key"] else array
-        new = jax.random.wrap_key_data(new, impl=leaf["key"]) if leaf["key"] else new
-        return jax.device_put(new, getattr(like, "sharding", None), may_alias=False)
+        own = jax.numpy.array(array)  # not the host's memory: a train step may be given it to write into
+        value = jax.random.wrap_key_data(own, impl=leaf["key"]) if leaf["key"] else own
+        return jax.device_put(value, getattr(like, "sharding", None))
 
     likes, tree = jax.tree.flatten(like)
-    return tree.unflatten(place(*each) for each in zip(arrays, leaves, likes, strict=True))
+    return jax.tree.unflatten(tree, [place(*each) for each in zip(arrays, leaves, likes, strict=True)])
 
 
 def _check_same_run(directory: pathlib.Path, content: dict[str, Any], settings: dict[str, Any], like: PyTree) -> None:
@@ -191,5 +201,15 @@ def _checksum_of_json(content: Any) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
+def _reason(error: Exception) -> str:
+    """What others' exceptions say, without the pages that TensorStore adds."""
+    said = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")
+    code = re.search(r"os_error_code='(\d+)'", said)
+    if code:
+        return f"{os.strerror(int(code[1]))}."
+    return f"{said}." if said and isinstance(error, ValueError | OSError) else f"{error!r}."
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Whether a log line is another's. Orbax logs each exception it raises, several times, as pages."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

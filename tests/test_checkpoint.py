@@ -1,6 +1,10 @@
 """A checkpoint is whole or it is not there, and what goes on from it is what would have been."""
 
+import pathlib
+import re
 import resource
+import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -117,16 +121,29 @@ def flip(path):
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, lambda path: path.unlink()], ids=["truncate", "flip", "lose"])
-@pytest.mark.parametrize("part", ["arrays", "run"])
-def test_a_broken_checkpoint_is_told_of_and_the_one_before_it_used(tmp_path, harm, part):
-    like = saved(tmp_path, 1, 2, 3, state={"x": jnp.arange(500.0)})
-    harm(max((p for p in (tmp_path / "3" / part).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
-    with checkpoint.open(tmp_path, SETTINGS) as store:
-        with pytest.warns(UserWarning, match=rf"{tmp_path}/3 is broken: .+ set aside as 3.broken; update 2 is used"):
-            update, state, _ = store.restore(like)
-        assert update == state["update"] == 2
-        store.save(3, {**state, "update": jnp.int32(33)}, None)  # its place is free again
-    assert restored(tmp_path, like).state["update"] == 33
+def test_a_broken_checkpoint_is_told_of_and_the_one_before_it_used(tmp_path, harm):
+    noise = {"x": jax.random.normal(jax.random.key(0), 500)}
+    like = saved(tmp_path / "whole", 2, 3, state=noise)
+    found = {}
+    for i, file in enumerate(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole" / "3").rglob("*")):
+        shutil.copytree(tmp_path / "whole", directory := tmp_path / str(i))
+        if (directory / file).is_file():
+            harm(directory / file)
+            with checkpoint.open(directory, SETTINGS) as store, warnings.catch_warnings(record=True) as told:
+                update, state, _ = store.restore(like)
+                assert bits(state) == bits({**noise, "update": jnp.int32(update)})  # never anything else
+                found[file] = [str(warning.message) for warning in told if "is broken" in str(warning.message)]
+                assert update == (2 if found[file] else 3)
+                if found[file]:
+                    assert re.fullmatch(
+                        rf"The checkpoint {directory}/3 is broken: .+ It is set aside as 3.broken; update 2 is used.",
+                        found[file][0],
+                    )
+                    store.save(3, {**state, "update": jnp.int32(33)}, None)  # its place is free again
+            assert not found[file] or restored(directory, like).state["update"] == 33
+    needed = max(found, key=lambda file: (tmp_path / "whole" / file).stat().st_size), pathlib.Path("3/run/metadata")
+    print(*found.values(), sep="\n")
+    assert all(found[file] for file in needed)
 
 
 def test_all_broken_is_a_sentence_and_touches_nothing(tmp_path):
@@ -142,7 +159,9 @@ def test_all_broken_is_a_sentence_and_touches_nothing(tmp_path):
 
 def test_another_run_is_refused(tmp_path):
     like = saved(tmp_path, 1)
-    with pytest.raises(ValueError, match="of another run: there window 5, here 7.*settings of then.*another directory"):
+    with pytest.raises(
+        ValueError, match=r"of another run: there window 5, here 7.*settings of then.*another directory"
+    ):
         restored(tmp_path, like, {**SETTINGS, "window": 7})
     with pytest.raises(ValueError, match=r"there `\['x'\]` float64\[3\], here float64\[4\]; `\['y'\]` nothing, here"):
         restored(tmp_path, {**like, "x": jnp.zeros(4), "y": jnp.zeros(4)})
@@ -155,7 +174,7 @@ def test_a_full_disk_is_a_sentence_and_the_last_good_one_is_intact(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # stands for a full disk: a write fails half-way
     try:
-        with pytest.raises(OSError, match="could not be written to .* update 1 is intact; make room, then run again"):
+        with pytest.raises(OSError, match=r"could not be written to .* update 1 is intact; make room, then run again"):
             saved(tmp_path, 2, state=big)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
