@@ -3,6 +3,7 @@
 `TBPTT_KILLS=20 pytest tests/test_kill.py` kills it 20 times; otherwise it is 4.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -13,7 +14,13 @@ import subprocess
 import sys
 import time
 
+import jax
+import optax
 import pytest
+from streams import first, loss, lstm, stream
+
+import tbptt_jax as tb
+from experiments import resume
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = int(os.environ.get("TBPTT_KILLS", "4"))
@@ -79,22 +86,21 @@ def whole(tmp_path_factory):
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(whole):
     directory, seconds = whole
-    rng, kills = random.Random(0), 0
+    rng, kills, runs = random.Random(0), 0, 0
     while kills < KILLS:
-        run = start(directory, f"killed{kills // 4}")
+        run = start(directory, f"killed{runs}")
         try:
-            run.wait(rng.uniform(0, 1.1) * seconds)
+            run.wait(rng.uniform(0.2, 1.1) * seconds)
         except subprocess.TimeoutExpired:
             run.kill()
             kills += 1
         _, err = run.communicate()
         assert run.returncode in (0, -signal.SIGKILL), err
-        if run.returncode == 0:  # done before its time: the next begins anew
-            assert ended(directory / f"killed{kills // 4}") == ended(directory / "whole")
-            start(directory, f"killed{kills // 4}", "--noresume").kill()
-    for i in range(-(-KILLS // 4)):
-        finish(directory, f"killed{i}")
-        assert ended(directory / f"killed{i}") == ended(directory / "whole")
+        if run.returncode == 0:
+            assert ended(directory / f"killed{runs}") == ended(directory / "whole")
+            runs += 1
+    finish(directory, f"killed{runs}")
+    assert ended(directory / f"killed{runs}") == ended(directory / "whole")
 
 
 def test_killed_while_it_writes_a_checkpoint_the_one_before_it_is_used(whole):
@@ -147,13 +153,27 @@ def test_a_second_signal_ends_it_at_once():
     assert ran.returncode == 128 + signal.SIGTERM and "SIGTERM: stopping after this call" in ran.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_it_and_names_the_place(whole):
-    directory, _ = whole
-    run = start(directory, "diverged", "--learning_rate=1e38")
-    _, err = run.communicate()
-    assert run.returncode == 2 and "Traceback" not in err
-    assert re.search(r"The loss of window \d+ is nan, first in lane \d at step \d: lower the learning rate", err)
-    assert not (directory / "diverged" / "results.json").exists()
+def test_a_loss_that_is_not_finite_stops_it_and_names_the_place(tmp_path):
+    whole = tb.split(stream(), 3)
+    whole.targets[5, 0, 1:] = 1e200  # its square is inf
+    step = tb.train_step(tb.gradient(lstm(), loss), optax.sgd(1e-3))
+    train = functools.partial(
+        resume.train,
+        step,
+        lambda: step.init(jax.random.key(0), first(whole)),
+        lambda first, last: jax.tree.map(lambda x: x[first:last], whole),
+        lambda state, window: resume.first_not_finite(lstm(), loss, state.params, state.stream.carry, window),
+        updates=8,
+        directory=tmp_path,
+        settings={},
+        resume=True,
+        report=lambda done, calls: None,
+    )
+    where = "The loss of window 5 is inf, first in lane 0 at step 1: lower the learning rate"
+    with pytest.raises(ValueError, match=f"{where}.*There is no checkpoint yet"):
+        train(per_call=8, every=8)
+    with pytest.raises(ValueError, match=f"{where}.*The last checkpoint, of update 3, is of before"):
+        train(per_call=3, every=1)
 
 
 def test_a_finished_run_is_not_trained_again_and_another_is_refused(whole):
@@ -162,6 +182,12 @@ def test_a_finished_run_is_not_trained_again_and_another_is_refused(whole):
     (directory / "whole" / "results.json").unlink()
     assert f"Going on from update {UPDATES} of {UPDATES}" in finish(directory, "whole")
     assert ended(directory / "whole") == before
+    assert {p.name for p in (directory / "whole").iterdir()} == {
+        "checkpoints",
+        "figure.png",
+        "flags.txt",
+        "results.json",
+    }
     run = start(directory, "whole", "--seed=1")
     _, err = run.communicate()
     assert run.returncode == 2 and "there seed 0, here 1" in err and "--workdir=DIRECTORY" in err
