@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -73,10 +74,6 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
     settings = json.loads(json.dumps(settings))
     if keep < 1:
         raise ValueError(f"`keep` is {keep}; it needs to be at least 1 checkpoint.")
-    log = logging.getLogger("absl")
-    log.addFilter(_not_orbax)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    manager = ocp.CheckpointManager(directory, options=options)
 
     def written(write: Callable[..., Any], *args: Any, **options: Any) -> None:
         try:
@@ -120,12 +117,14 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
             )
         return None
 
-    try:
-        yield Store(save, restore)
-        written(manager.wait_until_finished)
-    finally:
-        manager.close()
-        log.removeFilter(_not_orbax)
+    with _quiet():
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        manager = ocp.CheckpointManager(directory, options=options)
+        try:
+            yield Store(save, restore)
+            written(manager.wait_until_finished)
+        finally:
+            manager.close()
 
 
 def _pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
@@ -194,7 +193,11 @@ def _check_same_run(directory: pathlib.Path, content: dict[str, Any], settings: 
 
 
 def _kind(path: tuple, leaf: Any) -> dict[str, Any]:
-    return {"path": jax.tree_util.keystr(path), "dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+    return {
+        "path": jax.tree_util.keystr(path, simple=True, separator="."),
+        "dtype": str(leaf.dtype),
+        "shape": list(leaf.shape),
+    }
 
 
 def _checksum_of_json(content: Any) -> int:
@@ -203,13 +206,28 @@ def _checksum_of_json(content: Any) -> int:
 
 def _reason(error: Exception) -> str:
     """What others' exceptions say, without the pages that TensorStore adds."""
-    said = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")
-    code = re.search(r"os_error_code='(\d+)'", said)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return f"{os.strerror(int(code[1]))}."
+    said = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")
     return f"{said}." if said and isinstance(error, ValueError | OSError) else f"{error!r}."
 
 
-def _not_orbax(record: logging.LogRecord) -> bool:
-    """Whether a log line is another's. Orbax logs each exception it raises, several times, as pages."""
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax raises what went wrong, and besides logs it several times as pages, and leaves TensorStore calling back into
+    an event loop that is closed. The exception is enough."""
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def not_orbax(record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    def not_closed(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    log.addFilter(not_orbax)
+    sys.unraisablehook = not_closed
+    yield
+    sys.unraisablehook = hook  # not after an exception: writes that it cut short come back later
+    log.removeFilter(not_orbax)

@@ -163,7 +163,7 @@ def test_another_run_is_refused(tmp_path):
         ValueError, match=r"of another run: there window 5, here 7.*settings of then.*another directory"
     ):
         restored(tmp_path, like, {**SETTINGS, "window": 7})
-    with pytest.raises(ValueError, match=r"there `\['x'\]` float64\[3\], here float64\[4\]; `\['y'\]` nothing, here"):
+    with pytest.raises(ValueError, match=r"there `x` float64\[3\], here float64\[4\]; `y` nothing, here"):
         restored(tmp_path, {**like, "x": jnp.zeros(4), "y": jnp.zeros(4)})
     assert restored(tmp_path, like).update == 1
 
