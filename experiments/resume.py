@@ -92,7 +92,8 @@ def train(
         )
         if saved:
             launch.console.print(f"Going on from update {done} of {updates}, saved in {directory}.", soft_wrap=True)
-        while done < updates and not asked():
+        stop = asked()
+        while done < updates and not stop:
             began, last = time.perf_counter(), min(done + per_call, updates)
             state, metrics = tb.train_windows(step, state, windows(done, last))
             losses, weights = (np.asarray(x, np.float64) for x in metrics)  # waits for the call
@@ -101,7 +102,8 @@ def train(
                 raise ValueError(_not_finite(step, init, windows, locate, store, first, losses[first - done]))
             weight = float(weights.sum())
             calls.append(Call(float(losses @ weights) / (weight or 1.0), weight, time.perf_counter() - began))
-            if last == updates or last // every > done // every or asked():
+            stop = asked()  # once: what ends the loop is what saved
+            if last == updates or last // every > done // every or stop:
                 store.save(last, state, {"calls": calls})
             done = last
             report(done, calls)
