@@ -24,7 +24,7 @@ def launch(name, workdir, *arguments):
 
 def results(ran, workdir):
     assert ran.returncode == 0, ran.stderr
-    assert sorted(p.name for p in workdir.iterdir()) == ["figure.png", "flags.txt", "results.json"]
+    assert sorted(p.name for p in workdir.iterdir() if p.is_file()) == ["figure.png", "flags.txt", "results.json"]
     assert (workdir / "figure.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((workdir / "results.json").read_text())
 
