@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 import tbptt_jax as tb
 from experiments import launch, resume
+from tbptt_jax import sharding
 
 HELD_OUT = 0.1
 WINDOWS_PER_CALL = 50
@@ -170,13 +171,14 @@ def main() -> None:
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(FLAGS.learning_rate, FLAGS.updates))
     )
-    step = tb.train_step(tb.gradient(model, loss), optimiser)
+    mesh = launch.mesh(lanes=FLAGS.lanes, units=FLAGS.hidden)
+    step = tb.train_step(sharding.over_lanes(tb.gradient(model, loss), mesh), optimiser)
     init_key, sample_key = jax.random.split(jax.random.key(FLAGS.seed))
     count = len(train_windows.inputs)
 
     def windows(first: int, last: int) -> tb.Window:
         # In order, and round again: at the text's beginning the windows themselves reset every lane.
-        return jax.tree.map(lambda x: x[np.arange(first, last) % count], train_windows)
+        return sharding.place(jax.tree.map(lambda x: x[np.arange(first, last) % count], train_windows), mesh)
 
     def speed(calls: list[resume.Call]) -> float:
         return statistics.median(call.weight / call.seconds for call in calls)  # leaves out the calls that compiled

@@ -18,6 +18,7 @@ from rich.table import Table
 
 import tbptt_jax as tb
 from experiments import launch
+from tbptt_jax import sharding
 from tbptt_jax.tasks import copy_memory, copy_memory_floor
 
 FLAGS = flags.FLAGS
@@ -64,7 +65,8 @@ def train(name: str) -> dict[str, Any]:
         return total / weight, tb.evaluate(model, loss, state.params, data(keys[2], 16 * FLAGS.lanes)).loss
 
     began = time.perf_counter()
-    curves, final = jax.jit(jax.vmap(one_seed))(jax.random.split(jax.random.key(0), FLAGS.seeds))
+    train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
+    curves, final = jax.jit(train)(jax.random.split(jax.random.key(0), FLAGS.seeds))
     curves, final = np.asarray(curves), np.asarray(final)
     seconds = time.perf_counter() - began
     return {

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 import tbptt_jax as tb
 from experiments import launch
+from tbptt_jax import sharding
 from tbptt_jax.tasks import influence_balancing, influence_balancing_model, influence_balancing_optimum
 
 FLAGS = flags.FLAGS
@@ -54,7 +55,8 @@ def train(influence: str, window: int) -> np.ndarray:
 
         return jax.lax.scan(update, step.init(key, jax.tree.map(lambda x: x[0], windows)), windows)[1]
 
-    return np.asarray(jax.jit(jax.vmap(one_seed))(jax.random.split(jax.random.key(0), FLAGS.seeds)))
+    train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
+    return np.asarray(jax.jit(train)(jax.random.split(jax.random.key(0), FLAGS.seeds)))
 
 
 def picture(paths: dict[str, np.ndarray]) -> Figure:

@@ -16,13 +16,19 @@ from typing import Any
 import jax
 import matplotlib
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tbptt_jax as tb
+from tbptt_jax import sharding
 
 matplotlib.use("agg")  # figures go to files; no display is needed
 INFLUENCES = "Any of truncate, replay:WINDOWS, replay:WINDOWS:SURVIVAL, rtrl, uoro; WINDOWS is a number, or all."
+
+_DEVICES = flags.DEFINE_integer(
+    "devices", None, "JAX devices to use; default all, which on a CPU is one for each core.", lower_bound=1
+)
 
 console = Console(width=None if sys.stdout.isatty() else 100)
 
@@ -34,6 +40,7 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Every setting is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)  # jax says at INFO which accelerators it did not find
+        prepare(_DEVICES.value)
         try:
             main()
         except (ValueError, OSError) as error:
@@ -41,6 +48,38 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(2)
 
     app.run(guarded)
+
+
+def prepare(devices: int | None = None) -> None:
+    """Sets JAX up, before it computes anything: a CPU's cores as ``devices`` devices, programs kept from run to run.
+
+    Compiled programs go to ``~/.cache/tbptt_jax``, or where ``JAX_COMPILATION_CACHE_DIR`` says. Vectors are as wide as the
+    CPU has them (XLA prefers half of that), which makes the gates of an LSTM faster.
+    """
+    options = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_prefer_vector_width" not in options:
+        os.environ["XLA_FLAGS"] = f"{options} --xla_cpu_prefer_vector_width=512".strip()
+    jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "tbptt_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
+    """The devices that ``runs`` trainings side by side, or else ``lanes`` of an LSTM with ``units``, are worth spreading over.
+
+    A CPU's cores each hold a copy of the weights and meet at every window's end, so lanes are spread over them only where
+    the products are large enough to pay for that, and the copies small enough to stay in the cache
+    (``python -m benchmarks.lanes``).
+    """
+    devices = min(jax.device_count(), _DEVICES.value or jax.device_count())
+    if runs > 1:
+        return sharding.mesh(run=min(runs, devices))
+    spread = next(n for n in range(devices, 0, -1) if lanes % n == 0)
+    if jax.default_backend() == "cpu" and not (64 <= units <= 512 and lanes >= 8 * spread):
+        spread = 1
+    return sharding.mesh(lane=spread)
 
 
 def workdir(path: str) -> pathlib.Path:
@@ -113,7 +152,7 @@ def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any 
     made_by = {
         "flags": {flag.name: flag.value for flag in own},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "flax", "optax")}},
-        "device": jax.devices()[0].device_kind,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     with _whole(directory / "flags.txt") as path:
         path.write_text("".join(f"{flag.serialize()}\n" for flag in own if flag.serialize()))
@@ -128,7 +167,7 @@ def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any 
 def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
     """Shows ``report(done, text)``: a live bar on a terminal, elsewhere a plain line every few seconds."""
     if console.is_terminal:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
         with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
             task = bar.add_task("", total=total)
             yield lambda done, text: bar.update(task, completed=done, description=text)
