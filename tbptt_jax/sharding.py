@@ -85,7 +85,8 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
     def specs(stream: StreamState, axes: list[int | None]) -> Any:
         each = [P(LANE) if axis is None else P(*[None] * axis, LANE) for axis in axes]
         carry, influence = jax.tree.unflatten(jax.tree.structure(stream[:2]), each)
-        return stream._replace(carry=carry, influence=influence, key=P())
+        everywhere: Any = P()
+        return StreamState(carry, influence, everywhere)
 
     def init(key: jax.Array, params: PyTree, window: Window) -> StreamState:
         own, axes = streams(params, window)
