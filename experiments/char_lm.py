@@ -116,17 +116,8 @@ def cut(ids: np.ndarray, lanes: int) -> tb.Window:
 
 
 def language_model(vocabulary: int) -> tb.Recurrence:
-    first, last = 0, FLAGS.layers - 1
-    return tb.stack(
-        *(
-            tb.from_linen(
-                nn.OptimizedLSTMCell(FLAGS.hidden),
-                encoder=nn.Embed(vocabulary, FLAGS.hidden) if layer == first else None,
-                readout=nn.Dense(vocabulary) if layer == last else None,
-            )
-            for layer in range(FLAGS.layers)
-        )
-    )
+    embed, readout = nn.Embed(vocabulary, FLAGS.hidden), nn.Dense(vocabulary)
+    return tb.lstm(FLAGS.hidden, layers=FLAGS.layers, encoder=embed, readout=readout)
 
 
 def loss(logits: jax.Array, window: tb.Window) -> jax.Array:

@@ -26,3 +26,4 @@ from tbptt_jax.training import train_windows as train_windows
 from tbptt_jax.training import evaluate as evaluate
 from tbptt_jax import horizon as horizon
 from tbptt_jax import sharding as sharding
+from tbptt_jax import checkpoint as checkpoint
