@@ -155,6 +155,7 @@ def picture(curve: list[tuple[int, float]], held_out: float) -> Figure:
 
 
 def main() -> None:
+    resume.join_processes(FLAGS.lanes)
     text = encode(read(FLAGS.text), FLAGS.lanes, FLAGS.window)
     directory = launch.workdir(FLAGS.workdir)
     train_windows, held_out = cut(text.train, FLAGS.lanes), cut(text.held_out, 1)
@@ -169,7 +170,8 @@ def main() -> None:
 
     def windows(first: int, last: int) -> tb.Window:
         # In order, and round again: at the text's beginning the windows themselves reset every lane.
-        return sharding.place(jax.tree.map(lambda x: x[np.arange(first, last) % count], train_windows), mesh)
+        order = np.arange(first, last) % count
+        return sharding.place(jax.tree.map(lambda x: x[order][:, sharding.own_lanes(FLAGS.lanes)], train_windows), mesh)
 
     def speed(calls: list[resume.Call]) -> float:
         return statistics.median(call.weight / call.seconds for call in calls)  # leaves out the calls that compiled
@@ -193,11 +195,12 @@ def main() -> None:
         )
 
     began = time.perf_counter()
-    held_out_bits = float(tb.evaluate(model, loss, state.params, held_out).loss) / math.log(2)
+    params = jax.device_get(state.params)  # the rest is one device's work
+    held_out_bits = float(tb.evaluate(model, loss, params, held_out).loss) / math.log(2)
     seconds = sum(call.seconds for call in calls) + time.perf_counter() - began
     read_by = itertools.accumulate(round(call.weight) for call in calls)
     curve = [(read, call.loss / math.log(2)) for read, call in zip(read_by, calls, strict=True)]
-    ids = sample(model, state.params, text.held_out[:PROMPT], sample_key)
+    ids = sample(model, params, text.held_out[:PROMPT], sample_key)
     prompt, told = ("".join(text.characters[i] for i in part) for part in (text.held_out[:PROMPT], ids))
     results = {
         "window": FLAGS.window,

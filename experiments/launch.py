@@ -69,10 +69,12 @@ def prepare(devices: int | None = None) -> None:
 def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
     """The devices that ``runs`` trainings side by side, or else ``lanes`` of an LSTM with ``units``, are worth spreading over.
 
-    A CPU's cores each hold a copy of the weights and meet at every window's end, so lanes are spread over them only where
+    Several processes take all their devices. A CPU's cores each hold a copy of the weights and meet at every window's end, so lanes are spread over them only where
     the products are large enough to pay for that, and the copies small enough to stay in the cache
     (``python -m benchmarks.lanes``).
     """
+    if jax.process_count() > 1:
+        return sharding.mesh(lane=jax.device_count())
     devices = min(jax.device_count(), _DEVICES.value or jax.device_count())
     if runs > 1:
         return sharding.mesh(run=min(runs, devices))
@@ -154,6 +156,8 @@ def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any 
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "flax", "optax")}},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
+    if jax.process_index() > 0:
+        return
     with _whole(directory / "flags.txt") as path:
         path.write_text("".join(f"{flag.serialize()}\n" for flag in own if flag.serialize()))
     if figure is not None:

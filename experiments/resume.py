@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
 
 import tbptt_jax as tb
 from experiments import launch
@@ -22,6 +24,15 @@ from tbptt_jax import checkpoint
 from tbptt_jax.recurrence import unroll_window
 from tbptt_jax.training import TrainState, TrainStep
 from tbptt_jax.window import step_weights
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of the first of several processes, the same for all; auto: found by itself on Slurm and Kubernetes.",
+)
+flags.DEFINE_integer("processes", None, "How many processes there are, each with lanes of its own.", lower_bound=1)
+flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 
 STOP = signal.SIGTERM, signal.SIGINT
 
@@ -36,6 +47,34 @@ class Call(NamedTuple):
     loss: float
     weight: float
     seconds: float
+
+
+def join_processes(lanes: int) -> None:
+    """Joins the processes that the flags name, before JAX computes anything; none are named: this is the only one.
+
+    Raises:
+      ValueError: if the flags do not go together, the others are not found, or the lanes do not divide by all devices.
+    """
+    if FLAGS.coordinator is None and FLAGS.processes is FLAGS.process is None:
+        return
+    automatic = FLAGS.coordinator == "auto" and FLAGS.processes is FLAGS.process is None
+    if not automatic and (
+        None in (FLAGS.coordinator, FLAGS.processes, FLAGS.process) or FLAGS.process >= FLAGS.processes
+    ):
+        raise ValueError(
+            "Several processes need --coordinator=HOST:PORT, --processes=N and --process=I with I from 0 to N - 1, or "
+            "--coordinator=auto alone."
+        )
+    try:
+        jax.distributed.initialize(*(() if automatic else (FLAGS.coordinator, FLAGS.processes, FLAGS.process)))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"The processes did not meet: {str(error).splitlines()[0]}") from error
+    launch.console.quiet = jax.process_index() > 0
+    if lanes % jax.device_count():
+        raise ValueError(
+            f"--lanes={lanes} cannot be spread over the {jax.device_count()} devices of {jax.process_count()} processes: "
+            f"give a multiple of {jax.device_count()}."
+        )
 
 
 def train(
@@ -76,9 +115,10 @@ def train(
       ValueError: if the checkpoints are of another run, or a loss is not finite.
     """
     old = directory.with_name(f"{directory.name}.old")
-    if not resume and directory.exists():
+    if not resume and directory.exists() and jax.process_index() == 0:
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
+    _meet("the old checkpoints are out of the way")
     settings = {**settings, "updates": updates, "updates in a call": per_call}
     with stop_asked() as asked, checkpoint.open(directory, settings) as store:
         try:
@@ -92,7 +132,7 @@ def train(
         )
         if saved:
             launch.console.print(f"Going on from update {done} of {updates}, saved in {directory}.", soft_wrap=True)
-        stop = asked()
+        stop = _largest(asked())
         while done < updates and not stop:
             began, last = time.perf_counter(), min(done + per_call, updates)
             state, metrics = tb.train_windows(step, state, windows(done, last))
@@ -102,16 +142,26 @@ def train(
                 raise ValueError(_not_finite(step, init, windows, locate, store, first, losses[first - done]))
             weight = float(weights.sum())
             calls.append(Call(float(losses @ weights) / (weight or 1.0), weight, time.perf_counter() - began))
-            stop = asked()  # once: what ends the loop is what saved
+            stop = _largest(asked())  # once, and for all processes: what ends the loop is what saved
             if last == updates or last // every > done // every or stop:
                 store.save(last, state, {"calls": calls})
             done = last
             report(done, calls)
     shutil.rmtree(old, ignore_errors=True)
-    if asked():
+    if stop:
         launch.console.print(f"Stopped at update {done} of {updates}; the same command goes on.", soft_wrap=True)
-        sys.exit(128 + asked())
+        sys.exit(128 + stop)
     return state, calls
+
+
+def _meet(where: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def _largest(number: int) -> int:
+    """Of the numbers that the processes give."""
+    return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def _not_finite(
@@ -124,6 +174,8 @@ def _not_finite(
     loss: float,
 ) -> str:
     """Goes there again from the last checkpoint, up to the window itself: the call has overwritten the state before it."""
+    if jax.process_count() > 1:  # each has lanes of its own
+        return f"The loss of window {bad} is {loss}: lower the learning rate, or look at the data there."
     saved = store.restore(jax.eval_shape(init))
     done, state = (saved.update, saved.state) if saved else (0, init())
     if done < bad:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 PyTree = Any
 
@@ -57,8 +58,8 @@ class Store(NamedTuple):
 def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3) -> Iterator[Store]:
     """The checkpoints of one run. On leaving, the last one is on disk.
 
-    A state is saved by its global shapes, so that it can be placed on any number of devices of this process. One that
-    has an axis of devices, as :func:`tbptt_jax.sharding.over_lanes` has, needs as many of them.
+    A state is saved by its global shapes, so that it can be placed on any number of devices and processes; only what has an
+    axis of devices (see :func:`tbptt_jax.sharding.over_lanes`) needs as many of them. All processes save and restore.
 
     Args:
       directory: where they are, each in a directory named by its update; made if missing.
@@ -105,6 +106,8 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
                 continue
             _check_same_run(directory, content, settings, like)
             for each, sentence in broken.items():  # Orbax would not write in their place
+                if jax.process_index() > 0:
+                    continue
                 aside = directory / f"{each}.broken"
                 shutil.rmtree(aside, ignore_errors=True)
                 (directory / str(each)).rename(aside)
@@ -132,12 +135,19 @@ def _pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     arrays, leaves = {}, []
     for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        array = np.array(jax.random.key_data(leaf) if is_key else leaf)
+        array = _whole(jax.random.key_data(leaf) if is_key else leaf)
         leaf_of = {"key": str(jax.random.key_impl(leaf)) if is_key else None, "checksum": zlib.crc32(array.tobytes())}
         leaves.append({**_kind(path, leaf), **leaf_of, "stored": [list(array.shape), str(array.dtype)]})
         if array.size:  # Orbax refuses those without
             arrays[str(i)] = array
     return arrays, leaves
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """All of an array, as a copy in this host's memory, wherever its parts are."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.array(leaf)
 
 
 def _read(manager: ocp.CheckpointManager, update: int) -> tuple[dict[str, Any], list[np.ndarray]]:

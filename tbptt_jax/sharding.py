@@ -144,10 +144,16 @@ def over_runs(train: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]
     return all_runs
 
 
+def own_lanes(lanes: int) -> slice:
+    """Those of ``lanes`` that this process reads, as :func:`place` takes them; all of them if it is the only one."""
+    each = lanes // jax.process_count()
+    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
 def place(windows: Window, mesh: Mesh) -> Window:
     """Puts stacked windows ``[windows, lanes, time, ...]`` where :func:`over_lanes` reads them.
 
-    With several processes, each gives the lanes of its own devices, in the order of the processes.
+    With several processes, each gives its :func:`own_lanes`.
     """
     sharding = NamedSharding(mesh, P(None, LANE))
     if jax.process_count() == 1:

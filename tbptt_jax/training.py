@@ -64,9 +64,10 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
 
         @jax.jit  # every leaf a buffer of its own, so that `train_windows` can donate them
         def start(key: jax.Array) -> TrainState:
+            like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), window)
             params_key, stream_key = jax.random.split(key)
-            params = estimate.model.init(params_key, window.inputs)
-            stream = estimate.init(stream_key, params, window)
+            params = estimate.model.init(params_key, like.inputs)
+            stream = estimate.init(stream_key, params, like)
             return TrainState(params, optimiser.init(params), stream, jnp.zeros((), jnp.int32))
 
         return start(key)
