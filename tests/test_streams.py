@@ -165,10 +165,10 @@ def test_a_file_that_is_cut_short_missing_empty_or_not_text_is_told(tmp_path):
     whole = path.read_bytes()
     for size in (5000, 40, 3, 0):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="x.npy is not a whole .npy file"):
+        with pytest.raises(ValueError, match=r"x\.npy is not a whole \.npy file"):
             tb.streams.open_npy(path)
     for read in (tb.streams.open_bytes, tb.streams.read_characters):
-        with pytest.raises(ValueError, match="x.npy is empty"):
+        with pytest.raises(ValueError, match=r"x\.npy is empty"):
             read(path)
     for read in (tb.streams.open_npy, tb.streams.open_bytes, tb.streams.read_characters):
         with pytest.raises(ValueError, match="none cannot be read: No such file"):
