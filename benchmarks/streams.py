@@ -68,7 +68,6 @@ def train(path: pathlib.Path) -> None:
                 states[name], metrics = tb.train_windows(step, states[name], call)
                 float(metrics.loss[-1])  # as a loop that reports does
             speeds[name].append(FLAGS.calls * calls[0].inputs.size / (time.perf_counter() - began))
-    reader.close()
     memory, disk = (np.array(speeds[name][1:]) for name in sides)
     low, middle, high = np.percentile(disk / memory, [25, 50, 75])
     print("| steps/s, in memory | from disk | disk / memory [quartiles] |\n|---|---|---|")

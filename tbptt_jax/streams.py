@@ -31,7 +31,8 @@ from tbptt_jax.window import Window, time_shape
 PyTree = Any
 Path = str | os.PathLike[str]
 
-_READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+# One thread reads and places, so that calls are placed in their order on every host.
+_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 def windows(
@@ -47,8 +48,8 @@ def windows(
 ) -> grain.IterDataset:
     """The windows that ``tb.split(tb.lanes(inputs, targets, lanes=lanes), length)`` cuts, a few at a time.
 
-    Only what a call holds is read. Up to two calls wait in memory and two on the device, so that the next is there when
-    the last one is done.
+    Only what a call holds is read. A thread reads two calls ahead and puts them on the device, so that the next is there
+    when the last one is done.
 
     Args:
       inputs: pytree of arrays ``[time, ...]``, in memory or mapped.
@@ -60,8 +61,7 @@ def windows(
       epochs: how often to read the corpus, each time with every lane reset at its start. None: for ever.
       shard: ``(index, count)``; this process reads the index-th of ``count`` equal blocks of the lanes, for instance
         ``(jax.process_index(), jax.process_count())``.
-      place: puts a call's windows on the device, in a thread of its own; for instance ``lambda windows:
-        tb.sharding.place(windows, mesh)``.
+      place: puts a call's windows on the device; for instance ``lambda windows: tb.sharding.place(windows, mesh)``.
 
     Returns:
       A dataset of windows ``[per_call, lanes / count, length, ...]``. The state of its iterator is that of the element
@@ -111,8 +111,7 @@ def windows(
             _forget(mapped)
         return window
 
-    calls = grain.MapDataset.range(-(-total // per_call)).map(read).to_iter_dataset(_READ_AHEAD)
-    return grain.experimental.ThreadPrefetchIterDataset(calls.map(place), prefetch_buffer_size=1)
+    return grain.MapDataset.range(-(-total // per_call)).map(read).map(place).to_iter_dataset(_AHEAD)
 
 
 def open_npy(path: Path) -> np.memmap:

@@ -1,6 +1,9 @@
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -89,7 +92,6 @@ def test_what_was_read_of_a_map_does_not_stay_resident(tmp_path):
     def resident_mib():
         return int(re.search(r"RssFile:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
 
-    (tmp_path / "x.npy").touch()
     shape = (1 << 14, 1 << 10)
     np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, shape)  # 64 MiB, of which the disk holds nothing
     series = tb.streams.open_npy(tmp_path / "x.npy")
@@ -98,6 +100,13 @@ def test_what_was_read_of_a_map_does_not_stay_resident(tmp_path):
     for _ in tb.streams.windows(series, lanes=4, length=8, per_call=4, epochs=1, place=lambda windows: windows):
         pass
     assert resident_mib() < before + 16
+
+
+def test_a_program_ends_in_peace_with_a_stream_still_open():
+    program = "import numpy as np, tbptt_jax as tb\nreader = iter(tb.streams.windows(np.arange(99), lanes=3, length=4, per_call=3))\nnext(reader)"
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert "Exception" not in ran.stderr
 
 
 def test_characters_are_numbered_and_those_not_known_are_0(tmp_path):
