@@ -73,13 +73,14 @@ def windows(
     """
     (time,) = time_shape(Window(inputs, targets), ("time",))
     inputs, targets = jax.tree.map(np.asarray, (inputs, targets))
+    corpus = f"a corpus of {time} steps{_of(_mapped(jax.tree.leaves(inputs)[0]))}"
     if not 1 <= lanes <= time:
-        raise ValueError(f"A corpus of {time} steps cannot be laid out as {lanes} lanes: choose from 1 to {time}.")
+        raise ValueError(f"{lanes} lanes of {corpus} were asked for: choose from 1 to {time}.")
     stretch = -(-time // lanes)
     if not 1 <= length <= stretch:
         raise ValueError(
-            f"{lanes} lanes of a corpus of {time} steps{_of(_mapped(jax.tree.leaves(inputs)[0]))} have {stretch} steps each, "
-            f"and windows of {length} were asked for: choose from 1 to {stretch}, or fewer lanes."
+            f"{lanes} lanes of {corpus} have {stretch} steps each, and windows of {length} were asked for: choose from 1 to "
+            f"{stretch}, or fewer lanes."
         )
     index, shards = shard
     if not 0 <= index < shards or lanes % shards:

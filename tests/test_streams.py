@@ -202,8 +202,8 @@ def test_what_is_not_finite_on_disk_is_told_with_its_step_when_it_is_reached(tmp
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"lanes": 21}, "20 steps cannot be laid out as 21 lanes"),
-        ({"lanes": 0}, "as 0 lanes"),
+        ({"lanes": 21}, "21 lanes of a corpus of 20 steps"),
+        ({"lanes": 0}, "0 lanes of a corpus"),
         ({"length": 6}, "have 5 steps each, and windows of 6"),
         ({"length": 0}, "windows of 0"),
         ({"shard": (2, 2)}, "`shard` is"),
@@ -218,3 +218,11 @@ def test_a_stream_that_cannot_be_cut_is_told_before_anything_is_read(change, mes
     arguments = {"inputs": np.zeros(20), "lanes": 4, "length": 5, "per_call": 1} | change
     with pytest.raises(ValueError, match=message):
         tb.streams.windows(**arguments)
+
+
+def test_a_text_shorter_than_one_window_for_each_lane_is_told_with_its_name(tmp_path):
+    (tmp_path / "x.txt").write_text("too short")
+    text = tb.streams.open_bytes(tmp_path / "x.txt")
+    for lanes in (4, 10):
+        with pytest.raises(ValueError, match=rf"{lanes} lanes of a corpus of 9 steps of .*x\.txt"):
+            tb.streams.windows(text, lanes=lanes, length=5, per_call=1)
