@@ -5,9 +5,11 @@ from tbptt_jax import tasks as tasks
 from tbptt_jax.window import Window as Window
 from tbptt_jax.window import sequences as sequences
 from tbptt_jax.window import lanes as lanes
+from tbptt_jax.pack import pack as pack
 from tbptt_jax.window import split as split
 from tbptt_jax.window import slide as slide
 from tbptt_jax.window import stateless as stateless
+from tbptt_jax import streams as streams
 from tbptt_jax.recurrence import Recurrence as Recurrence
 from tbptt_jax.recurrence import from_step as from_step
 from tbptt_jax.recurrence import from_linen as from_linen
