@@ -189,6 +189,7 @@ def main() -> None:
             directory=directory / "checkpoints",
             settings={**{name: FLAGS[name].value for name in names}, "text": zlib.crc32(text.train.tobytes())},
             resume=FLAGS.resume,
+            skip=FLAGS.not_finite == "skip",
             report=lambda done, calls: report(
                 done, f"{calls[-1].loss / math.log(2):.3f} bits per character, {speed(calls):,.0f} characters/s"
             ),
@@ -210,6 +211,8 @@ def main() -> None:
         "characters_per_second": speed(calls),
         "updates": FLAGS.updates,
         "steps": FLAGS.updates * FLAGS.window,  # of each lane
+        "windows_skipped": sum(call.skipped for call in calls),
+        "carry": {name: getattr(calls[-1], name) for name in ("norm", "saturated", "since_reset")},
         "train_characters": len(text.train),
         "held_out_characters": len(text.held_out),
         "vocabulary": len(text.characters),

@@ -31,6 +31,12 @@ flags.DEFINE_string(
     None,
     "HOST:PORT of the first of several processes, the same for all; auto: found by itself on Slurm and Kubernetes.",
 )
+flags.DEFINE_enum(
+    "not_finite",
+    "stop",
+    ["stop", "skip"],
+    "What a loss, gradient or carry that is not finite does: stop the run, or leave its window out and count it.",
+)
 flags.DEFINE_integer("processes", None, "How many processes there are, each with lanes of its own.", lower_bound=1)
 flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 
@@ -42,11 +48,19 @@ class Call(NamedTuple):
     loss: the mean over the scored steps of one call's windows.
     weight: their sum of weights.
     seconds: that it took.
+    skipped: windows left out, since something in them was not finite.
+    norm: the largest of a lane's carry at the end, as :func:`tbptt_jax.carry_health` has it.
+    saturated: the part of the carry's units that are.
+    since_reset: the steps, at the end, since the lane that was reset longest ago was.
     """
 
     loss: float
     weight: float
     seconds: float
+    skipped: int
+    norm: float
+    saturated: float
+    since_reset: int
 
 
 def join_processes(lanes: int) -> None:
@@ -89,6 +103,7 @@ def train(
     directory: pathlib.Path,
     settings: dict[str, Any],
     resume: bool,
+    skip: bool,
     report: Callable[[int, list[Call]], None],
 ) -> tuple[TrainState, list[Call]]:
     """Trains from the newest checkpoint on; what it ends with is, bit for bit, that of a run never interrupted.
@@ -106,6 +121,7 @@ def train(
       directory: of the checkpoints.
       settings: what makes it this run, as JSON.
       resume: False: begin at update 0. The checkpoints found are kept, in ``<directory>.old``, until this run stops.
+      skip: a window in which something is not finite is left out, and counted, instead of stopping the run.
       report: ``(updates done, calls so far)``, after each call.
 
     Returns:
@@ -119,7 +135,9 @@ def train(
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
     _meet("the old checkpoints are out of the way")
-    settings = {**settings, "updates": updates, "updates in a call": per_call}
+    settings = {**settings, "updates": updates, "updates in a call": per_call, "skip": skip}
+    step = tb.skip_not_finite(step) if skip else step
+    health = jax.jit(tb.carry_health)
     with stop_asked() as asked, checkpoint.open(directory, settings) as store:
         try:
             saved = store.restore(jax.eval_shape(init))
@@ -135,13 +153,27 @@ def train(
         stop = _largest(asked())
         while done < updates and not stop:
             began, last = time.perf_counter(), min(done + per_call, updates)
-            state, metrics = tb.train_windows(step, state, windows(done, last))
+            cut, before = windows(done, last), int(state.updates)
+            state, metrics = tb.train_windows(step, state, cut)
             losses, weights = (np.asarray(x, np.float64) for x in metrics)  # waits for the call
-            if not np.isfinite(losses).all():
-                first = done + int(np.argmin(np.isfinite(losses)))
+            fine = np.isfinite(losses)
+            norm, saturated = map(float, health(state.stream.carry))
+            if not skip and not (fine.all() and np.isfinite(norm)):
+                first = done + int(np.argmin(fine)) if not fine.all() else last - 1
                 raise ValueError(_not_finite(step, init, windows, locate, store, first, losses[first - done]))
+            losses, weights = losses[fine], weights[fine]
             weight = float(weights.sum())
-            calls.append(Call(float(losses @ weights) / (weight or 1.0), weight, time.perf_counter() - began))
+            calls.append(
+                Call(
+                    loss=float(losses @ weights) / (weight or 1.0),
+                    weight=weight,
+                    seconds=time.perf_counter() - began,
+                    skipped=last - done - (int(state.updates) - before),
+                    norm=norm,
+                    saturated=saturated,
+                    since_reset=_since_reset(cut.resets, calls[-1].since_reset if calls else 0),
+                )
+            )
             stop = _largest(asked())  # once, and for all processes: what ends the loop is what saved
             if last == updates or last // every > done // every or stop:
                 store.save(last, state, {"calls": calls})
@@ -152,6 +184,17 @@ def train(
         launch.console.print(f"Stopped at update {done} of {updates}; the same command goes on.", soft_wrap=True)
         sys.exit(128 + stop)
     return state, calls
+
+
+def _since_reset(resets: Any, before: int) -> int:
+    """Steps since the lane that was reset longest ago was, after windows ``[windows, lanes, time]``."""
+    if resets is None:
+        return before
+    own = resets.addressable_shards if isinstance(resets, jax.Array) else ()
+    lanes = np.concatenate([np.asarray(shard.data) for shard in own], 1) if own else np.asarray(resets)
+    steps = lanes.swapaxes(0, 1).reshape(lanes.shape[1], -1)
+    ago = np.where(steps.any(1), np.argmax(steps[:, ::-1], 1) + 1, before + steps.shape[1])
+    return _largest(int(ago.max()))
 
 
 def _meet(where: str) -> None:

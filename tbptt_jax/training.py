@@ -81,6 +81,38 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
     return TrainStep(init, update)
 
 
+def skip_not_finite(step: TrainStep) -> TrainStep:
+    """The same step, but a window whose loss, gradient or carry is not finite is as if it had not been there.
+
+    Its metrics tell of it; parameters, optimiser, carry and ``updates`` stay as they were, so that the windows skipped are
+    those made less ``updates``.
+    """
+
+    def update(state: TrainState, window: Window) -> tuple[TrainState, Metrics]:
+        new, metrics = step.update(state, window)
+        numbers = [x for x in jax.tree.leaves((new, metrics.loss)) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        fine = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in numbers]))
+        return jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, state), metrics
+
+    return step._replace(update=update)
+
+
+def carry_health(carry: PyTree) -> tuple[jax.Array, jax.Array]:
+    """``(norm, saturated)``: the largest norm of a lane's carry, and the part of its numbers where tanh' is below 0.01.
+
+    Args:
+      carry: of a recurrence, every leaf ``[lanes, ...]``; whole numbers in it are not counted.
+
+    A norm that grows from window to window is a carry that drifts beyond what training has seen; units that are saturated
+    pass no gradient on.
+    """
+    moving = [h.reshape(h.shape[0], -1) for h in jax.tree.leaves(carry) if jnp.issubdtype(h.dtype, jnp.inexact)]
+    if not moving:
+        return jnp.zeros(()), jnp.zeros(())
+    by_lane = jnp.concatenate(moving, 1)
+    return jnp.linalg.norm(by_lane, axis=1).max(), jnp.mean(1 - jnp.tanh(by_lane) ** 2 < 0.01)
+
+
 def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[TrainState, Metrics]:
     """One update for each of many windows, in one compiled call.
 

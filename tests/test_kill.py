@@ -15,6 +15,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 import optax
 import pytest
 from streams import first, loss, lstm, stream
@@ -167,6 +168,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_names_the_place(tmp_path):
         directory=tmp_path,
         settings={},
         resume=True,
+        skip=False,
         report=lambda done, calls: None,
     )
     where = "The loss of window 5 is inf, first in lane 0 at step 1: lower the learning rate"
@@ -174,6 +176,44 @@ def test_a_loss_that_is_not_finite_stops_it_and_names_the_place(tmp_path):
         train(per_call=8, every=8)
     with pytest.raises(ValueError, match=f"{where}.*The last checkpoint, of update 3, is of before"):
         train(per_call=3, every=1)
+
+
+def test_or_its_window_is_left_out_and_counted(tmp_path):
+    windows = tb.split(stream(), 3)
+    step = tb.train_step(tb.gradient(lstm(), loss), optax.adam(1e-2))
+
+    def run(directory, windows, updates):
+        return resume.train(
+            step,
+            lambda: step.init(jax.random.key(0), first(windows)),
+            lambda first, last: jax.tree.map(lambda x: x[first:last], windows),
+            lambda state, window: None,
+            updates=updates,
+            per_call=4,
+            every=8,
+            directory=tmp_path / directory,
+            settings={},
+            resume=True,
+            skip=True,
+            report=lambda done, calls: None,
+        )
+
+    without, calls = run("without", jax.tree.map(lambda x: np.delete(x, 5, 0), windows), 7)
+    assert [call.skipped for call in calls] == [0, 0] and all(0 < call.norm < 10 for call in calls)
+    last_reset = [np.flatnonzero(lane)[-1] for lane in np.concatenate(windows.resets[:4], 1)]
+    assert calls[0].since_reset == 12 - min(last_reset)
+    windows.targets[5, 0, 1:] = 1e200  # its square is inf
+    state, calls = run("with", windows, 8)
+    assert [call.skipped for call in calls] == [0, 1] and state.updates == 7
+    for left, right in zip(jax.tree.leaves(state[:2]), jax.tree.leaves(without[:2]), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_the_carrys_health_is_its_largest_norm_and_what_is_saturated():
+    carry = {"h": np.array([[0.0, 3.0], [4.0, 0.1]]), "steps": np.array([1000, 2000])}
+    norm, saturated = tb.carry_health(carry)
+    assert np.isclose(norm, np.hypot(4, 0.1)) and saturated == 0.5
+    assert tb.carry_health({"steps": np.array([1])}) == (0, 0)
 
 
 def test_a_finished_run_is_not_trained_again_and_another_is_refused(whole):
