@@ -69,9 +69,9 @@ def prepare(devices: int | None = None) -> None:
 def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
     """The devices that ``runs`` trainings side by side, or else ``lanes`` of an LSTM with ``units``, are worth spreading over.
 
-    Several processes take all their devices. A CPU's cores each hold a copy of the weights and meet at every window's end, so lanes are spread over them only where
-    the products are large enough to pay for that, and the copies small enough to stay in the cache
-    (``python -m benchmarks.lanes``).
+    Several processes take all their devices. A CPU's cores each hold a copy of the weights and meet at every window's end,
+    so lanes are spread over them only where the products are large enough to pay for that, and the copies small enough to
+    stay in the cache (``python -m benchmarks.window``).
     """
     if jax.process_count() > 1:
         return sharding.mesh(lane=jax.device_count())

@@ -63,7 +63,7 @@ def _window_backward(residuals: tuple, cotangents: tuple) -> tuple:
     return functools.partial(rnn.lstm_bwd, *_settings(*residuals[:2]))(residuals, cotangents)[:4]
 
 
-def _settings(x: jax.Array, h: jax.Array) -> tuple:
+def _settings(x: jax.Array, h: jax.Array) -> tuple[int, int, int, float, bool, lax.Precision]:
     """Inputs, units, layers, dropout, whether bidirectional, and the precision of the products."""
     return x.shape[-1], h.shape[-1], 1, 0.0, False, lax.Precision.HIGHEST
 
