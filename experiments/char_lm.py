@@ -1,13 +1,19 @@
 """A character language model: an LSTM that reads a text as a few continuous lanes, its state carried from window to window.
 
 python -m experiments.char_lm
-python -m experiments.char_lm --text=mine.txt --window=32 --stateless
+python -m experiments.char_lm --text=mine.txt --window=32 --stateless --workdir=runs/mine
+
+Interrupted in any way, the same command goes on from the last checkpoint and ends with the same bits. SIGTERM and SIGINT
+(Ctrl-C) finish the call, save and exit with status 143 and 130; a second one exits at once.
 """
 
+import itertools
 import math
 import pathlib
 import pydoc_data.topics
+import statistics
 import time
+import zlib
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,7 +26,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import tbptt_jax as tb
-from experiments import launch
+from experiments import launch, resume
+from tbptt_jax import sharding
 
 HELD_OUT = 0.1
 WINDOWS_PER_CALL = 50
@@ -40,7 +47,11 @@ flags.DEFINE_float(
 flags.DEFINE_integer("updates", 5000, "Updates, one a window.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of the parameters and the sample.")
 flags.DEFINE_bool("stateless", False, "Begin each window from the initial carry, for comparison.")
-flags.DEFINE_string("workdir", "runs/char_lm", "Where results.json, figure.png and flags.txt go.")
+flags.DEFINE_integer("checkpoint_every", 500, "Updates from one checkpoint to the next.", lower_bound=1)
+flags.DEFINE_bool(
+    "resume", True, "Go on from the checkpoint in the workdir, if there is one; --noresume begins afresh."
+)
+flags.DEFINE_string("workdir", "runs/char_lm", "Where results.json, figure.png, flags.txt and checkpoints go.")
 
 
 class Text(NamedTuple):
@@ -105,17 +116,8 @@ def cut(ids: np.ndarray, lanes: int) -> tb.Window:
 
 
 def language_model(vocabulary: int) -> tb.Recurrence:
-    first, last = 0, FLAGS.layers - 1
-    return tb.stack(
-        *(
-            tb.from_linen(
-                nn.OptimizedLSTMCell(FLAGS.hidden),
-                encoder=nn.Embed(vocabulary, FLAGS.hidden) if layer == first else None,
-                readout=nn.Dense(vocabulary) if layer == last else None,
-            )
-            for layer in range(FLAGS.layers)
-        )
-    )
+    embed, readout = nn.Embed(vocabulary, FLAGS.hidden), nn.Dense(vocabulary)
+    return tb.lstm(FLAGS.hidden, layers=FLAGS.layers, encoder=embed, readout=readout)
 
 
 def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
@@ -153,6 +155,7 @@ def picture(curve: list[tuple[int, float]], held_out: float) -> Figure:
 
 
 def main() -> None:
+    resume.join_processes(FLAGS.lanes)
     text = encode(read(FLAGS.text), FLAGS.lanes, FLAGS.window)
     directory = launch.workdir(FLAGS.workdir)
     train_windows, held_out = cut(text.train, FLAGS.lanes), cut(text.held_out, 1)
@@ -160,41 +163,56 @@ def main() -> None:
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(FLAGS.learning_rate, FLAGS.updates))
     )
-    step = tb.train_step(tb.gradient(model, loss), optimiser)
+    mesh = launch.mesh(lanes=FLAGS.lanes, units=FLAGS.hidden)
+    step = tb.train_step(sharding.over_lanes(tb.gradient(model, loss), mesh), optimiser)
     init_key, sample_key = jax.random.split(jax.random.key(FLAGS.seed))
-    state = step.init(init_key, jax.tree.map(lambda x: x[0], train_windows))
-
     count = len(train_windows.inputs)
-    characters, timed, curve = 0, 0, []
-    began = warm = time.perf_counter()
-    with launch.progress(FLAGS.updates, "updates") as report:
-        for done in range(0, FLAGS.updates, WINDOWS_PER_CALL):
-            # In order, and round again: at the text's beginning the windows themselves reset every lane.
-            order = np.arange(done, min(done + WINDOWS_PER_CALL, FLAGS.updates)) % count
-            state, metrics = tb.train_windows(step, state, jax.tree.map(lambda x, order=order: x[order], train_windows))
-            bits = float(np.average(metrics.loss, weights=metrics.weight)) / math.log(2)  # waits for the call
-            read_now = int(np.sum(metrics.weight))
-            characters += read_now
-            if done:
-                timed += read_now
-            else:
-                warm = time.perf_counter()  # the first call compiles
-            speed = timed / (time.perf_counter() - warm) if timed else characters / (time.perf_counter() - began)
-            curve.append((characters, bits))
-            report(done + len(order), f"{bits:.3f} bits per character, {speed:,.0f} characters/s")
 
-    held_out_bits = float(tb.evaluate(model, loss, state.params, held_out).loss) / math.log(2)
-    seconds = time.perf_counter() - began
-    ids = sample(model, state.params, text.held_out[:PROMPT], sample_key)
+    def windows(first: int, last: int) -> tb.Window:
+        # In order, and round again: at the text's beginning the windows themselves reset every lane.
+        order = np.arange(first, last) % count
+        return sharding.place(jax.tree.map(lambda x: x[order][:, sharding.own_lanes(FLAGS.lanes)], train_windows), mesh)
+
+    def speed(calls: list[resume.Call]) -> float:
+        return statistics.median(call.weight / call.seconds for call in calls)  # leaves out the calls that compiled
+
+    names = "window", "lanes", "hidden", "layers", "learning_rate", "seed", "stateless"
+    with launch.progress(FLAGS.updates, "updates") as report:
+        state, calls = resume.train(
+            step,
+            lambda: step.init(init_key, jax.tree.map(lambda x: x[0], train_windows)),
+            windows,
+            lambda state, window: resume.first_not_finite(model, loss, state.params, state.stream.carry, window),
+            updates=FLAGS.updates,
+            per_call=WINDOWS_PER_CALL,
+            every=FLAGS.checkpoint_every,
+            directory=directory / "checkpoints",
+            settings={**{name: FLAGS[name].value for name in names}, "text": zlib.crc32(text.train.tobytes())},
+            resume=FLAGS.resume,
+            skip=FLAGS.not_finite == "skip",
+            report=lambda done, calls: report(
+                done, f"{calls[-1].loss / math.log(2):.3f} bits per character, {speed(calls):,.0f} characters/s"
+            ),
+        )
+
+    began = time.perf_counter()
+    params = jax.device_get(state.params)  # the rest is one device's work
+    held_out_bits = float(tb.evaluate(model, loss, params, held_out).loss) / math.log(2)
+    seconds = sum(call.seconds for call in calls) + time.perf_counter() - began
+    read_by = itertools.accumulate(round(call.weight) for call in calls)
+    curve = [(read, call.loss / math.log(2)) for read, call in zip(read_by, calls, strict=True)]
+    ids = sample(model, params, text.held_out[:PROMPT], sample_key)
     prompt, told = ("".join(text.characters[i] for i in part) for part in (text.held_out[:PROMPT], ids))
     results = {
         "window": FLAGS.window,
         "stateless": FLAGS.stateless,
         "seed": FLAGS.seed,
         "bits_per_character": held_out_bits,
-        "characters_per_second": speed,
+        "characters_per_second": speed(calls),
         "updates": FLAGS.updates,
         "steps": FLAGS.updates * FLAGS.window,  # of each lane
+        "windows_skipped": sum(call.skipped for call in calls),
+        "carry": {name: getattr(calls[-1], name) for name in ("norm", "saturated", "since_reset")},
         "train_characters": len(text.train),
         "held_out_characters": len(text.held_out),
         "vocabulary": len(text.characters),
@@ -212,7 +230,7 @@ def main() -> None:
     kind = "stateless" if FLAGS.stateless else "stateful"
     launch.console.print(
         f"Held-out text, {kind}, windows of {FLAGS.window}: {held_out_bits:.4f} bits per character. "
-        f"{speed:,.0f} characters/s, {seconds:.0f} s in all."
+        f"{speed(calls):,.0f} characters/s, {seconds:.0f} s in all."
     )
     launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
 

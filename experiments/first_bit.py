@@ -24,6 +24,7 @@ from rich.table import Table
 
 import tbptt_jax as tb
 from experiments import launch
+from tbptt_jax import sharding
 from tbptt_jax.tasks.first_bit import Floor, first_bit_floor
 
 LENGTH, SLIDING = 20, 10
@@ -118,7 +119,8 @@ def study(system: System, report: Callable[[float, str], None]) -> dict[str, Any
     began = time.perf_counter()
     first = jax.tree.map(lambda x: x[:, 0], train)
     states = jax.jit(jax.vmap(step.init))(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), first)
-    epoch = jax.jit(jax.vmap(functools.partial(tb.train_windows, step)), donate_argnums=0)
+    trainings = sharding.over_runs(functools.partial(tb.train_windows, step), launch.mesh(runs=FLAGS.seeds))
+    epoch = jax.jit(trainings, donate_argnums=0)
     for done in range(1, epochs + 1):
         states, metrics = epoch(states, train)
         if done % max(1, epochs // 20) == 0:  # fetching a number waits for the device

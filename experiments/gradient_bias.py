@@ -108,9 +108,9 @@ def measure(
         "window": window,
         "relative_bias": found.relative_bias,
         "cosine": found.cosine,
-        "relative_std": found.relative_std,
+        "relative_std": found.relative_std if random else 0.0,
         "draws": draws,
-        "relative_bias_standard_error": found.relative_std / np.sqrt(draws),
+        "relative_bias_standard_error": found.relative_std / np.sqrt(draws) if random else 0.0,
         "groups": {group: part._replace(groups={})._asdict() for group, part in found.groups.items()},
         "seconds": time.perf_counter() - began,
     }
@@ -167,8 +167,7 @@ def picture(rows: list[dict[str, Any]], fading: horizon.Decay, choice: horizon.C
 
 def main() -> None:
     windows = launch.positive_integers("windows", FLAGS.windows, at_most=FLAGS.steps)
-    for name in FLAGS.influences:
-        launch.influence(name, 1)
+    launch.check_influences(FLAGS.influences)
     if FLAGS.lags > FLAGS.steps:
         raise ValueError(f"--lags={FLAGS.lags} is more than --steps={FLAGS.steps}: trace at most the probe's length.")
     directory = launch.workdir(FLAGS.workdir)

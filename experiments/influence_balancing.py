@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 import tbptt_jax as tb
 from experiments import launch
+from tbptt_jax import sharding
 from tbptt_jax.tasks import influence_balancing, influence_balancing_model, influence_balancing_optimum
 
 FLAGS = flags.FLAGS
@@ -40,7 +41,9 @@ def loss(s: jax.Array, window: tb.Window) -> jax.Array:
 def train(influence: str, window: int) -> np.ndarray:
     """θ after each window, ``[seeds, windows]``."""
     windows = tb.split(influence_balancing(FLAGS.steps // window * window), window)
-    estimate = tb.gradient(influence_balancing_model(), loss, influence=launch.influence(influence, 1))
+    estimate = tb.gradient(
+        influence_balancing_model(), loss, influence=launch.influence(influence, len(windows.inputs))
+    )
     step = tb.train_step(
         estimate, optax.sgd(lambda updates: FLAGS.learning_rate / jnp.sqrt(1 + updates * window / 1000))
     )
@@ -52,7 +55,8 @@ def train(influence: str, window: int) -> np.ndarray:
 
         return jax.lax.scan(update, step.init(key, jax.tree.map(lambda x: x[0], windows)), windows)[1]
 
-    return np.asarray(jax.jit(jax.vmap(one_seed))(jax.random.split(jax.random.key(0), FLAGS.seeds)))
+    train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
+    return np.asarray(jax.jit(train)(jax.random.split(jax.random.key(0), FLAGS.seeds)))
 
 
 def picture(paths: dict[str, np.ndarray]) -> Figure:
@@ -91,13 +95,15 @@ def main() -> None:
                 {
                     "influence": influence,
                     "window": window,
-                    "theta": [float(x) if np.isfinite(x) else None for x in final],
+                    "theta": final.tolist(),
                 }
             )
             report(
                 done, f"{influence}, windows of {window}: θ {np.array2string(final, precision=4)} in {seconds:.1f} s"
             )
-            launch.console.print(f"{influence}, windows of {window}: θ = {np.array2string(final, precision=4)}")
+            launch.console.print(
+                f"{influence}, windows of {window}: θ = {np.array2string(final, precision=4)}", markup=False
+            )
     launch.console.print(f"The optimum is {influence_balancing_optimum():.4f}; θ began at 0.5.")
     launch.write_results(directory, {"rows": rows, "optimum": influence_balancing_optimum()}, picture(paths))
     launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import tbptt_jax as tb
 from experiments import launch
+from tbptt_jax import sharding
 from tbptt_jax.tasks import lag, lag_floor
 
 FLAGS = flags.FLAGS
@@ -52,7 +53,8 @@ def train(window: int, stateful: bool) -> dict[str, Any]:
         return tb.evaluate(model, loss, state.params, cut(keys[2], FLAGS.test_steps // window * window)).loss
 
     began = time.perf_counter()
-    losses = jax.jit(jax.vmap(one_seed))(jax.random.split(jax.random.key(0), FLAGS.seeds)).tolist()
+    train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
+    losses = jax.jit(train)(jax.random.split(jax.random.key(0), FLAGS.seeds)).tolist()
     return {
         "carry": "stateful" if stateful else "stateless",
         "window": window,
@@ -80,7 +82,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    windows = launch.positive_integers("windows", FLAGS.windows, at_most=FLAGS.test_steps)
+    windows = launch.positive_integers("windows", FLAGS.windows, at_most=min(FLAGS.steps, FLAGS.test_steps))
     directory = launch.workdir(FLAGS.workdir)
     points = [(window, stateful) for window in windows for stateful in (False, True)]
     rows = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -15,13 +16,19 @@ from typing import Any
 import jax
 import matplotlib
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tbptt_jax as tb
+from tbptt_jax import sharding
 
 matplotlib.use("agg")  # figures go to files; no display is needed
 INFLUENCES = "Any of truncate, replay:WINDOWS, replay:WINDOWS:SURVIVAL, rtrl, uoro; WINDOWS is a number, or all."
+
+_DEVICES = flags.DEFINE_integer(
+    "devices", None, "JAX devices to use; default all, which on a CPU is one for each core.", lower_bound=1
+)
 
 console = Console(width=None if sys.stdout.isatty() else 100)
 
@@ -33,6 +40,7 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Every setting is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)  # jax says at INFO which accelerators it did not find
+        prepare(_DEVICES.value)
         try:
             main()
         except (ValueError, OSError) as error:
@@ -40,6 +48,40 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(2)
 
     app.run(guarded)
+
+
+def prepare(devices: int | None = None) -> None:
+    """Sets JAX up, before it computes anything: a CPU's cores as ``devices`` devices, programs kept from run to run.
+
+    Compiled programs go to ``~/.cache/tbptt_jax``, or where ``JAX_COMPILATION_CACHE_DIR`` says. Vectors are as wide as the
+    CPU has them (XLA prefers half of that), which makes the gates of an LSTM faster.
+    """
+    options = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_prefer_vector_width" not in options:
+        os.environ["XLA_FLAGS"] = f"{options} --xla_cpu_prefer_vector_width=512".strip()
+    jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "tbptt_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
+    """The devices that ``runs`` trainings side by side, or else ``lanes`` of an LSTM with ``units``, are worth spreading over.
+
+    Several processes take all their devices. A CPU's cores each hold a copy of the weights and meet at every window's end,
+    so lanes are spread over them only where the products are large enough to pay for that, and the copies small enough to
+    stay in the cache (``python -m benchmarks.window``).
+    """
+    if jax.process_count() > 1:
+        return sharding.mesh(lane=jax.device_count())
+    devices = min(jax.device_count(), _DEVICES.value or jax.device_count())
+    if runs > 1:
+        return sharding.mesh(run=min(runs, devices))
+    spread = next(n for n in range(devices, 0, -1) if lanes % n == 0)
+    if jax.default_backend() == "cpu" and not (64 <= units <= 512 and lanes >= 8 * spread):
+        spread = 1
+    return sharding.mesh(lane=spread)
 
 
 def workdir(path: str) -> pathlib.Path:
@@ -80,6 +122,14 @@ def influence(name: str, windows: int) -> tb.Influence:
     raise ValueError(f"--influences has {name}, which is none. {INFLUENCES}")
 
 
+def check_influences(names: list[str]) -> None:
+    """Raises a ``ValueError`` unless each of ``names``, at least one, is an influence's."""
+    if not names:
+        raise ValueError(f"--influences is empty. {INFLUENCES}")
+    for name in names:
+        influence(name, 1)
+
+
 def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
     """The numbers of a list flag, each from 1 to ``at_most``.
 
@@ -97,28 +147,31 @@ def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
 def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any = None) -> None:
     """Writes ``results.json`` with the flags and versions of this run, ``flags.txt`` for ``--flagfile``, and a figure.
 
-    Each file is written beside its place and moved into it, so that none is ever seen half-written.
+    Each file is written beside its place and moved into it, so that none is ever seen half-written. What is not finite,
+    as where a training diverged, is written as null.
     """
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     made_by = {
         "flags": {flag.name: flag.value for flag in own},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "flax", "optax")}},
-        "device": jax.devices()[0].device_kind,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
+    if jax.process_index() > 0:
+        return
     with _whole(directory / "flags.txt") as path:
         path.write_text("".join(f"{flag.serialize()}\n" for flag in own if flag.serialize()))
     if figure is not None:
         with _whole(directory / "figure.png") as path:
             figure.savefig(path, dpi=150, bbox_inches="tight", format="png")
     with _whole(directory / "results.json") as path:
-        path.write_text(json.dumps({**results, **made_by}, indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(_finite({**results, **made_by}), indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
     """Shows ``report(done, text)``: a live bar on a terminal, elsewhere a plain line every few seconds."""
     if console.is_terminal:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
         with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
             task = bar.add_task("", total=total)
             yield lambda done, text: bar.update(task, completed=done, description=text)
@@ -133,6 +186,14 @@ def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
             print(f"{done:.4g} of {total} {unit}  {text}", flush=True)
 
     yield report
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ from tbptt_jax import tasks as tasks
 from tbptt_jax.window import Window as Window
 from tbptt_jax.window import sequences as sequences
 from tbptt_jax.window import lanes as lanes
+from tbptt_jax.pack import pack as pack
 from tbptt_jax.window import split as split
 from tbptt_jax.window import slide as slide
 from tbptt_jax.window import stateless as stateless
+from tbptt_jax import streams as streams
 from tbptt_jax.recurrence import Recurrence as Recurrence
 from tbptt_jax.recurrence import from_step as from_step
 from tbptt_jax.recurrence import from_linen as from_linen
@@ -24,5 +26,8 @@ from tbptt_jax.gradient import gradient as gradient
 from tbptt_jax.training import train_step as train_step
 from tbptt_jax.training import train_windows as train_windows
 from tbptt_jax.training import evaluate as evaluate
+from tbptt_jax.training import skip_not_finite as skip_not_finite
+from tbptt_jax.training import carry_health as carry_health
 from tbptt_jax import horizon as horizon
 from tbptt_jax import sharding as sharding
+from tbptt_jax import checkpoint as checkpoint

@@ -95,6 +95,9 @@ def gradient(
         check(window)
         lanes, _ = time_shape(window)
         carry = model.initial_carry(params, lanes)
+        if any(jnp.shape(h)[:1] != (lanes,) for h in jax.tree.leaves(carry)):
+            shapes = jax.tree.map(lambda h: list(jnp.shape(h)), carry)
+            raise ValueError(f"`initial_carry` made {shapes}; every array of it needs to be [{lanes} lanes, ...].")
         vjp = jax.eval_shape(through, params, carry, window)[1]
         return StreamState(carry, influence.init(params, _moving(carry), vjp), key)
 
@@ -114,12 +117,15 @@ def gradient(
 
         def forward(params: PyTree, moving: PyTree) -> tuple[tuple, tuple]:
             end, outputs = unroll_window(model, params, _still(carry, moving), window)
-            metrics = weighted_mean(loss, outputs, window)
-            if not isinstance(metrics.loss, jax.Array):
+            losses = step_losses(loss, outputs, window)
+            if not isinstance(losses, jax.Array):
                 raise ValueError(
-                    f"The loss is a tree, {jax.tree.structure(metrics.loss)}; a gradient needs one array [lanes, time]. "
+                    f"The loss is a tree, {jax.tree.structure(losses)}; a gradient needs one array [lanes, time]. "
                     "Trees of figures are for `evaluate`."
                 )
+            if not jnp.issubdtype(losses.dtype, jnp.inexact):
+                raise ValueError("The loss is of whole numbers, which have no gradient; it needs to be floating-point.")
+            metrics = weighted_mean(losses, window)
             scale = 1.0 if normaliser is None else metrics.weight / normaliser
             return (metrics.loss * scale, _moving(end)), (end, metrics)
 
@@ -168,29 +174,38 @@ def _add(grads: PyTree, past: PyTree) -> PyTree:
     return jax.tree.map(lambda g, p: g + p.astype(g.dtype), grads, past)
 
 
-def weighted_mean(loss: Loss, outputs: PyTree, window: Window) -> Metrics:
-    """The mean of ``loss(outputs, window)``, an array ``[lanes, time]`` or a tree of them, over the scored steps.
+def step_losses(loss: Loss, outputs: PyTree, window: Window) -> PyTree:
+    """``loss(outputs, window)``, an array ``[lanes, time]`` or a tree of them, of data without what is not to be read.
 
     Raises:
       ValueError: if the loss has another shape.
     """
-    shape = time_shape(window)
-    weights = step_weights(window)
+    # A NaN in what is not scored would reach the gradient as 0 * NaN.
     if window.weights is not None or window.valid is not None:
-        # A NaN in a target that is not scored would reach the gradient as 0 * NaN.
         zeros = jax.tree.map(jnp.zeros_like, window.targets)
-        window = window._replace(targets=where_lanes(weights > 0, window.targets, zeros))
-    per_step = loss(outputs, window)
-    for leaf in jax.tree.leaves(per_step):
-        if jnp.shape(leaf) != shape:
+        window = window._replace(targets=where_lanes(step_weights(window) > 0, window.targets, zeros))
+    if window.valid is not None:
+        zeros = jax.tree.map(jnp.zeros_like, window.inputs)
+        window = window._replace(inputs=where_lanes(window.valid, window.inputs, zeros))
+    losses = jax.tree.map(jnp.asarray, loss(outputs, window))
+    shape = time_shape(window)
+    for leaf in jax.tree.leaves(losses):
+        if leaf.shape != shape:
             raise ValueError(
-                f"The loss has shape {list(jnp.shape(leaf))}; it needs one number for each lane and step, {list(shape)}: "
+                f"The loss has shape {list(leaf.shape)}; it needs one number for each lane and step, {list(shape)}: "
                 "average over features inside it, and leave weights, lanes and time to `gradient`."
             )
+    return losses
+
+
+def weighted_mean(losses: PyTree, window: Window) -> Metrics:
+    """The means of ``losses``, arrays ``[lanes, time]``, over the scored steps of ``window``."""
+    weights = step_weights(window)
     weight = weights.sum()
 
     def mean(x: jax.Array) -> jax.Array:
+        x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(weights.dtype)  # a step was right, or not
         scored = jnp.where(weights > 0, x, 0)
         return jnp.sum(scored * weights.astype(x.dtype)) / jnp.where(weight > 0, weight, 1).astype(x.dtype)
 
-    return Metrics(jax.tree.map(mean, per_step), weight)
+    return Metrics(jax.tree.map(mean, losses), weight)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tbptt_jax.gradient import Loss, gradient, weighted_mean
+from tbptt_jax.gradient import Loss, gradient, step_losses, weighted_mean
 from tbptt_jax.influence import Influence
 from tbptt_jax.recurrence import Recurrence, rematerialised, unroll_window
 from tbptt_jax.window import Window, check, split, step_weights, time_shape
@@ -59,7 +59,7 @@ class Bias(NamedTuple):
     Attributes:
       relative_bias: ‖E ĝ − g‖ / ‖g‖.
       cosine: of the angle between E ĝ and g.
-      relative_std: √E‖ĝ − E ĝ‖² / ‖g‖, from one draw of a random influence to another.
+      relative_std: √E‖ĝ − E ĝ‖² / ‖g‖, from one draw of a random influence to another; NaN from a single draw.
       groups: the same three for each group, name → Bias with no groups.
     """
 
@@ -110,6 +110,11 @@ def decay(
     if not scored.any():
         raise ValueError(f"None of the steps {lags}, {2 * lags}, … is scored, so there is no loss to trace back from.")
     phi = norms[scored].mean(0)
+    if not np.isfinite(phi).all():
+        raise ValueError(
+            f"The gradient is not finite from lag {np.flatnonzero(~np.isfinite(phi))[0] + 1} on: it explodes at these "
+            "parameters. Trace fewer `lags`, or measure at others."
+        )
     return Decay(phi, _fitted_rate(phi, tail), int(scored.sum()))
 
 
@@ -207,7 +212,7 @@ def _sweep(model: Recurrence, loss: Loss, params: PyTree, stretches: Window) -> 
                 carry = jax.tree.map(lambda h, n: h if n is None else h + n, carry, nudge, is_leaf=lambda x: x is None)
                 step = jax.tree.map(lambda x: x[:, None], step)
                 carry, outputs = unroll_window(model, params, carry, step)
-                return carry, loss(outputs, step)[:, 0]
+                return carry, step_losses(loss, outputs, step)[:, 0]
 
             steps = jax.tree.map(lambda x: x.swapaxes(0, 1), stretch)
             end, losses = lax.scan(one_step, carry, (nudges, steps))
@@ -259,7 +264,7 @@ def _compare(
     def total_loss(params: PyTree) -> jax.Array:
         lanes, _ = time_shape(window)
         _, outputs = unroll_window(full, params, model.initial_carry(params, lanes), window)
-        mean, weight = weighted_mean(loss, outputs, window)
+        mean, weight = weighted_mean(step_losses(loss, outputs, window), window)
         return mean * weight
 
     estimate = gradient(model, loss, influence=influence, normaliser=1.0)
@@ -276,7 +281,7 @@ def _compare(
 
     estimates = lax.map(one_draw, jax.random.split(key, draws), batch_size=min(draws, 16))
     mean = jax.tree.map(lambda e: e.mean(0), estimates)
-    spread = jax.tree.map(lambda e, m: jnp.mean((e - m) ** 2, 0), estimates, mean)
+    spread = jax.tree.map(lambda e, m: jnp.sum((e - m) ** 2, 0) / (draws - 1 or jnp.nan), estimates, mean)
     return jax.grad(total_loss)(params), mean, spread
 
 

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbptt_jax.recurrence import PyTree, Recurrence, Segment, check_carry, in_segments, scale_cotangent
-from tbptt_jax.window import Window, time_shape, where_lanes
+from tbptt_jax.lstm_gpu import PALLAS, Loops, cudnn
+from tbptt_jax.recurrence import PyTree, Recurrence, Segment, recurrence, scale_cotangent
+from tbptt_jax.window import Window, check_whole, time_shape, where_lanes
 
 GATES = "ifgo"  # the order along the axis of four times the features, as PyTorch has it
 
@@ -48,7 +49,7 @@ def lstm(
     projection: int | None = None,
     dtype: Any = None,
     checkpoint: Segment = None,
-    implementation: Literal["fused", "scan"] | None = None,
+    implementation: Literal["fused", "scan", "cudnn", "pallas"] | None = None,
 ) -> Recurrence:
     """A recurrence of LSTM layers, ``encoder`` → layers → ``readout``, each layer's window one fused operation.
 
@@ -65,19 +66,30 @@ def lstm(
       dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; carry, gates and sums stay in the
         parameters' dtype. None: the parameters' dtype throughout.
       checkpoint: see :func:`tbptt_jax.from_step`.
-      implementation: ``"fused"``, differentiated by hand: reverse mode and, as the transpose of what ``jax.vjp``
-        returns, forward mode; or ``"scan"``, the same window left to JAX to differentiate, for ``jax.jvp`` and second
-        derivatives. None: the fused one.
+      implementation: None: ``"cudnn"`` on a GPU where that can do it, else ``"fused"``.
+
+        - ``"fused"``, differentiated by hand: reverse mode and, as the transpose of what ``jax.vjp`` returns, forward
+          mode (which ``uoro`` needs).
+        - ``"scan"``, the same window left to JAX to differentiate, for ``jax.jvp`` and second derivatives.
+        - ``"cudnn"``, NVIDIA's own: float32, without projection and without padding; reverse mode. A window in which a
+          lane is reset after its first step is done by the fused scan.
+        - ``"pallas"``, the fused window with its loops as kernels that keep the recurrent weights on the chip; without
+          projection; reverse mode. On a CPU the kernels are interpreted, which is for tests.
 
     Raises:
-      ValueError: now, if a size is not positive or the implementation unknown; from ``unroll``, when it is traced, if
-        what reaches the cell is not ``[lanes, time, inputs]`` of the weights' inputs or the carry does not fit.
+      ValueError: now, if a size is not positive, or the implementation unknown or not for this; from ``unroll``, when it is
+        traced, if what reaches the cell is not ``[lanes, time, inputs]`` of the weights' inputs, the carry does not fit,
+        or ``"cudnn"`` was asked for and cannot do it.
     """
     for name, size in {"features": features, "layers": layers, "projection": projection}.items():
-        if size is not None and size < 1:
-            raise ValueError(f"`{name}` is {size}; an LSTM needs at least 1.")
-    if implementation not in (None, "fused", "scan"):
-        raise ValueError(f"`implementation` is {implementation!r}; it needs to be 'fused', 'scan', or None to choose.")
+        if size is not None:
+            check_whole(name, size)
+    if implementation not in (None, "fused", "scan", "cudnn", "pallas"):
+        raise ValueError(
+            f"`implementation` is {implementation!r}; it needs to be 'fused', 'scan', 'cudnn', 'pallas', or None to choose."
+        )
+    if projection is not None and implementation in ("cudnn", "pallas"):
+        raise ValueError(f"`implementation` is {implementation!r}, which has no projection: use 'fused', or None.")
     outputs = features if projection is None else projection
 
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
@@ -99,38 +111,43 @@ def lstm(
 
         return tuple((zeros(features, weights), zeros(outputs, weights)) for weights in params["cell"])
 
-    def unroll(
+    def scan(
         params: PyTree,
         carry: PyTree,
-        inputs: PyTree,
-        resets: jax.Array | None = None,
-        valid: jax.Array | None = None,
-        edges: jax.Array | None = None,
-    ) -> tuple[PyTree, PyTree]:
-        lanes, time = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
-        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
+        x: jax.Array,
+        resets: jax.Array | None,
+        valid: jax.Array | None,
+        edges: jax.Array | None,
+    ) -> tuple[PyTree, jax.Array]:
+        kind = jnp.result_type(params["cell"][0].recurrent)
+        simple = (dtype, projection, valid, edges) == (None,) * 4 and kind == jnp.float32
+        if implementation == "cudnn" and not simple:
+            raise ValueError(
+                f"cuDNN's LSTM is float32, without `dtype`, projection, padding (`valid`) and edges; here are {kind} "
+                f"parameters, dtype={dtype}, {'padding' if valid is not None else 'no padding'}: leave `implementation` None."
+            )
+        chosen = implementation or ("cudnn" if simple and jax.default_backend() == "gpu" else "fused")
+        after = []
+        for weights, before in zip(params["cell"], carry, strict=True):
+            _check_inputs(x, weights)
+            x = x.astype(weights.input.dtype)
+            if chosen == "scan" or edges is not None:  # reweighted edges are left to JAX too
+                state, x = _scanned(dtype, weights, before, x, resets, valid, edges)
+            elif chosen == "cudnn":
+                state, x = _by_cudnn(weights, before, x, resets)
+            else:
+                state, x = _fused(PALLAS if chosen == "pallas" else _SCANS, dtype, weights, before, x, resets, valid)
+            after.append(state)
+        return tuple(after), x
 
-        def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
-            x: Any
-            x, resets, valid, edges = per_step
-            if valid is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
-                x = where_lanes(valid, x, jax.tree.map(jnp.zeros_like, x))
-                resets = None if resets is None else resets & valid
-            x = x if encoder is None else encoder.apply(params["encoder"], x)
-            after = []
-            for weights, before in zip(params["cell"], carry, strict=True):
-                _check_inputs(x, weights)
-                x = x.astype(weights.input.dtype)
-                if implementation == "scan" or edges is not None:  # reweighted edges are left to JAX too
-                    state, x = _scanned(dtype, weights, before, x, resets, valid, edges)
-                else:
-                    state, x = _fused(dtype, weights, before, x, resets, valid)
-                after.append(state)
-            return tuple(after), (x if readout is None else readout.apply(params["readout"], x))
-
-        return in_segments(segment, carry, (inputs, resets, valid, edges), time, checkpoint)
-
-    return Recurrence(init, initial_carry, unroll)
+    return recurrence(
+        init,
+        initial_carry,
+        scan,
+        encoder and (lambda params, x: encoder.apply(params["encoder"], x)),
+        readout and (lambda params, y: readout.apply(params["readout"], y)),
+        checkpoint,
+    )
 
 
 def from_flax(params: PyTree) -> Weights:
@@ -214,19 +231,70 @@ def _scanned(
     return carry, h.swapaxes(0, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fused(
-    dtype: Any, weights: Weights, carry: tuple, x: jax.Array, resets: jax.Array | None, valid: jax.Array | None
+    loops: Loops,
+    dtype: Any,
+    weights: Weights,
+    carry: tuple,
+    x: jax.Array,
+    resets: jax.Array | None,
+    valid: jax.Array | None,
 ) -> tuple[tuple, jax.Array]:
-    """:func:`_scanned`, with its backward pass written out."""
+    """:func:`_scanned`, with its backward pass written out, around what recurs."""
     return _scanned(dtype, weights, carry, x, resets, valid)  # not differentiated: nothing to keep
 
 
 def _forward(
-    dtype: Any, weights: Weights, carry: tuple, x: jax.Array, resets: jax.Array | None, valid: jax.Array | None
+    loops: Loops,
+    dtype: Any,
+    weights: Weights,
+    carry: tuple,
+    x: jax.Array,
+    resets: jax.Array | None,
+    valid: jax.Array | None,
 ) -> tuple[tuple, tuple]:
+    after, gates, cells, hs = loops.forward(dtype, weights, carry, _dot(dtype, x, weights.input), resets, valid)
+    return (after, hs), (weights, carry, x, resets, valid, gates, cells, hs)
+
+
+def _backward(loops: Loops, dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
+    """Linear in the cotangents by construction, scan and all, so that JAX can transpose it into forward mode."""
+    weights, carry, x, resets, valid, gates, cells, hs = residuals
+    after, d_hs = cotangents
+
+    # The cell's derivatives, of all steps at once: only products are left to the loop. Where the carry stands still its
+    # cotangent does too, and nothing goes back through a reset.
+    i, f, g, o = jnp.split(gates, 4, -1)
+    squashed = jnp.tanh(cells)
+    c_before, h_before = (
+        jnp.concatenate([start[:, None], each[:, :-1]], 1) for start, each in zip(carry, (cells, hs), strict=True)
+    )
+    c_before, h_before = _reset((c_before, h_before), resets)
+    by_gate = jnp.concatenate(
+        [g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)], -1
+    )  # dc/di, dc/df, dc/dg and dh/do, before the activations
+    by_cell, kept = o * (1 - squashed * squashed), f  # dh/dc, dc/dc_before
+    if valid is not None:
+        by_gate, by_cell = _reset((by_gate, by_cell), ~valid)
+        kept = where_lanes(valid, kept, jnp.ones_like(kept))
+    (kept,) = _reset((kept,), resets)
+
+    d_carry, d_gates, d_outputs = loops.backward(dtype, weights, after, d_hs, by_gate, by_cell, kept, resets, valid)
+    d_projection = None if d_outputs is None else _over_steps(dtype, o * squashed, d_outputs)
+    d_weights = Weights(
+        _over_steps(dtype, x, d_gates), _over_steps(dtype, h_before, d_gates), d_gates.sum((0, 1)), d_projection
+    )
+    return d_weights, d_carry, _dot(dtype, d_gates, weights.input.T), None, None
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def _scan_forward(
+    dtype: Any, weights: Weights, carry: tuple, gates: jax.Array, resets: jax.Array | None, valid: jax.Array | None
+) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
     dot = functools.partial(_dot, dtype)
-    lanes, time, _ = x.shape
     recurrent = weights.recurrent if dtype is None else weights.recurrent.astype(dtype)
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
@@ -242,70 +310,56 @@ def _forward(
         carry = c, h = (c, h) if valid is None else where_lanes(_at(valid, t), (c, h), before)
         return (carry, _put(gates, activated, t), _put(cells, c, t), _put(hs, h, t)), None
 
-    def room(width: int) -> jax.Array:
-        return jnp.zeros((lanes, time, width), x.dtype)
-
-    start = carry, dot(x, weights.input), room(carry[0].shape[-1]), room(carry[1].shape[-1])
-    (after, gates, cells, hs), _ = lax.scan(step, start, jnp.arange(time))
-    return (after, hs), (weights, carry, x, resets, valid, gates, cells, hs)
+    cells, hs = (jnp.zeros((*gates.shape[:2], each.shape[-1]), gates.dtype) for each in carry)
+    return lax.scan(step, (carry, gates, cells, hs), jnp.arange(gates.shape[1]))[0]
 
 
-def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
-    """Linear in the cotangents by construction, scan and all, so that JAX can transpose it into forward mode."""
-    weights, carry, x, resets, valid, gates, cells, hs = residuals
-    after, d_hs = cotangents
+def _scan_backward(
+    dtype: Any,
+    weights: Weights,
+    d_carry: tuple,
+    d_hs: jax.Array,
+    by_gate: jax.Array,
+    by_cell: jax.Array,
+    kept: jax.Array,
+    resets: jax.Array | None,
+    valid: jax.Array | None,
+) -> tuple[tuple, jax.Array, jax.Array | None]:
     dot = functools.partial(_dot, dtype)
-    time = x.shape[1]
-    transposed, features = weights.recurrent.T, cells.shape[-1]
-    transposed = transposed if dtype is None else transposed.astype(dtype)
+    transposed = weights.recurrent.T if dtype is None else weights.recurrent.T.astype(dtype)
     down = None if weights.projection is None else weights.projection.T
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
         (d_c, d_h), d_gates, d_outputs = state
-        d_h = d_h + _at(d_hs, t)
-        d_before = d_c, d_h  # where the carry stands still, its cotangent does too
+        d_h = d_output = d_h + _at(d_hs, t)
         if valid is not None:
-            d_c, d_h = _reset(d_before, ~_at(valid, t))
+            (d_output,) = _reset((d_output,), ~_at(valid, t))
         if down is not None:
-            d_outputs = _put(d_outputs, d_h, t)
-            d_h = dot(d_h, down)
-        c_before = jnp.where(t > 0, _at(cells, jnp.maximum(t - 1, 0)), carry[0])
-        if resets is not None:
-            (c_before,) = _reset((c_before,), _at(resets, t))
-        i, f, g, o = jnp.split(_at(gates, t), 4, -1)
-        squashed = jnp.tanh(_at(cells, t))
-        d_c = d_c + d_h * (o * (1 - squashed * squashed))
-        d_activated = jnp.concatenate(
-            [
-                d_c * (g * i * (1 - i)),
-                d_c * (c_before * f * (1 - f)),
-                d_c * (i * (1 - g * g)),
-                d_h * (squashed * o * (1 - o)),
-            ],
-            -1,
-        )
-        d_carry = d_c * f, dot(d_activated, transposed)
+            d_outputs = _put(d_outputs, d_output, t)
+            d_output = dot(d_output, down)
+        d_c = d_c + d_output * _at(by_cell, t)
+        d_activated = _at(by_gate, t) * jnp.concatenate([d_c, d_c, d_c, d_output], -1)
+        d_before = dot(d_activated, transposed)
         if valid is not None:
-            d_carry = where_lanes(_at(valid, t), d_carry, d_before)
-        if resets is not None:
-            d_carry = _reset(d_carry, _at(resets, t))
-        return (d_carry, _put(d_gates, d_activated, t), d_outputs), None
+            d_before = where_lanes(_at(valid, t), d_before, d_h)
+        (d_before,) = _reset((d_before,), _at(resets, t))
+        return ((d_c * _at(kept, t), d_before), _put(d_gates, d_activated, t), d_outputs), None
 
-    start = after, jnp.zeros_like(gates), None if down is None else jnp.zeros_like(hs)
-    (d_carry, d_gates, d_outputs), _ = lax.scan(step, start, jnp.arange(time), reverse=True)
-
-    before = jnp.concatenate([carry[1][:, None], hs[:, :-1]], 1)
-    before = before if resets is None else where_lanes(resets, jnp.zeros_like(before), before)
-    d_projection = None
-    if d_outputs is not None:
-        d_projection = _over_steps(dtype, gates[..., 3 * features :] * jnp.tanh(cells), d_outputs)
-    d_weights = Weights(
-        _over_steps(dtype, x, d_gates), _over_steps(dtype, before, d_gates), d_gates.sum((0, 1)), d_projection
-    )
-    return d_weights, d_carry, dot(d_gates, weights.input.T), None, None
+    start = d_carry, jnp.zeros_like(by_gate), None if down is None else jnp.zeros_like(d_hs)
+    return lax.scan(step, start, jnp.arange(d_hs.shape[1]), reverse=True)[0]
 
 
-_fused.defvjp(_forward, _backward)
+_SCANS = Loops(_scan_forward, _scan_backward)
+
+
+def _by_cudnn(weights: Weights, carry: tuple, x: jax.Array, resets: jax.Array | None) -> tuple[tuple, jax.Array]:
+    """cuDNN knows no resets: one at the window's start is an initial carry, and for others the scan is there."""
+    if resets is None:
+        return cudnn(weights, carry, x)
+    carry = _reset(carry, resets[:, 0])
+    within = resets[:, 1:].any()
+    scans = functools.partial(_fused, _SCANS, None)
+    return lax.cond(within, lambda: scans(weights, carry, x, resets, None), lambda: cudnn(weights, carry, x))
 
 
 def _gates(x: jax.Array) -> jax.Array:
@@ -329,7 +383,7 @@ def _over_steps(dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _reset(tree: tuple, reset: jax.Array | None) -> tuple:
-    """Zeros in the lanes where ``reset`` ``[lanes]`` is True."""
+    """Zeros where ``reset``, ``[lanes]`` or ``[lanes, time]``, is True."""
     return tree if reset is None else where_lanes(reset, jax.tree.map(jnp.zeros_like, tree), tree)
 
 

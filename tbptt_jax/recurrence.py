@@ -5,7 +5,8 @@
     unroll(params, carry, inputs, resets, valid)    -> (carry, outputs)      inputs, outputs [lanes, time, ...]
 
 ``unroll`` is one ``lax.scan`` over time. A lane whose ``resets`` is True returns to the initial carry before the step is
-consumed; where ``valid`` is False the carry stands still, and what the padding holds, NaN included, changes nothing.
+consumed, or skipped; where ``valid`` is False the carry stands still, and what the padding holds, NaN included, changes
+nothing.
 """
 
 import math
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from tbptt_jax.window import Window, time_shape, where_lanes
+from tbptt_jax.window import Window, check_whole, time_shape, where_lanes
 
 PyTree = Any
 Segment = int | Literal["sqrt"] | None
@@ -65,7 +66,41 @@ def from_step(
         cost*). None keeps everything.
 
     Raises:
-      ValueError: from ``unroll``, when it is traced, if the carry does not fit the inputs' lanes.
+      ValueError: from ``unroll``, when it is traced, if the carry does not fit the inputs' lanes, or the step returns
+        another carry than it was given.
+    """
+
+    def scan(params: PyTree, carry: PyTree, x: PyTree, *masks: jax.Array | None) -> tuple[PyTree, PyTree]:
+        start = initial_carry(params, jax.tree.leaves(x)[0].shape[0])
+
+        def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, PyTree]:
+            x, reset, is_valid, edge = at_t
+            if edge is not None:
+                carry = scale_cotangent(edge, carry)
+            if reset is not None:
+                carry = where_lanes(reset, start, carry)
+            new, y = step(params, carry, x)
+            new = _as_given(new, carry)
+            return (new if is_valid is None else where_lanes(is_valid, new, carry)), y
+
+        carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, *masks)))
+        return carry, jax.tree.map(_swap, y)
+
+    return recurrence(init, initial_carry, scan, encoder, readout, checkpoint)
+
+
+def recurrence(
+    init: Callable[..., PyTree],
+    initial_carry: Callable[..., PyTree],
+    scan: Callable[..., tuple[PyTree, PyTree]],
+    encoder: Callable[[PyTree, PyTree], PyTree] | None,
+    readout: Callable[[PyTree, PyTree], PyTree] | None,
+    checkpoint: Segment,
+) -> Recurrence:
+    """``encoder`` → ``scan`` → ``readout``, over a whole window at a time or in segments of it.
+
+    ``scan`` is ``(params, carry, x, resets, valid, edges) -> (carry, y)``, x and y ``[lanes, time, ...]``; the others are as
+    for :func:`from_step`.
     """
 
     def unroll(
@@ -77,33 +112,14 @@ def from_step(
         edges: jax.Array | None = None,
     ) -> tuple[PyTree, PyTree]:
         lanes, time = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
-        start = initial_carry(params, lanes)
-        check_carry(carry, start, lanes)
-
-        def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, PyTree]:
-            x, reset, is_valid, edge = at_t
-            if edge is not None:
-                carry = scale_cotangent(edge, carry)
-            if reset is not None:
-                carry = where_lanes(reset if is_valid is None else reset & is_valid, start, carry)
-            new, y = step(params, carry, x)
-            given: Any = jax.tree.structure(carry)
-            returned: Any = jax.tree.structure(new)
-            if returned != given:
-                raise ValueError(
-                    f"`step` was given the carry {given} and returned {returned}: it needs "
-                    "to return (carry, y), the carry in the same tree."
-                )
-            new = jax.tree.map(lambda n, c: n.astype(c.dtype), new, carry)  # bfloat16 compute, float32 carry
-            return (new if is_valid is None else where_lanes(is_valid, new, carry)), y
+        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
 
         def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
-            x, resets, valid, edges = per_step
-            if valid is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
+            x, *masks = per_step
+            if (valid := masks[1]) is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
                 x = where_lanes(valid, x, jax.tree.map(jnp.zeros_like, x))
             x = x if encoder is None else encoder(params, x)
-            carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, resets, valid, edges)))
-            y = jax.tree.map(_swap, y)
+            carry, y = scan(params, carry, x, *masks)
             return carry, (y if readout is None else readout(params, y))
 
         return in_segments(segment, carry, (inputs, resets, valid, edges), time, checkpoint)
@@ -121,6 +137,8 @@ def from_linen(
 ) -> Recurrence:
     """A recurrence from Flax Linen: ``encoder`` → ``cell`` over time → ``readout``.
 
+    Modules keep parameters and nothing else: what changes from step to step is the carry.
+
     Args:
       cell: any ``nn.RNNCellBase``. Its parameters become ``params["cell"]``.
       encoder: a module without state, called on ``[lanes, time, ...]``, for all steps at once; ``params["encoder"]``.
@@ -128,8 +146,11 @@ def from_linen(
       input_shape: shape of one lane's input to the cell at one step. Only cells whose carry has spatial axes, such as
         ``nn.ConvLSTMCell``, read it.
       checkpoint: see :func:`from_step`.
-    """
 
+    Raises:
+      ValueError: now, if ``cell`` is no cell; from ``init``, if a module has variables besides its parameters, such as
+        batch statistics.
+    """
     if not isinstance(cell, nn.RNNCellBase):
         raise ValueError(
             f"`cell` is {cell!r}; it needs to be an RNN cell of Flax Linen, such as `nn.OptimizedLSTMCell(64)`."
@@ -145,6 +166,12 @@ def from_linen(
         (_, y_t), params["cell"] = cell.init_with_output(keys[1], initial_carry(params, lanes), x_t)
         if readout is not None:
             params["readout"] = readout.init(keys[2], jax.tree.map(lambda y: y[:, None], y_t))
+        for name, variables in params.items():
+            if others := sorted(set(variables) - {"params"}):
+                raise ValueError(
+                    f"The {name} holds variables besides its parameters: {others}. A recurrence keeps state only in its "
+                    "carry: give a module with parameters alone."
+                )
         return params
 
     def initial_carry(params: PyTree, lanes: int) -> PyTree:
@@ -217,8 +244,10 @@ def stack(*layers: Recurrence) -> Recurrence:
     Params and carry are tuples, one entry a layer. Each layer runs over the whole window before the next begins; resets
     and padding reach them all.
     """
-    if not layers:
-        raise ValueError("`stack` was given no layers; it needs at least one recurrence.")
+    if not layers or not all(isinstance(layer, Recurrence) for layer in layers):
+        raise ValueError(
+            f"`stack` was given {layers}; it needs recurrences one after another, `stack(first, second)`, at least one."
+        )
 
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
         lanes, _ = time_shape(Window(inputs))
@@ -268,6 +297,27 @@ def check_carry(carry: PyTree, expected: PyTree, lanes: int) -> None:
     )
 
 
+def _as_given(new: PyTree, carry: PyTree) -> PyTree:
+    """A step's new carry in the dtypes of the one before: bfloat16 compute, float32 carry."""
+
+    def describe(tree: PyTree) -> tuple:
+        kinds = jnp.inexact, jnp.integer, jnp.bool_
+        leaves = [
+            (jnp.shape(x), [jnp.issubdtype(jnp.result_type(x), kind) for kind in kinds]) for x in jax.tree.leaves(tree)
+        ]
+        return jax.tree.structure(tree), leaves
+
+    if describe(new) != describe(carry):
+        returned, given = (
+            jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree) for tree in (new, carry)
+        )
+        raise ValueError(
+            f"`step` was given the carry {given} and returned {returned}: it needs to return (carry, y), the carry in the "
+            "same tree, shapes and kinds of number, as `initial_carry` makes it."
+        )
+    return jax.tree.map(lambda n, c: jnp.asarray(n, c.dtype), new, carry)
+
+
 def rematerialised(model: Recurrence, checkpoint: Segment) -> Recurrence:
     """The same recurrence, unrolled in segments as :func:`from_step` does with ``checkpoint``."""
 
@@ -304,10 +354,9 @@ def in_segments(segment: Callable, carry: PyTree, per_step: PyTree, time: int, c
     if checkpoint is None:
         return segment(carry, per_step)
     length = math.isqrt(time - 1) + 1 if checkpoint == "sqrt" else checkpoint
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(
-            f"`checkpoint` is {checkpoint!r}; it needs a segment's length in steps, at least 1, or 'sqrt'."
-        )
+    if isinstance(length, str):
+        raise ValueError(f"`checkpoint` is {checkpoint!r}; it needs a segment's length in steps, or 'sqrt'.")
+    check_whole("checkpoint", length)
     whole = time // length
     rematerialised = jax.checkpoint(segment, prevent_cse=False)
 
@@ -342,6 +391,11 @@ def _divide(name: str, part: Callable[[nnx.Rngs], nnx.Module] | nnx.Module) -> t
             )
         return graph, params
 
+    if isinstance(part, type):
+        raise ValueError(
+            f"The {name} is the class {part.__name__}; give a module, or a function of `rngs` that makes one, such as "
+            f"`lambda rngs: {part.__name__}(2, 64, rngs=rngs)`."
+        )
     if isinstance(part, nnx.Module):
         graph, params = split(part)
         return graph, lambda key: jax.tree.map(jnp.copy, params)  # copies: a train step donates what it is given

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tbptt_jax.window import Window, check, split, time_shape
+from tbptt_jax.window import Window, check, check_whole, pad, split, time_shape
 
 PyTree = Any
 
@@ -35,7 +35,7 @@ Schedule = Callable[[jax.Array, int], Cuts]
 
 def fixed(length: int) -> Schedule:
     """Windows of one length; the last is what is left."""
-    _at_least("length", length, 1)
+    check_whole("length", length)
 
     def draw(key: jax.Array, time: int) -> Cuts:
         del key
@@ -53,7 +53,9 @@ def random_length(base: int, *, short: float = 0.05, deviation: float = 5.0, lea
     Reference: Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*, section 5.
     """
     _at_least("base", base, 1)
-    _at_least("least", least, 1)
+    check_whole("least", least)
+    if not 0 <= short <= 1:
+        raise ValueError(f"`short` is {short}; it is a probability and needs to be in [0, 1].")
 
     def draw(key: jax.Array, time: int) -> Cuts:
         rng = _host_rng(key)
@@ -119,26 +121,26 @@ def cut(window: Window, cuts: Cuts, *, unit: int | None = None) -> list[Window]:
     """
     check(window)
     lanes, time = time_shape(window)
+    if not isinstance(cuts, Cuts):
+        raise ValueError(f"`cuts` is {cuts!r}; it needs to be what a schedule draws, such as `fixed(20)(key, time)`.")
     lengths = np.asarray(cuts.lengths)
     if (lengths < 1).any() or lengths.sum() != time:
         raise ValueError(f"The lengths need to be at least 1 and add up to the stream's {time} steps; got {lengths}.")
     unit = max(1, round(lengths.mean() / 4)) if unit is None else unit
-    _at_least("unit", unit, 1)
+    check_whole("unit", unit)
     whole = jax.tree.map(lambda x: x[0], split(window, time))
     valid = np.ones((lanes, time), bool) if whole.valid is None else whole.valid
-    edges = None if cuts.edges is None else np.broadcast_to(cuts.edges, (lanes, time))
-    whole = whole._replace(valid=valid, edges=edges)
+    if cuts.edges is not None:
+        before = np.ones((lanes, time)) if whole.edges is None else whole.edges
+        whole = whole._replace(edges=before * cuts.edges)
+    whole = whole._replace(valid=valid)
     windows = []
     for end, length in zip(np.cumsum(lengths), lengths, strict=True):
         padded = unit * 2 ** max(0, math.ceil(math.log2(length / unit)))
-        steps = slice(end - length, end)
-
-        def pad(x: Any, steps: slice = steps, padding: int = int(padded - length)) -> Any:
-            x = x[:, steps]
-            xp = np if isinstance(x, np.ndarray) else jnp
-            return xp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-
-        windows.append(jax.tree.map(pad, whole))
+        part = jax.tree.map(lambda x, end=end, length=length: x[:, end - length : end], whole)
+        edges = None if part.edges is None else pad(part.edges, 1, int(padded - length), 1)
+        part = jax.tree.map(lambda x, more=int(padded - length): pad(x, 1, more), part)
+        windows.append(part._replace(edges=edges))
     return windows
 
 

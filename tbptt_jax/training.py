@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from tbptt_jax.gradient import Estimate, Loss, Metrics, StreamState, weighted_mean
+from tbptt_jax.gradient import Estimate, Loss, Metrics, StreamState, step_losses, weighted_mean
 from tbptt_jax.recurrence import Recurrence, unroll_window
 from tbptt_jax.window import Window, check, check_scored, time_shape
 
@@ -47,8 +47,16 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
       estimate: the gradient estimator.
       optimiser: an optax transformation; clipping and schedules are its parts. One that takes extra arguments is given
         the ``window``, as :func:`tbptt_jax.schedules.scale_by_length` needs.
-    """
 
+    Raises:
+      ValueError: now, if they are not these; from ``init`` and ``update`` what the estimator's raise.
+    """
+    for name, given, needed, like in (
+        ("estimate", estimate, Estimate, "`tb.gradient(model, loss)`"),
+        ("optimiser", optimiser, optax.GradientTransformation, "`optax.adam(1e-3)`"),
+    ):
+        if not isinstance(given, needed):
+            raise ValueError(f"`{name}` is {given!r}; it needs to be such as {like}.")
     optimiser = optax.with_extra_args_support(optimiser)
 
     def init(key: jax.Array, window: Window) -> TrainState:
@@ -56,9 +64,10 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
 
         @jax.jit  # every leaf a buffer of its own, so that `train_windows` can donate them
         def start(key: jax.Array) -> TrainState:
+            like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), window)
             params_key, stream_key = jax.random.split(key)
-            params = estimate.model.init(params_key, window.inputs)
-            stream = estimate.init(stream_key, params, window)
+            params = estimate.model.init(params_key, like.inputs)
+            stream = estimate.init(stream_key, params, like)
             return TrainState(params, optimiser.init(params), stream, jnp.zeros((), jnp.int32))
 
         return start(key)
@@ -72,7 +81,38 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
     return TrainStep(init, update)
 
 
-@functools.partial(jax.jit, static_argnames="step", donate_argnames="state")
+def skip_not_finite(step: TrainStep) -> TrainStep:
+    """The same step, but a window whose loss, gradient or carry is not finite is as if it had not been there.
+
+    Its metrics tell of it; parameters, optimiser, carry and ``updates`` stay as they were, so that the windows skipped are
+    those made less ``updates``.
+    """
+
+    def update(state: TrainState, window: Window) -> tuple[TrainState, Metrics]:
+        new, metrics = step.update(state, window)
+        numbers = [x for x in jax.tree.leaves((new, metrics.loss)) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        fine = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in numbers]))
+        return jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, state), metrics
+
+    return step._replace(update=update)
+
+
+def carry_health(carry: PyTree) -> tuple[jax.Array, jax.Array]:
+    """``(norm, saturated)``: the largest norm of a lane's carry, and the part of its numbers where tanh' is below 0.01.
+
+    Args:
+      carry: of a recurrence, every leaf ``[lanes, ...]``; whole numbers in it are not counted.
+
+    A norm that grows from window to window is a carry that drifts beyond what training has seen; units that are saturated
+    pass no gradient on.
+    """
+    moving = [h.reshape(h.shape[0], -1) for h in jax.tree.leaves(carry) if jnp.issubdtype(h.dtype, jnp.inexact)]
+    if not moving:
+        return jnp.zeros(()), jnp.zeros(())
+    by_lane = jnp.concatenate(moving, 1)
+    return jnp.linalg.norm(by_lane, axis=1).max(), jnp.mean(1 - jnp.tanh(by_lane) ** 2 < 0.01)
+
+
 def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[TrainState, Metrics]:
     """One update for each of many windows, in one compiled call.
 
@@ -83,8 +123,22 @@ def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[
 
     Returns:
       The state after the last window, and metrics of shape ``[windows]``.
+
+    Raises:
+      ValueError: before any compute, if the windows' shapes or data are not as described or no step is scored.
     """
-    time_shape(windows, ("windows", "lanes", "time"))
+    check(windows, ("windows", "lanes", "time"))
+    check_scored(windows)
+    if not isinstance(step, TrainStep) or not isinstance(state, TrainState):
+        raise ValueError(
+            f"`step` and `state` are a {type(step).__name__} and a {type(state).__name__}; they need to be "
+            "`step = tb.train_step(…)` and `state = step.init(key, window)`."
+        )
+    return _train_windows(step, state, windows)
+
+
+@functools.partial(jax.jit, static_argnames="step", donate_argnames="state")
+def _train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[TrainState, Metrics]:
     return lax.scan(step.update, state, windows)
 
 
@@ -117,8 +171,8 @@ def _evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) ->
 
     def read(carry: PyTree, window: Window) -> tuple[PyTree, Metrics]:
         carry, outputs = unroll_window(model, params, carry, window)
-        return carry, weighted_mean(loss, outputs, window)
+        return carry, weighted_mean(step_losses(loss, outputs, window), window)
 
     _, (losses, weights) = lax.scan(read, model.initial_carry(params, lanes), windows)
     weight = weights.sum()
-    return Metrics(jax.tree.map(lambda x: jnp.sum(x * weights) / weight, losses), weight)
+    return Metrics(jax.tree.map(lambda x: jnp.sum(x * weights) / jnp.where(weight > 0, weight, 1), losses), weight)

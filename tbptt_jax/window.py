@@ -25,7 +25,7 @@ class Window(NamedTuple):
       targets: pytree of arrays ``[lanes, time, ...]``, or None.
       weights: ``[lanes, time]``, the weight of each step's loss; 0 is not scored. None: every step weighs 1.
       resets: ``[lanes, time]`` bool; True: this lane's carry returns to the initial carry *before* the step is
-        consumed. None: never.
+        consumed, also where the step is padding. None: never.
       valid: ``[lanes, time]`` bool; False: padding. The carry stands still and the step is not scored. None: all valid.
       edges: ``[lanes, time]``, by how much the gradient is multiplied where it goes back over the edge into this step,
         for estimators that reweight what they did not cut (:mod:`tbptt_jax.schedules`). None: 1.
@@ -48,22 +48,24 @@ def step_weights(window: Window) -> jax.Array:
     return weights if window.valid is None else jnp.where(window.valid, weights, 0)
 
 
+_LANES, _WINDOWS = ("lanes", "time"), ("windows", "lanes", "time")
 _HINTS = {
-    ("lanes", "time"): " To take the first of windows that are stacked: `jax.tree.map(lambda x: x[0], windows)`.",
-    (
-        "windows",
-        "lanes",
-        "time",
-    ): " `split` stacks windows so; a single one is `jax.tree.map(lambda x: x[None], window)`.",
+    _LANES: " To take the first of windows that are stacked: `jax.tree.map(lambda x: x[0], windows)`.",
+    _WINDOWS: " `split` stacks windows so; a single one is `jax.tree.map(lambda x: x[None], window)`.",
 }
 
 
-def time_shape(window: Window, axes: tuple[str, ...] = ("lanes", "time")) -> tuple[int, ...]:
+def time_shape(window: Window, axes: tuple[str, ...] = _LANES) -> tuple[int, ...]:
     """The leading shape that every array of ``window`` shares, named by ``axes``.
 
     Raises:
-      ValueError: if there are no inputs, an array has too few axes, the arrays disagree, or an axis has length 0.
+      ValueError: if it is no window, there are no inputs, an array has too few axes, the arrays disagree, or an axis has
+        length 0.
     """
+    if not isinstance(window, Window):
+        raise ValueError(
+            f"A {type(window).__name__} was given for a window; it needs to be a `tb.Window`, as `split` and `lanes` make."
+        )
     leaves = jax.tree.leaves(window.inputs)
     if not leaves:
         raise ValueError(f"The window has no inputs: give at least one array of shape [{', '.join(axes)}, ...].")
@@ -92,17 +94,18 @@ def time_shape(window: Window, axes: tuple[str, ...] = ("lanes", "time")) -> tup
     return shape
 
 
-def check(window: Window, axes: tuple[str, ...] = ("lanes", "time")) -> None:
+def check(window: Window, axes: tuple[str, ...] = _LANES) -> None:
     """Raises a ``ValueError`` for what can be known before compute to be wrong with ``window``.
 
-    Shapes and dtypes are checked always, values (non-finite data, negative weights) only where the arrays are concrete.
+    Shapes and dtypes are checked always; values (non-finite data, negative weights) only where the arrays are in the
+    host's memory: what is traced has none, and an accelerator is not made to wait.
     """
     shape = time_shape(window, axes)
     for field in ("resets", "valid"):
         flags = getattr(window, field)
         if flags is not None and flags.dtype != bool:
             raise ValueError(f"`{field}` has dtype {flags.dtype}; it needs bool: True or False for each lane and step.")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(window)):
+    if not all(map(_on_host, jax.tree.leaves(window))):
         return
     valid = np.ones(shape, bool) if window.valid is None else np.asarray(window.valid)
     scored = valid if window.weights is None else valid & (np.asarray(window.weights) != 0)
@@ -122,8 +125,8 @@ def check(window: Window, axes: tuple[str, ...] = ("lanes", "time")) -> None:
 
 
 def check_scored(window: Window) -> None:
-    """Raises a ``ValueError`` if a whole stream, concrete, has no step to score. One window of it may have none."""
-    if any(isinstance(mask, jax.core.Tracer) for mask in (window.weights, window.valid)):
+    """Raises a ``ValueError`` if a whole stream, in the host's memory, has no step to score. One window may have none."""
+    if not all(map(_on_host, jax.tree.leaves((window.weights, window.valid)))):
         return
     valid = True if window.valid is None else np.asarray(window.valid)
     if not np.any(np.where(valid, 1 if window.weights is None else window.weights, 0)):
@@ -145,8 +148,11 @@ def sequences(inputs: PyTree, targets: PyTree = None, lengths: Array | None = No
     n, time = time_shape(whole, ("sequences", "time"))
     if lengths is not None:
         lengths = np.asarray(lengths)
-        if lengths.shape != (n,) or (lengths < 0).any() or (lengths > time).any():
-            raise ValueError(f"`lengths` needs one length from 0 to {time} for each of {n} sequences; got {lengths}.")
+        whole_numbers = np.issubdtype(lengths.dtype, np.integer)
+        if lengths.shape != (n,) or not whole_numbers or (lengths < 0).any() or (lengths > time).any():
+            raise ValueError(
+                f"`lengths` needs one whole number from 0 to {time} for each of {n} sequences; got {lengths}."
+            )
         whole = whole._replace(valid=np.arange(time) < lengths[:, None])
     whole = whole._replace(resets=_first_step(n, time))
     check(whole, ("sequences", "time"))
@@ -166,13 +172,14 @@ def lanes(inputs: PyTree, targets: PyTree = None, *, lanes: int) -> Window:
       once; where the corpus does not fill the lanes, the end is padding (``valid`` is False).
     """
     (time,) = time_shape(Window(inputs, targets), ("time",))
-    if not 1 <= lanes <= time:
+    check_whole("lanes", lanes)
+    if lanes > time:
         raise ValueError(f"A corpus of {time} steps cannot be laid out as {lanes} lanes: choose from 1 to {time}.")
     length = -(-time // lanes)
     padding = lanes * length - time
 
     def fold(x: Array) -> Array:
-        return _pad(x, 0, padding).reshape(lanes, length, *x.shape[1:])
+        return pad(x, 0, padding).reshape(lanes, length, *x.shape[1:])
 
     valid = fold(np.ones(time, bool)) if padding else None
     inputs, targets = jax.tree.map(fold, (inputs, targets))
@@ -200,8 +207,7 @@ def slide(window: Window, length: int, stride: int = 1) -> Window:
     n, time = time_shape(window)
     _check_length(length, time)
     check(window)
-    if stride < 1:
-        raise ValueError(f"`stride` is {stride}; it needs to be at least 1 step.")
+    check_whole("stride", stride)
     if window.valid is not None:
         raise ValueError("`slide` cuts sequences of one length, and this window has padding: use `split`.")
     steps = np.arange(0, time - length + 1, stride)[:, None] + np.arange(length)
@@ -226,14 +232,15 @@ def split(window: Window, length: int, *, lanes: int | None = None) -> Window:
     n, time = time_shape(window)
     _check_length(length, time)
     lanes = n if lanes is None else lanes
-    if not 1 <= lanes <= n:
+    check_whole("lanes", lanes)
+    if lanes > n:
         raise ValueError(f"{n} sequences cannot be run in {lanes} lanes: choose from 1 to {n}.")
     check(window)
     check_scored(window)
     more_rows, more_steps = -n % lanes, -time % length
 
-    def cut(x: Array) -> Array:
-        x = _pad(_pad(x, 0, more_rows), 1, more_steps)
+    def cut(x: Array, padding: float = 0) -> Array:
+        x = pad(pad(x, 0, more_rows, padding), 1, more_steps, padding)
         groups, windows = x.shape[0] // lanes, x.shape[1] // length
         x = x.reshape(groups, lanes, windows, length, *x.shape[2:])
         return x.swapaxes(1, 2).reshape(groups * windows, lanes, length, *x.shape[4:])
@@ -241,7 +248,8 @@ def split(window: Window, length: int, *, lanes: int | None = None) -> Window:
     starts = _first_step(n, time)
     resets = starts if window.resets is None else starts | window.resets
     valid = np.ones((n, time), bool) if (more_rows or more_steps) and window.valid is None else window.valid
-    return jax.tree.map(cut, window._replace(resets=resets, valid=valid))
+    edges = None if window.edges is None else cut(window.edges, 1)  # the gradient passes through padding as it is
+    return jax.tree.map(cut, window._replace(resets=resets, valid=valid, edges=None))._replace(edges=edges)
 
 
 def stateless(window: Window) -> Window:
@@ -251,7 +259,7 @@ def stateless(window: Window) -> Window:
     return window._replace(resets=window.resets | (np.arange(window.resets.shape[-1]) == 0))
 
 
-def where_lanes(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
+def where_lanes(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
     """``jnp.where`` on trees: ``condition`` ``[lanes]`` or ``[lanes, time]`` chooses whole rows of leaves that begin so."""
 
     def choose(yes: jax.Array, no: jax.Array) -> jax.Array:
@@ -265,18 +273,30 @@ def _first_step(rows: int, time: int) -> np.ndarray:
 
 
 def _check_length(length: int, time: int) -> None:
-    if not isinstance(length, int | np.integer):
-        raise ValueError(f"A window's length is a whole number of steps; got {length!r}.")
-    if length < 1:
-        raise ValueError(f"A window of {length} steps is empty: it needs at least 1.")
+    check_whole("length", length)
     if length > time:
         raise ValueError(f"A window of {length} steps is longer than the stream of {time}: choose at most {time}.")
 
 
-def _pad(x: Array, axis: int, amount: int) -> Array:
+def check_whole(name: str, value: int, hint: str = "") -> None:
+    """Raises a ``ValueError`` unless ``value`` is a whole number, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}; it needs to be a whole number, at least 1.{hint}")
+
+
+def pad(x: Array, axis: int, amount: int, value: float = 0) -> Array:
+    """``x`` with ``amount`` more entries of ``value`` at the end of ``axis``."""
     if not amount:
         return x
     xp = np if isinstance(x, np.ndarray) else jnp
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, amount)
-    return xp.pad(x, widths)
+    return xp.pad(x, widths, constant_values=value)
+
+
+def _on_host(x: Array) -> bool:
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return not isinstance(x, jax.Array) or (
+        x.is_fully_addressable and all(device.platform == "cpu" for device in x.devices())
+    )

@@ -38,10 +38,11 @@ def lane_by_lane(step, initial, params, window):
     carries, outputs = [], np.zeros((*window.valid.shape, 2))
     for lane in range(len(window.valid)):
         carry = initial(params)
-        for t in np.flatnonzero(window.valid[lane]):
+        for t in range(window.valid.shape[1]):
             if window.resets[lane, t]:
                 carry = initial(params)
-            carry, outputs[lane, t] = step(params, carry, window.inputs[lane, t])
+            if window.valid[lane, t]:
+                carry, outputs[lane, t] = step(params, carry, window.inputs[lane, t])
         carries.append(carry)
     return jax.tree.map(lambda *h: np.stack(h), *carries), outputs
 

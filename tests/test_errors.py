@@ -24,8 +24,11 @@ def update(window, carry_of=4, loss=loss, **options):
 
 
 def begin(window):
-    estimate = tb.gradient(lstm(), loss)
-    tb.train_step(estimate, optax.sgd(0.1)).init(jax.random.key(0), window)
+    train_step().init(jax.random.key(0), window)
+
+
+def train_step():
+    return tb.train_step(tb.gradient(lstm(), loss), optax.sgd(0.1))
 
 
 def with_nan(x):
@@ -98,7 +101,7 @@ MISTAKES = {
         "`normaliser` is -1.0; it needs to be positive",
     ),
     "negative weights": (lambda: begin(tb.Window(X, X, -ONES)), "negative weight"),
-    "window of 0": (lambda: tb.split(tb.Window(X), 0), "A window of 0 steps is empty"),
+    "window of 0": (lambda: tb.split(tb.Window(X), 0), "`length` is 0; it needs to be a whole number, at least 1"),
     "window longer than the stream": (
         lambda: tb.split(tb.Window(X), 11),
         "A window of 11 steps is longer than the stream of 10",
@@ -113,7 +116,7 @@ MISTAKES = {
     ),
     "length beyond the arrays": (
         lambda: tb.sequences(X, lengths=[1, 2, 3, 11]),
-        "`lengths` needs one length from 0 to 10",
+        "`lengths` needs one whole number from 0 to 10",
     ),
     "stateless without resets": (lambda: tb.stateless(tb.Window(X)), "this window has none"),
     "loss averaged too far": (
@@ -136,7 +139,7 @@ MISTAKES = {
         "`step` was given the carry .* the same tree",
     ),
     "lists": (lambda: tb.split(tb.Window([[1.0]]), 1), "`inputs` holds 1.0, a Python float; give arrays"),
-    "half a step": (lambda: tb.split(tb.Window(X), 2.5), "whole number of steps; got 2.5"),
+    "half a step": (lambda: tb.split(tb.Window(X), 2.5), "`length` is 2.5; it needs to be a whole number"),
     "stacked windows for one": (
         lambda: begin(tb.split(tb.Window(X, X), 5)),
         r"`resets` has shape \[2, 4, 5\].*To take the first",
@@ -145,7 +148,71 @@ MISTAKES = {
         lambda: tb.train_windows(None, None, tb.sequences(X)),
         r"`resets` has shape \[4, 10\].*x\[None\]",
     ),
-    "no layers": (lambda: tb.stack(), "given no layers"),
+    "no layers": (lambda: tb.stack(), r"`stack` was given \(\); it needs recurrences"),
+    "a list of layers": (lambda: tb.stack([lstm()]), "it needs recurrences one after another"),
+    "half a sequence": (lambda: tb.sequences(X, lengths=[2.5] * 4), "needs one whole number from 0 to 10"),
+    "half a lane": (lambda: tb.split(tb.Window(X), 5, lanes=2.0), "`lanes` is 2.0; it needs to be a whole number"),
+    "no lanes": (lambda: tb.lanes(np.zeros(3), lanes=0), "`lanes` is 0; it needs to be a whole number, at least 1"),
+    "half a stride": (lambda: tb.slide(tb.Window(X), 5, 1.5), "`stride` is 1.5; it needs to be a whole number"),
+    "half a schedule": (lambda: tb.schedules.fixed(2.5), "`length` is 2.5"),
+    "no probability": (lambda: tb.schedules.random_length(20, short=3), r"`short` is 3; .* in \[0, 1\]"),
+    "a schedule not drawn from": (
+        lambda: tb.schedules.cut(tb.sequences(X), tb.schedules.fixed(5)),
+        r"it needs to be what a schedule draws, such as `fixed\(20\)\(key, time\)`",
+    ),
+    "yes for a number of windows": (lambda: tb.replay(True), "`windows` is True; it needs to be a whole number"),
+    "no optimiser": (lambda: tb.train_step(tb.gradient(lstm(), loss), None), r"`optimiser` is None; .*optax.adam"),
+    "a model for an estimate": (lambda: tb.train_step(lstm(), optax.sgd(0.1)), "`estimate` is Recurrence.*tb.gradient"),
+    "data for a window": (lambda: begin(X), "A ndarray was given for a window; it needs to be a `tb.Window`"),
+    "state and step swapped": (
+        lambda: tb.train_windows(None, train_step(), tb.Window(X[None], X[None])),
+        "`step` and `state` are a NoneType and a TrainStep; they need to be",
+    ),
+    "nan in what is trained on": (
+        lambda: tb.train_windows(None, None, tb.Window(with_nan(X)[None], X[None])),
+        "`inputs` is not finite at windows 0, lanes 2, time 3",
+    ),
+    "negative weights in what is trained on": (
+        lambda: tb.train_windows(None, None, tb.Window(X[None], X[None], -ONES[None])),
+        "negative weight",
+    ),
+    "nothing to train on": (
+        lambda: tb.train_windows(None, None, tb.Window(X[None], X[None], 0 * ONES[None])),
+        "nothing would be scored",
+    ),
+    "a loss of whole numbers": (
+        lambda: update(tb.Window(X, X), loss=lambda o, w: jnp.ones((4, 10), int)),
+        "The loss is of whole numbers",
+    ),
+    "batch statistics": (
+        lambda: tb.from_linen(nn.GRUCell(3), readout=nn.BatchNorm(use_running_average=False)).init(
+            jax.random.key(0), X
+        ),
+        r"The readout holds variables besides its parameters: \['batch_stats'\]",
+    ),
+    "a class for a cell": (lambda: tb.from_nnx(nnx.GRUCell), "The cell is the class GRUCell; .*rngs=rngs"),
+    "a carry that turns into whole numbers": (
+        lambda: tb.from_step(lambda p, c, x: (c.astype(int), x), None, lambda p, n: jnp.zeros(n)).unroll(
+            {}, jnp.zeros(4), X
+        ),
+        r"given the carry float64\[4\] and returned int64\[4\].*kinds of number",
+    ),
+    "a carry of another shape": (
+        lambda: tb.from_step(lambda p, c, x: (x, x), None, lambda p, n: jnp.zeros(n)).unroll({}, jnp.zeros(4), X),
+        r"given the carry float64\[4\] and returned float64\[4, 2\]",
+    ),
+    "a carry without lanes": (
+        lambda: tb.gradient(tb.from_step(lambda p, c, x: (c, x), None, lambda p, n: jnp.zeros(3)), loss).init(
+            jax.random.key(0), {}, tb.Window(X, X)
+        ),
+        r"`initial_carry` made \[3\]; every array of it needs to be \[4 lanes",
+    ),
+    "nothing carried that could be learned from": (
+        lambda: tb.gradient(
+            tb.from_step(lambda p, c, x: (c, x), None, lambda p, n: jnp.zeros(n, int)), loss, influence=tb.uoro()
+        ).init(jax.random.key(0), {}, tb.Window(X, X)),
+        "no floating-point array.*truncate",
+    ),
     "odd number of first bits": (lambda: tb.tasks.first_bit(jax.random.key(0), 7), "7 sequences cannot be balanced"),
     "a cell with other state": (
         lambda: tb.from_nnx(lambda rngs: nnx.BatchNorm(3, rngs=rngs)),

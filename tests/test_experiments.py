@@ -24,7 +24,7 @@ def launch(name, workdir, *arguments):
 
 def results(ran, workdir):
     assert ran.returncode == 0, ran.stderr
-    assert sorted(p.name for p in workdir.iterdir()) == ["figure.png", "flags.txt", "results.json"]
+    assert sorted(p.name for p in workdir.iterdir() if p.is_file()) == ["figure.png", "flags.txt", "results.json"]
     assert (workdir / "figure.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((workdir / "results.json").read_text())
 
@@ -72,6 +72,12 @@ def test_gradient_bias_knows_what_is_exact(tmp_path):
     assert by["uoro", 2]["relative_std"] > 0
 
 
+def test_a_training_that_diverges_is_told_and_written(tmp_path):
+    ran = launch("influence_balancing", tmp_path, "--runs=truncate@1", "--steps=500", "--learning_rate=9", "--seeds=1")
+    assert results(ran, tmp_path)["rows"] == [{"influence": "truncate", "window": 1, "theta": [None]}]
+    assert "[nan]" in ran.stdout or "[inf]" in ran.stdout or "[-inf]" in ran.stdout
+
+
 MISTAKES = {
     "unreadable": ("char_lm", ["--text={dir}/none.txt"], "none.txt cannot be read: No such file"),
     "a directory": ("char_lm", ["--text={dir}"], "cannot be read: Is a directory"),
@@ -86,6 +92,8 @@ MISTAKES = {
     "influence": ("gradient_bias", ["--influences=replay"], "--influences has replay, which is none. Any of truncate"),
     "survival": ("gradient_bias", ["--influences=replay:2:1.5"], "`survival` is 1.5"),
     "window": ("gradient_bias", ["--windows=5,0"], "--windows has '0': give whole numbers from 1 to 400"),
+    "no influence": ("copy_memory", ["--influences="], "--influences is empty. Any of truncate"),
+    "too many devices": ("char_lm", ["--devices=0"], "--devices=0"),
     "run": ("influence_balancing", ["--runs=rtrl"], "write INFLUENCE@WINDOW"),
     "sequence": ("copy_memory", ["--window=99"], "--window=99 is longer than a sequence of 30 steps"),
 }  # fmt: skip

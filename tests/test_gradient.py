@@ -37,7 +37,7 @@ def lag_gradients(params):
     def losses(copies, lane):
         def step(carry, at_t):
             copy, x, y, weight, reset, valid = at_t
-            carry = jax.tree.map(lambda h: jnp.where(valid & reset, 0.0, h), carry)
+            carry = jax.tree.map(lambda h: jnp.where(reset, 0.0, h), carry)
             new, out = lstm_step(unravel(copy), carry, x)
             carry = jax.tree.map(lambda n, h: jnp.where(valid, n, h), new, carry)
             return carry, jnp.where(valid, weight, 0.0) * jnp.sum((out - y) ** 2) / NORMALISER
@@ -84,8 +84,13 @@ def test_one_window_over_the_sequence_is_jax_grad_of_the_plain_scan(params):
     assert np.isclose(metrics.loss, value) and metrics.weight == LANES * TIME
 
 
+def copying(outputs, window):
+    return jnp.sum((outputs - window.inputs) ** 2, -1)
+
+
+@pytest.mark.parametrize("loss", [loss, copying])
 @pytest.mark.parametrize("rubbish", [np.nan, 1e30])
-def test_what_stands_in_the_padding_changes_nothing(rubbish, params):
+def test_what_stands_in_the_padding_changes_nothing(rubbish, loss, params):
     estimate = tb.gradient(lstm(), loss)
     clean, dirty = (summed_gradient(estimate, params, tb.split(stream(rubbish=r), 5)) for r in (0.0, rubbish))
     assert_close(dirty, clean, rtol=0, atol=0)
@@ -121,6 +126,18 @@ def test_a_window_with_nothing_to_score_has_gradient_zero_and_moves_the_carry(pa
     assert metrics.loss == metrics.weight == 0
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
     assert not np.allclose(after.carry[0], state.carry[0])
+
+
+def test_every_window_draws_anew(params):
+    drawn = []
+    influence = tb.truncate()._replace(push=lambda state, linearisation, key: jax.random.key_data(key))
+    estimate = tb.gradient(lstm(), loss, influence=influence)
+    window = first(tb.split(stream(), 5))
+    state = estimate.init(jax.random.key(0), params, window)
+    for _ in range(3):
+        _, state, _ = estimate.update(params, state, window)
+        drawn.append(tuple(np.asarray(state.influence)))
+    assert len(set(drawn)) == 3
 
 
 def test_the_default_normaliser_is_the_windows_own_weight(params):

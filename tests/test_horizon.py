@@ -65,7 +65,7 @@ def test_a_model_without_memory_needs_no_more_than_one_step():
 def test_bias_sees_what_is_exact_and_what_is_not():
     model, params = lstm(), params_of(lstm())
     window = stream(rubbish=np.nan)
-    exact = horizon.bias(model, loss, params, window, 5, tb.rtrl())
+    exact = horizon.bias(model, loss, params, window, 5, tb.rtrl(), draws=2)
     assert exact.relative_bias < 1e-12 and np.isclose(exact.cosine, 1) and exact.relative_std < 1e-12
     short, long = (horizon.bias(model, loss, params, window, k) for k in (2, 10))
     assert short.relative_bias > long.relative_bias > 1e-3 and short.cosine < long.cosine < 1
@@ -92,6 +92,10 @@ def test_a_hundred_thousand_steps_fit():
         (lambda: horizon.suggest(horizon.Decay(np.ones(3), 0.5, 1), tolerance=0.0), "`tolerance` is 0.0"),
         (lambda: horizon.suggest(horizon.Decay(np.ones(3), 0.5, 1), largest=0), "`largest` is 0"),
         (lambda: horizon.bias(lstm(), loss, None, probe(), 5, draws=0), "`draws` is 0"),
+        (
+            lambda: horizon.decay(lstm(), lambda y, w: jnp.sqrt(0 * loss(y, w)), params_of(lstm()), probe(), lags=5),
+            "The gradient is not finite from lag 1 on",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(mistake, sentence):

@@ -216,9 +216,9 @@ def test_the_lag_gradients_are_those_of_a_recurrence_written_by_hand():
             h = params["start"]
             for t in range(T):
                 p = copies[t]
+                h = p["start"] if window.resets[lane, t] else h
                 if not window.valid[lane, t]:
                     continue
-                h = p["start"] if window.resets[lane, t] else h
                 h = jnp.tanh(window.inputs[lane, t] @ p["w"][3:] + h @ p["w"][:3])
                 if t in total:
                     error = h @ p["out"] - window.targets[lane, t]
@@ -407,7 +407,7 @@ def test_training_is_the_same_in_a_scan_over_seeds_and_update_by_update(name, in
         counts = np.zeros(LANES, int)
         for t in range(T):
             now = stream()
-            counts = np.where(now.valid[:, t], np.where(now.resets[:, t], 0, counts) + 1, counts)
+            counts = np.where(now.resets[:, t], 0, counts) + now.valid[:, t]
         np.testing.assert_array_equal(state.stream.carry["steps"], counts)
 
 
@@ -588,7 +588,10 @@ def test_the_other_influences_cost_what_they_say():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: tb.replay(0), r"`windows` is 0; replay needs at least 1 window\. For none, use `truncate\(\)`"),
+        (
+            lambda: tb.replay(0),
+            r"`windows` is 0; it needs to be a whole number, at least 1\. For none, use `truncate\(\)`",
+        ),
         (lambda: tb.replay(-2), r"`windows` is -2"),
         (lambda: tb.replay(1.5), r"`windows` is 1\.5"),
         (lambda: tb.replay(3, survival=0.0), r"`survival` is 0\.0; it is a probability and needs to be in \(0, 1\]"),
@@ -611,7 +614,10 @@ def start(name="bare", influence=None):
 def test_rtrl_says_how_large_it_would_be_and_suggests_uoro():
     estimate, params, windows = start("bare", tb.rtrl(max_bytes=100))
     theta = ravel_pytree(params)[0].size
-    with pytest.raises(ValueError, match=rf"{LANES} lanes x 3 units x {theta} parameters, .* GiB.*`uoro\(\)`"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{LANES} lanes x 3 units x {theta} parameters, 1,512 bytes, and may use 100 bytes.*`uoro\(\)`",
+    ):
         estimate.init(KEY, params, first(windows))
     needed = LANES * 3 * theta * 8
     tb.gradient(MODELS["bare"], loss, influence=tb.rtrl(needed)).init(KEY, params, first(windows))

@@ -95,8 +95,22 @@ def test_a_reset_in_the_middle_equals_two_separate_sequences(params):
 def test_a_lane_of_length_zero_keeps_the_carry_it_came_with(params):
     window, model = stream(rubbish=np.nan), lstm()
     carry = jax.tree.map(lambda h: h + 0.3, model.initial_carry(params, LANES))
-    end, _ = model.unroll(params, carry, window.inputs, window.resets, window.valid)
+    end, _ = model.unroll(params, carry, window.inputs, None, window.valid)
     assert_close(jax.tree.map(lambda h: h[-1], end), jax.tree.map(lambda h: h[-1], carry))
+
+
+@pytest.mark.parametrize("model", [lstm(), tb.lstm(UNITS)], ids=["linen", "fused"])
+def test_padding_at_the_start_does_not_hide_the_reset_that_stands_there(model):
+    x = np.random.default_rng(1).normal(size=(4, 9, FEATURES))
+    late = tb.sequences(x)._replace(valid=np.arange(9) >= np.array([[0], [2], [5], [3]]))  # padded on the left
+    params = params_of(model)
+    for cut in (tb.split(late, 4, lanes=1), tb.stateless(tb.split(late, 4, lanes=1))):
+        _, outputs = read(model, params, cut)  # the rows one after another in one lane
+        alone = jax.tree.map(lambda w: w.reshape(len(w) // 3, 3, *w.shape[1:]), cut)
+        for row in range(4):
+            _, expected = read(model, params, jax.tree.map(lambda w, row=row: w[row], alone))
+            got = outputs[3 * row : 3 * row + 3]
+            np.testing.assert_allclose(got[alone.valid[row]], expected[alone.valid[row]], atol=1e-14)
 
 
 @pytest.mark.parametrize("checkpoint", ["sqrt", 1, 4, TIME, 100])

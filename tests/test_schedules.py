@@ -104,3 +104,22 @@ def test_steps_are_scaled_by_the_windows_length_without_its_padding():
 def test_a_mistake_is_told_in_a_sentence(mistake, sentence):
     with pytest.raises(ValueError, match=sentence):
         mistake()
+
+
+def test_reweighted_edges_pass_through_padding_as_they_are():
+    time = 10
+    window = jax.tree.map(lambda x: x[:, :time], stream())
+    params, cuts = params_of(lstm()), schedules.Cuts(np.array([3, 4, 3]), np.linspace(1, 2, time))
+    for influence in (tb.replay(2), tb.rtrl()):
+        estimate = tb.gradient(lstm(), loss, influence=influence, normaliser=1.0)
+        whole = gradient_over(
+            schedules.cut(window, cuts._replace(lengths=np.array([time])), unit=time), params, estimate
+        )
+        for unit in (4, 8):  # windows of one padded length, as `replay` needs
+            parts = schedules.cut(window, cuts, unit=unit)
+            np.testing.assert_allclose(gradient_over(parts, params, estimate), whole, rtol=1e-10, atol=1e-12)
+        edged = window._replace(edges=np.broadcast_to(cuts.edges, (len(window.valid), time)))
+        split, _ = summed_gradient(estimate, params, tb.split(edged, 4))
+        np.testing.assert_allclose(ravel_pytree(split)[0], whole, rtol=1e-10, atol=1e-12)
+        again = schedules.cut(edged, cuts._replace(edges=np.ones(time)), unit=4)  # what was there stays
+        np.testing.assert_allclose(gradient_over(again, params, estimate), whole, rtol=1e-10, atol=1e-12)

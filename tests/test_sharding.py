@@ -12,7 +12,7 @@ from streams import assert_close, first, loss, lstm, stream
 import tbptt_jax as tb
 from tbptt_jax import sharding
 
-MESH = jax.make_mesh((2,), ("lane",), axis_types=(jax.sharding.AxisType.Auto,))
+MESH = sharding.mesh(lane=2)
 
 
 @pytest.mark.parametrize("normaliser", [None, 7.0])
@@ -41,6 +41,52 @@ def test_the_devices_speak_once_a_window_and_not_inside_the_scan(model):
     assert not re.findall(r"all-gather|all-to-all|collective-permute|reduce-scatter", text)
     entry = text[text.index("ENTRY") :]
     assert "all-reduce" in entry and "while(" in entry  # once, beside the loops over time
+
+
+def test_a_stream_goes_on_with_another_number_of_devices():
+    estimate, windows = tb.gradient(lstm(), loss), tb.split(stream(), 5)
+    step, spread = (tb.train_step(e, optax.adam(1e-2)) for e in (estimate, sharding.over_lanes(estimate, MESH)))
+    early, late = jax.tree.map(lambda x: x[:2], windows), jax.tree.map(lambda x: x[2:], windows)
+    whole, _ = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), windows)
+    for before, after in ((step, spread), (spread, step)):
+        state, _ = tb.train_windows(before, before.init(jax.random.key(0), first(windows)), early)
+        state = jax.tree.map(jnp.asarray, jax.device_get(state._replace(stream=state.stream._replace(key=None))))
+        state = state._replace(stream=state.stream._replace(key=jax.random.key(0)))
+        state, _ = tb.train_windows(after, state, late)
+        assert_close(state.params, whole.params, rtol=1e-9)
+        assert_close(jax.device_get(state.stream.carry), jax.device_get(whole.stream.carry), rtol=1e-9)
+
+
+@pytest.mark.parametrize("influence", [tb.rtrl(), tb.uoro()], ids=["rtrl", "uoro"])
+def test_every_influence_is_spread_and_what_is_exact_stays_so(influence):
+    windows, spread = tb.split(stream(), 5), []
+    for mesh in (sharding.mesh(lane=1), MESH):
+        estimate = sharding.over_lanes(tb.gradient(lstm(), loss, influence=influence), mesh)
+        step = tb.train_step(estimate, optax.sgd(1e-2))
+        state, _ = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), windows)
+        spread.append(jax.device_get(state.params))
+    same = all(np.allclose(a, b, rtol=1e-9) for a, b in zip(*map(jax.tree.leaves, spread), strict=True))
+    assert same == (influence.init.__module__ == "tbptt_jax.influence.rtrl")  # each device draws signs of its own
+
+
+def test_trainings_side_by_side_are_those_of_vmap_also_where_they_do_not_divide():
+    windows = tb.split(stream(), 5)
+    step = tb.train_step(tb.gradient(lstm(), loss), optax.adam(1e-2))
+
+    def train(key, rate):
+        state, metrics = tb.train_windows(step, step.init(key, first(windows)), windows)
+        return jax.tree.map(lambda p: rate * p, state.params), metrics
+
+    keys, rates = jax.random.split(jax.random.key(0), 3), jnp.arange(3.0)
+    compiled = jax.jit(sharding.over_runs(train, sharding.mesh(run=2))).lower(keys, rates).compile()
+    assert_close(jax.device_get(compiled(keys, rates)), jax.device_get(jax.vmap(train)(keys, rates)), rtol=1e-9)
+    loops = compiled.as_text().split("ENTRY")[0]
+    assert not re.findall(r"all-reduce|all-gather|all-to-all|collective-permute", loops)  # none waits for another
+
+
+def test_a_mesh_larger_than_the_machine_is_refused():
+    with pytest.raises(ValueError, match=r"2 x 2 devices was asked for, and there are 2.*jax_num_cpu_devices"):
+        sharding.mesh(run=2, lane=2)
 
 
 def test_lanes_that_do_not_divide_are_refused():

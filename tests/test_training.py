@@ -79,6 +79,15 @@ def test_evaluate_is_the_weighted_mean_for_any_window_length(k):
     assert got.weight == weights.sum()
 
 
+def test_a_figure_may_be_yes_or_no_and_a_stream_that_scores_nothing_has_mean_zero():
+    params, windows = params_of(lstm()), tb.split(stream(), 5)
+    right = lambda outputs, window: outputs[..., 0] > window.targets[..., 0]  # noqa: E731
+    as_number = lambda outputs, window: 1.0 * right(outputs, window)  # noqa: E731
+    assert_close(*(tb.evaluate(lstm(), figure, params, windows) for figure in (right, as_number)))
+    nothing = windows._replace(weights=jnp.zeros(windows.weights.shape))
+    assert jax.jit(lambda w: tb.evaluate(lstm(), loss, params, w))(nothing).loss == 0
+
+
 def temp_bytes(function, *args, **static):
     return jax.jit(function, **static).lower(*args).compile().memory_analysis().temp_size_in_bytes
 

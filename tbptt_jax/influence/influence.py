@@ -49,6 +49,14 @@ class Influence(NamedTuple):
     push: Callable[[PyTree, Linearisation, jax.Array], PyTree]
 
 
+def check_carried(carry: PyTree) -> None:
+    """Raises a ``ValueError`` if the carry has nothing that a gradient could pass through."""
+    if not jax.tree.leaves(carry):
+        raise ValueError(
+            "The model's carry has no floating-point array, so it has no past to know of: use `truncate()`."
+        )
+
+
 @flax.struct.dataclass
 class WindowVJP:
     """A window's backward pass from carry to carry: a function that is a pytree of what it needs of the window."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP
+from tbptt_jax.window import check_whole
 
 PyTree = Any
 
@@ -48,8 +49,7 @@ def replay(windows: int, survival: float = 1.0) -> Influence:
     Raises:
       ValueError: if ``windows`` or ``survival`` are not as described.
     """
-    if not isinstance(windows, int) or windows < 1:
-        raise ValueError(f"`windows` is {windows!r}; replay needs at least 1 window. For none, use `truncate()`.")
+    check_whole("windows", windows, " For none, use `truncate()`.")
     if not 0 < survival <= 1:
         raise ValueError(f"`survival` is {survival!r}; it is a probability and needs to be in (0, 1].")
 

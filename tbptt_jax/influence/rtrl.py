@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP
+from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP, check_carried
 
 PyTree = Any
 
@@ -41,6 +41,7 @@ def rtrl(max_bytes: int | None = None) -> Influence:
 
     def init(params: PyTree, carry: PyTree, vjp: WindowVJP) -> Rtrl:
         del vjp
+        check_carried(carry)
         leaves = jax.tree.leaves(carry)
         lanes, units = leaves[0].shape[0], sum(h[0].size for h in leaves)
         needed = sum(lanes * units * p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
@@ -48,8 +49,8 @@ def rtrl(max_bytes: int | None = None) -> Influence:
         if needed > limit:
             theta = sum(p.size for p in jax.tree.leaves(params))
             raise ValueError(
-                f"rtrl would carry a matrix of {lanes} lanes x {units} units x {theta:,} parameters, {needed / 2**30:,.1f} "
-                f"GiB, and may use {limit / 2**30:,.1f} GiB: use a smaller model or fewer lanes, or `uoro()`, which "
+                f"rtrl would carry a matrix of {lanes} lanes x {units} units x {theta:,} parameters, {_size(needed)}, and "
+                f"may use {_size(limit)}: use a smaller model or fewer lanes, or `uoro()`, which "
                 "carries an unbiased sketch of it in the memory of the parameters."
             )
         matrix = jax.tree.map(lambda p: jnp.zeros((lanes, units, *p.shape), p.dtype), params)
@@ -80,6 +81,10 @@ def _flat(carry: PyTree) -> jax.Array:
     """``[lanes, dim(h)]``."""
     leaves = jax.tree.leaves(carry)
     return jnp.concatenate([h.reshape(h.shape[0], -1) for h in leaves], 1)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count:,} bytes"
 
 
 def _device_memory() -> int:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP
+from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP, check_carried
 
 PyTree = Any
 
@@ -37,6 +37,7 @@ def uoro() -> Influence:
 
     def init(params: PyTree, carry: PyTree, vjp: WindowVJP) -> Uoro:
         del vjp
+        check_carried(carry)
         return Uoro(*jax.tree.map(jnp.zeros_like, (carry, params)))
 
     def pullback(state: Uoro, carry_cotangent: PyTree) -> PyTree:
@@ -62,7 +63,13 @@ def push_signs(state: Uoro, linearisation: Linearisation, signs: PyTree) -> Uoro
     to_the_left = jax.linear_transpose(
         lambda c: linearisation.vjp(c)[1], signs
     )  # of carry_cotangents: its transpose is J
-    (moved,) = to_the_left(state.carry_sketch)
+    try:
+        (moved,) = to_the_left(state.carry_sketch)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"uoro moves forward along the window by transposing its backward pass, and this model's cannot be ({error}). "
+            'An LSTM\'s can with `tb.lstm(..., implementation="fused")`.'
+        ) from error
     rho0 = jnp.sqrt((_norm(state.params_sketch) + EPSILON) / (_norm(moved) + EPSILON))
     rho1 = jnp.sqrt((_norm(immediate) + EPSILON) / (_norm(signs) + EPSILON))
     return Uoro(

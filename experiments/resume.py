@@ -1,0 +1,277 @@
+"""What launches that train share: checkpoints to go on from, a stop when asked to, and a stop at a loss that is not finite."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+import tbptt_jax as tb
+from experiments import launch
+from tbptt_jax import checkpoint
+from tbptt_jax.recurrence import unroll_window
+from tbptt_jax.training import TrainState, TrainStep
+from tbptt_jax.window import step_weights
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of the first of several processes, the same for all; auto: found by itself on Slurm and Kubernetes.",
+)
+flags.DEFINE_enum(
+    "not_finite",
+    "stop",
+    ["stop", "skip"],
+    "What a loss, gradient or carry that is not finite does: stop the run, or leave its window out and count it.",
+)
+flags.DEFINE_integer("processes", None, "How many processes there are, each with lanes of its own.", lower_bound=1)
+flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+
+STOP = signal.SIGTERM, signal.SIGINT
+
+
+class Call(NamedTuple):
+    """Attributes:
+    loss: the mean over the scored steps of one call's windows.
+    weight: their sum of weights.
+    seconds: that it took.
+    skipped: windows left out, since something in them was not finite.
+    norm: the largest of a lane's carry at the end, as :func:`tbptt_jax.carry_health` has it.
+    saturated: the part of the carry's units that are.
+    since_reset: the steps, at the end, since the lane that was reset longest ago was.
+    """
+
+    loss: float
+    weight: float
+    seconds: float
+    skipped: int
+    norm: float
+    saturated: float
+    since_reset: int
+
+
+def join_processes(lanes: int) -> None:
+    """Joins the processes that the flags name, before JAX computes anything; none are named: this is the only one.
+
+    Raises:
+      ValueError: if the flags do not go together, the others are not found, or the lanes do not divide by all devices.
+    """
+    if FLAGS.coordinator is None and FLAGS.processes is FLAGS.process is None:
+        return
+    automatic = FLAGS.coordinator == "auto" and FLAGS.processes is FLAGS.process is None
+    if not automatic and (
+        None in (FLAGS.coordinator, FLAGS.processes, FLAGS.process) or FLAGS.process >= FLAGS.processes
+    ):
+        raise ValueError(
+            "Several processes need --coordinator=HOST:PORT, --processes=N and --process=I with I from 0 to N - 1, or "
+            "--coordinator=auto alone."
+        )
+    try:
+        jax.distributed.initialize(*(() if automatic else (FLAGS.coordinator, FLAGS.processes, FLAGS.process)))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"The processes did not meet: {str(error).splitlines()[0]}") from error
+    launch.console.quiet = jax.process_index() > 0
+    if lanes % jax.device_count():
+        raise ValueError(
+            f"--lanes={lanes} cannot be spread over the {jax.device_count()} devices of {jax.process_count()} processes: "
+            f"give a multiple of {jax.device_count()}."
+        )
+
+
+def train(
+    step: TrainStep,
+    init: Callable[[], TrainState],
+    windows: Callable[[int, int], tb.Window],
+    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None],
+    *,
+    updates: int,
+    per_call: int,
+    every: int,
+    directory: pathlib.Path,
+    settings: dict[str, Any],
+    resume: bool,
+    skip: bool,
+    report: Callable[[int, list[Call]], None],
+) -> tuple[TrainState, list[Call]]:
+    """Trains from the newest checkpoint on; what it ends with is, bit for bit, that of a run never interrupted.
+
+    SIGTERM and SIGINT finish the call, save, and exit with status 128 + the signal; a second one exits at once.
+
+    Args:
+      step: the train step.
+      init: its state at update 0.
+      windows: ``(first, last) -> [last - first, lanes, time, ...]``, the windows of these updates.
+      locate: ``(state, window) -> (lane, step)`` of the first loss that is not finite, as :func:`first_not_finite` finds.
+      updates: how many in all.
+      per_call: how many in one compiled call, which is what is told and saved by.
+      every: save at the end of each call in which a multiple of this falls, and at the end.
+      directory: of the checkpoints.
+      settings: what makes it this run, as JSON.
+      resume: False: begin at update 0. The checkpoints found are kept, in ``<directory>.old``, until this run stops.
+      skip: a window in which something is not finite is left out, and counted, instead of stopping the run.
+      report: ``(updates done, calls so far)``, after each call.
+
+    Returns:
+      The state after the last update, and all calls, those before the interruptions too.
+
+    Raises:
+      ValueError: if the checkpoints are of another run, or a loss is not finite.
+    """
+    old = directory.with_name(f"{directory.name}.old")
+    if not resume and directory.exists() and jax.process_index() == 0:
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    _meet("the old checkpoints are out of the way")
+    settings = {**settings, "updates": updates, "updates in a call": per_call, "skip": skip}
+    step = tb.skip_not_finite(step) if skip else step
+    health = jax.jit(tb.carry_health)
+    with stop_asked() as asked, checkpoint.open(directory, settings) as store:
+        try:
+            saved = store.restore(jax.eval_shape(init))
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (--workdir=DIRECTORY is another; --noresume begins afresh in this one.)"
+            ) from error
+        done, state, calls = (
+            (saved.update, saved.state, [Call(*c) for c in saved.data["calls"]]) if saved else (0, init(), [])
+        )
+        if saved:
+            launch.console.print(f"Going on from update {done} of {updates}, saved in {directory}.", soft_wrap=True)
+        stop = _largest(asked())
+        while done < updates and not stop:
+            began, last = time.perf_counter(), min(done + per_call, updates)
+            cut, before = windows(done, last), int(state.updates)
+            state, metrics = tb.train_windows(step, state, cut)
+            losses, weights = (np.asarray(x, np.float64) for x in metrics)  # waits for the call
+            fine = np.isfinite(losses)
+            norm, saturated = map(float, health(state.stream.carry))
+            if not skip and not (fine.all() and np.isfinite(norm)):
+                first = done + int(np.argmin(fine)) if not fine.all() else last - 1
+                raise ValueError(_not_finite(step, init, windows, locate, store, first, losses[first - done]))
+            losses, weights = losses[fine], weights[fine]
+            weight = float(weights.sum())
+            calls.append(
+                Call(
+                    loss=float(losses @ weights) / (weight or 1.0),
+                    weight=weight,
+                    seconds=time.perf_counter() - began,
+                    skipped=last - done - (int(state.updates) - before),
+                    norm=norm,
+                    saturated=saturated,
+                    since_reset=_since_reset(cut.resets, calls[-1].since_reset if calls else 0),
+                )
+            )
+            stop = _largest(asked())  # once, and for all processes: what ends the loop is what saved
+            if last == updates or last // every > done // every or stop:
+                store.save(last, state, {"calls": calls})
+            done = last
+            report(done, calls)
+    shutil.rmtree(old, ignore_errors=True)
+    if stop:
+        launch.console.print(f"Stopped at update {done} of {updates}; the same command goes on.", soft_wrap=True)
+        sys.exit(128 + stop)
+    return state, calls
+
+
+def _since_reset(resets: Any, before: int) -> int:
+    """Steps since the lane that was reset longest ago was, after windows ``[windows, lanes, time]``."""
+    if resets is None:
+        return before
+    own = resets.addressable_shards if isinstance(resets, jax.Array) else ()
+    lanes = np.concatenate([np.asarray(shard.data) for shard in own], 1) if own else np.asarray(resets)
+    steps = lanes.swapaxes(0, 1).reshape(lanes.shape[1], -1)
+    ago = np.where(steps.any(1), np.argmax(steps[:, ::-1], 1) + 1, before + steps.shape[1])
+    return _largest(int(ago.max()))
+
+
+def _meet(where: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def _largest(number: int) -> int:
+    """Of the numbers that the processes give."""
+    return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def _not_finite(
+    step: TrainStep,
+    init: Callable[[], TrainState],
+    windows: Callable[[int, int], tb.Window],
+    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None],
+    store: checkpoint.Store,
+    bad: int,
+    loss: float,
+) -> str:
+    """Goes there again from the last checkpoint, up to the window itself: the call has overwritten the state before it."""
+    if jax.process_count() > 1:  # each has lanes of its own
+        return f"The loss of window {bad} is {loss}: lower the learning rate, or look at the data there."
+    saved = store.restore(jax.eval_shape(init))
+    done, state = (saved.update, saved.state) if saved else (0, init())
+    if done < bad:
+        state, _ = tb.train_windows(step, state, windows(done, bad))
+    place = locate(state, jax.tree.map(lambda x: x[0], windows(bad, bad + 1)))
+    where = f", first in lane {place[0]} at step {place[1]}" if place else ""
+    kept = f"The last checkpoint, of update {saved.update}, is of before." if saved else "There is no checkpoint yet."
+    return f"The loss of window {bad} is {loss}{where}: lower the learning rate, or look at the data there. {kept}"
+
+
+def first_not_finite(
+    model: tb.Recurrence, loss: Callable, params: Any, carry: Any, window: tb.Window
+) -> tuple[int, int] | None:
+    """``(lane, step)`` of a window's earliest scored step whose outputs or loss are not finite, or None."""
+    _, outputs = jax.jit(unroll_window, static_argnums=0)(model, params, carry, window)
+    bad = ~jnp.isfinite(loss(outputs, window))
+    for leaf in jax.tree.leaves(outputs):
+        bad |= ~jnp.isfinite(leaf).reshape(*bad.shape, -1).all(-1)
+    places = np.argwhere(np.asarray(bad & (step_weights(window) > 0)).T)  # by time
+    return (int(places[0][1]), int(places[0][0])) if len(places) else None
+
+
+@contextlib.contextmanager
+def stop_asked() -> Iterator[Callable[[], int]]:
+    """Yields ``asked() -> int``: the first SIGTERM or SIGINT that has come, or 0. A second one ends the process at once.
+
+    Python runs its handlers between two instructions of the main thread, so not while a call compiles or runs. A thread
+    therefore listens, woken by what the interpreter writes the moment a signal comes.
+    """
+    told: list[int] = []
+    here, there = socket.socketpair()
+    there.setblocking(False)
+
+    def listen() -> None:
+        while number := here.recv(1):
+            if number[0] in STOP:
+                told.append(number[0])
+                if len(told) > 1:
+                    os._exit(128 + told[0])
+                print(
+                    f"{signal.Signals(told[0]).name}: stopping after this call, saved. Again: at once.", file=sys.stderr
+                )
+
+    before = {number: signal.signal(number, lambda *_: None) for number in STOP}
+    waker = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield lambda: told[0] if told else 0
+    finally:
+        signal.set_wakeup_fd(waker)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        there.close()
+        thread.join()
+        here.close()

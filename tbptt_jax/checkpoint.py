@@ -1,0 +1,243 @@
+"""Checkpoints: a run's state on disk, whole or not at all, to be gone on with bit for bit.
+
+    with checkpoint.open("runs/mine/checkpoints", settings={"window": 16, "lanes": 32}) as store:
+        saved = store.restore(like)  # None at first
+        ...
+        store.save(update, state, {"history": history})
+
+Orbax writes a checkpoint beside its place, in a thread of its own, and moves it there when it is complete. Checksums of all
+that is in it are kept with it, and compared when it is read.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+PyTree = Any
+
+
+class Saved(NamedTuple):
+    """Attributes:
+    update: the update after which it was saved.
+    state: the state, bit for bit.
+    data: what was saved beside it.
+    """
+
+    update: int
+    state: PyTree
+    data: Any
+
+
+class Store(NamedTuple):
+    """Attributes:
+    save: ``(update, state, data)``: begins to write, once the save before it is done. The state is copied first, so it
+      may be donated at once. ``data`` is anything JSON can hold. OSError: this or the one before could not be written.
+    restore: ``(like) -> Saved | None``: the newest that is whole, None if there is none at all. ``like`` has the state's
+      tree; its leaves are arrays or ``jax.ShapeDtypeStruct``, and where they have shardings, the state is placed so.
+    """
+
+    save: Callable[[int, PyTree, Any], None]
+    restore: Callable[[PyTree], Saved | None]
+
+
+@contextlib.contextmanager
+def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3) -> Iterator[Store]:
+    """The checkpoints of one run. On leaving, the last one is on disk.
+
+    A state is saved by its global shapes, so that it can be placed on any number of devices and processes; only what has an
+    axis of devices (see :func:`tbptt_jax.sharding.over_lanes`) needs as many of them. All processes save and restore.
+
+    Args:
+      directory: where they are, each in a directory named by its update; made if missing.
+      settings: what makes it this run and no other, as JSON.
+      keep: how many to keep, the newest.
+
+    Raises:
+      ValueError: from ``restore``, if the checkpoint is of a run with other settings or another state, or if all are
+        broken. If only the newest are, a warning says so, they are set aside, and the one before them is restored.
+      OSError: from ``save`` and on leaving, if one could not be written, as on a full disk. Those before it are intact.
+    """
+    directory = pathlib.Path(directory).absolute()
+    settings = json.loads(json.dumps(settings))
+    if keep < 1:
+        raise ValueError(f"`keep` is {keep}; it needs to be at least 1 checkpoint.")
+
+    def written(write: Callable[..., Any], *args: Any, **options: Any) -> None:
+        try:
+            write(*args, **options)
+        except Exception as error:  # Orbax and TensorStore have many kinds
+            manager.reload()
+            good = max(manager.all_steps(), default=None)
+            left = "There is none before it" if good is None else f"The one of update {good} is intact"
+            raise OSError(
+                f"A checkpoint could not be written to {directory}: {_reason(error)} {left}; make room, then run again."
+            ) from error
+
+    def save(update: int, state: PyTree, data: Any) -> None:
+        arrays, leaves = _pack(state)
+        # By way of text: what is written later, in another thread, is what `data` is now.
+        content = json.loads(json.dumps({"settings": settings, "leaves": leaves, "data": data}))
+        run = {"content": content, "checksum": _checksum_of_json(content)}
+        args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
+        written(manager.save, update, args=args, force=True)
+
+    def restore(like: PyTree) -> Saved | None:
+        written(manager.wait_until_finished)
+        broken: dict[int, str] = {}
+        for update in sorted(manager.all_steps(), reverse=True):
+            try:
+                content, arrays = _read(manager, update)
+            except Exception as error:
+                broken[update] = f"The checkpoint {directory / str(update)} is broken: {_reason(error)}"
+                continue
+            _check_same_run(directory, content, settings, like)
+            for each, sentence in broken.items():  # Orbax would not write in their place
+                if jax.process_index() > 0:
+                    continue
+                aside = directory / f"{each}.broken"
+                shutil.rmtree(aside, ignore_errors=True)
+                (directory / str(each)).rename(aside)
+                warnings.warn(f"{sentence} It is set aside as {aside.name}; update {update} is used.", stacklevel=2)
+            manager.reload()
+            return Saved(update, _unpack(arrays, content["leaves"], like), content["data"])
+        if broken:
+            raise ValueError(
+                f"{' '.join(broken.values())} No other is left: begin in another directory, or remove this one."
+            )
+        return None
+
+    with _quiet():
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        manager = ocp.CheckpointManager(directory, options=options)
+        try:
+            yield Store(save, restore)
+            written(manager.wait_until_finished)
+        finally:
+            manager.close()
+
+
+def _pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """The leaves as host arrays that are copies, and what is to be known of each."""
+    arrays, leaves = {}, []
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = _whole(jax.random.key_data(leaf) if is_key else leaf)
+        leaf_of = {"key": str(jax.random.key_impl(leaf)) if is_key else None, "checksum": zlib.crc32(array.tobytes())}
+        leaves.append({**_kind(path, leaf), **leaf_of, "stored": [list(array.shape), str(array.dtype)]})
+        if array.size:  # Orbax refuses those without
+            arrays[str(i)] = array
+    return arrays, leaves
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """All of an array, as a copy in this host's memory, wherever its parts are."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.array(leaf)
+
+
+def _read(manager: ocp.CheckpointManager, update: int) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """The JSON and the arrays of a checkpoint, or an exception of any kind if something is wrong with it."""
+    run = manager.restore(update, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+    content = run["content"]
+    if _checksum_of_json(content) != run["checksum"]:
+        raise ValueError("its JSON does not have its checksum")
+    arrays = [
+        np.empty(shape, jax.numpy.dtype(dtype)) for shape, dtype in (leaf["stored"] for leaf in content["leaves"])
+    ]
+    wanted = ocp.args.StandardRestore({str(i): array for i, array in enumerate(arrays) if array.size})
+    stored = manager.restore(update, args=ocp.args.Composite(arrays=wanted)).arrays
+    arrays = [stored.get(str(i), array) for i, array in enumerate(arrays)]
+    for leaf, array in zip(content["leaves"], arrays, strict=True):
+        if zlib.crc32(array.tobytes()) != leaf["checksum"]:
+            raise ValueError(f"`{leaf['path']}` does not have its checksum")
+    return content, arrays
+
+
+def _unpack(arrays: list[np.ndarray], leaves: list[dict[str, Any]], like: PyTree) -> PyTree:
+    def place(array: np.ndarray, leaf: dict[str, Any], like: Any) -> jax.Array:
+        own = jax.numpy.array(array)  # not the host's memory: a train step may be given it to write into
+        value = jax.random.wrap_key_data(own, impl=leaf["key"]) if leaf["key"] else own
+        return jax.device_put(value, getattr(like, "sharding", None))
+
+    likes, tree = jax.tree.flatten(like)
+    return jax.tree.unflatten(tree, [place(*each) for each in zip(arrays, leaves, likes, strict=True)])
+
+
+def _check_same_run(directory: pathlib.Path, content: dict[str, Any], settings: dict[str, Any], like: PyTree) -> None:
+    old, nothing = content["settings"], "nothing"
+    differ = [
+        f"{name} {old.get(name, nothing)!r}, here {settings.get(name, nothing)!r}"
+        for name in {**old, **settings}
+        if old.get(name, nothing) != settings.get(name, nothing)
+    ]
+    if not differ:
+        kinds = [_kind(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)]
+        then = {leaf["path"]: f"{leaf['dtype']}{leaf['shape']}" for leaf in content["leaves"]}
+        now = {kind["path"]: f"{kind['dtype']}{kind['shape']}" for kind in kinds}
+        differ = [
+            f"`{path}` {then.get(path, nothing)}, here {now.get(path, nothing)}"
+            for path in {**then, **now}
+            if then.get(path) != now.get(path)
+        ]
+    if differ:
+        more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
+        raise ValueError(
+            f"The checkpoints in {directory} are of another run: there {'; '.join(differ[:3])}{more}. Run with the "
+            "settings of then to go on with it, or begin in another directory."
+        )
+
+
+def _kind(path: tuple, leaf: Any) -> dict[str, Any]:
+    return {
+        "path": jax.tree_util.keystr(path, simple=True, separator="."),
+        "dtype": str(leaf.dtype),
+        "shape": list(leaf.shape),
+    }
+
+
+def _checksum_of_json(content: Any) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
+def _reason(error: Exception) -> str:
+    """What others' exceptions say, without the pages that TensorStore adds."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return f"{os.strerror(int(code[1]))}."
+    said = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")
+    return f"{said}." if said and isinstance(error, ValueError | OSError) else f"{error!r}."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax raises what went wrong, and besides logs it several times as pages, and leaves TensorStore calling back into
+    an event loop that is closed. The exception is enough."""
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def not_orbax(record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    def not_closed(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    log.addFilter(not_orbax)
+    sys.unraisablehook = not_closed
+    yield
+    sys.unraisablehook = hook  # not after an exception: writes that it cut short come back later
+    log.removeFilter(not_orbax)

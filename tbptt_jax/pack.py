@@ -1,0 +1,81 @@
+"""Packing: sequences of any lengths laid end to end in a few lanes, so that almost every step that is computed counts."""
+
+import heapq
+from typing import Any
+
+import jax
+import numpy as np
+
+from tbptt_jax.window import Array, Window, check, check_whole, time_shape
+
+PyTree = Any
+
+
+def pack(
+    inputs: PyTree,
+    targets: PyTree = None,
+    *,
+    lengths: Array,
+    lanes: int,
+    key: jax.Array | int | None = None,
+) -> Window:
+    """Lays sequences into lanes: the lane that ends first takes the next sequence at once, with its reset.
+
+    For epochs in different orders: ``pack(..., key=jax.random.fold_in(key, epoch))``.
+
+    Args:
+      inputs: pytree of arrays ``[sum(lengths), ...]``, the sequences one after another.
+      targets: pytree of arrays ``[sum(lengths), ...]``, or None.
+      lengths: ``[n]`` int, the steps of each sequence, 0 included.
+      lanes: how many streams to fill side by side.
+      key: draws the order of the sequences, from a JAX key or an integer seed. None: the order given.
+
+    Returns:
+      A window ``[lanes, time, ...]``, each step of each sequence in it once, reset where a sequence begins, with padding
+      where a lane has ended. ``valid.mean()`` is the occupancy. Without a key, ``time`` is that of the fullest lane;
+      with one it is the most that any order needs, so that every epoch has one shape and compiles once.
+
+    Raises:
+      ValueError: if there is nothing to lay, the lengths are not of these arrays, there is no lane, or the data is not
+        finite.
+    """
+    flat = Window(inputs, targets)
+    (total,) = time_shape(flat, ("steps",))
+    lengths = np.asarray(lengths)
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 0).any() or lengths.sum() != total:
+        raise ValueError(
+            f"`lengths` is {lengths} ({lengths.dtype}), of sum {lengths.sum()}; it needs whole numbers from 0 that add up to "
+            f"the arrays' {total} steps."
+        )
+    check_whole("lanes", lanes)
+    order = np.arange(len(lengths))
+    if key is not None:
+        order = np.asarray(
+            jax.random.permutation(jax.random.key(key) if isinstance(key, int | np.integer) else key, order)
+        )
+
+    lane, step = np.empty((2, len(lengths)), np.int64)  # where each sequence begins
+    filled = [(0, i) for i in range(lanes)]  # a heap: the lane that ends first is at its head
+    for i in order:
+        step[i], lane[i] = filled[0]
+        heapq.heapreplace(filled, (int(step[i] + lengths[i]), int(lane[i])))
+    time = max(end for end, _ in filled)
+    if key is not None:
+        # What the lanes hold when the last to end takes its last sequence bounds greedy filling in any order
+        # (Graham 1966, Bounds for certain multiprocessing anomalies), and a lane's fill is a multiple of the common divisor.
+        longest, divisor = int(lengths.max()), int(np.gcd.reduce(lengths))
+        time = (total + (lanes - 1) * longest) // lanes // divisor * divisor
+    before = np.cumsum(lengths) - lengths  # where each begins in the flat arrays
+    to = np.repeat(lane * time + step - before, lengths) + np.arange(total)  # in all lanes, one after another
+
+    def lay(x: Array) -> np.ndarray:
+        laid = np.zeros((lanes * time, *x.shape[1:]), x.dtype)
+        laid[to] = x
+        return laid.reshape(lanes, time, *x.shape[1:])
+
+    inputs, targets = jax.tree.map(lay, (inputs, targets))
+    begins = np.zeros(total, bool)
+    begins[before[lengths > 0]] = True
+    window = Window(inputs, targets, resets=lay(begins), valid=lay(np.ones(total, bool)))
+    check(window)
+    return window
