@@ -27,7 +27,7 @@ def fused(vocabulary: int, hidden: int) -> tb.Recurrence:
 def ours(model: tb.Recurrence, windows: tb.Window, devices: int = 1) -> Side:
     estimate = tb.gradient(model, char_lm.loss)
     if devices > 1:
-        mesh = jax.make_mesh((devices,), ("lane",), axis_types=(jax.sharding.AxisType.Auto,))
+        mesh = sharding.mesh(lane=devices)
         estimate, windows = sharding.over_lanes(estimate, mesh), sharding.place(windows, mesh)
     step = tb.train_step(estimate, optax.adam(FLAGS.learning_rate))
     state = step.init(jax.random.key(0), jax.tree.map(lambda x: x[0], windows))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ def jax_window(model: tb.Recurrence, shape: Shape, windows: int = RUN, devices: 
     cut = tb.Window(x, cotangents)
     estimate = tb.gradient(model, lambda y, window: (y * window.targets).sum(-1), normaliser=1)
     if devices > 1:
-        mesh = jax.make_mesh((devices,), ("lane",), axis_types=(jax.sharding.AxisType.Auto,))
+        mesh = sharding.mesh(lane=devices)
         estimate, cut = sharding.over_lanes(estimate, mesh), sharding.place(cut, mesh)
     cut = jax.device_put(cut)
     step = tb.train_step(estimate, optax.sgd(RATE))
@@ -62,7 +63,7 @@ def haiku_unroll(shape: Shape) -> tb.Recurrence:
         core = hk.LSTM(shape[-1])
         return hk.dynamic_unroll(core, x, core.initial_state(len(x)), time_major=False)[0]
 
-    model = hk.without_apply_rng(hk.transform(unroll))
+    model: Any = hk.without_apply_rng(hk.transform(unroll))
     return tb.Recurrence(
         model.init, lambda params, lanes: (), lambda params, carry, x, *_: (carry, model.apply(params, x))
     )
@@ -140,6 +141,10 @@ def sides(shape: Shape, in_torch: Maker) -> dict[str, tuple[Maker, int]]:
     }
     if devices == 1 or shape[0] % devices:
         del everyone[OURS[1]]
+    if jax.default_backend() == "gpu":
+        for kind in ("fused", "cudnn", "pallas"):
+            one: Any = kind
+            everyone[f"tb.lstm, run, {kind}"] = (jax_side(tb.lstm(shape[-1], implementation=one), shape), RUN)
     return everyone
 
 
@@ -185,6 +190,18 @@ def measure(seconds: float) -> Section:
         ["times slower than tb.lstm", *columns, "geometric mean"],
         [[name, *(f"{r:.2f}" for r in each), f"{mean(each):.2f}"] for name, each in ratios.items()],
     )
+    spread = [s for s in SHAPES if OURS[1] in results[s].times]
+    devices_table = table(
+        ["lanes, time, inputs, units", "one device, ms", "lanes spread, ms", "one / spread"],
+        [
+            [
+                ", ".join(map(str, s)),
+                *(f"{np.median(results[s].times[name]):.2f}" for name in OURS),
+                f"{np.median(results[s].times[OURS[0]]) / np.median(results[s].times[OURS[1]]):.2f}",
+            ]
+            for s in spread
+        ],
+    )
     text = f"""One LSTM layer, float32: forward, backward and an SGD update. Milliseconds a window, median (quartiles).
 A *run* is {RUN} windows in one compiled call, as `tb.train_windows` makes them; the JAX peers are given the same loop, so
 that only the layer differs. *Lanes spread*: each of the {jax.device_count()} devices reads its own lanes (`tb.sharding`).
@@ -194,7 +211,12 @@ Keras on PyTorch runs in a process of its own.
 
 Ratios of medians, above 1 where `tb.lstm` is faster; it is the run, with its lanes spread where that is the faster.
 
-{ratios_table}{could_not_run(failed)}"""
+{ratios_table}
+
+What spreading the lanes over {jax.device_count()} devices brings. On a CPU the launches spread them from 64 to 512 units, with 8 lanes for
+each device or more, and else use one: a wider layer's two copies of the weights no longer fit into the cache.
+
+{devices_table}{could_not_run(failed)}"""
 
     def draw(axes: Axes) -> None:
         places, width = np.arange(len(SHAPES)), 0.85 / len(ratios)
