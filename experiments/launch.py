@@ -102,7 +102,7 @@ def workdir(path: str) -> pathlib.Path:
     return directory
 
 
-def influence(name: str, windows: int) -> tb.Influence:
+def influence(name: str, windows: int, flag: str = "influences") -> tb.Influence:
     """The influence that a flag names, for a stream of ``windows`` windows.
 
     Raises:
@@ -118,8 +118,8 @@ def influence(name: str, windows: int) -> tb.Influence:
             case "replay", [depth, survival]:
                 return tb.replay(windows if depth == "all" else int(depth), float(survival))
     except ValueError as error:
-        raise ValueError(f"--influences has {name}: {error} {INFLUENCES}") from error
-    raise ValueError(f"--influences has {name}, which is none. {INFLUENCES}")
+        raise ValueError(f"--{flag} has {name}: {error} {INFLUENCES}") from error
+    raise ValueError(f"--{flag} has {name}, which is none. {INFLUENCES}")
 
 
 def check_influences(names: list[str]) -> None:
@@ -158,12 +158,12 @@ def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any 
     }
     if jax.process_index() > 0:
         return
-    with _whole(directory / "flags.txt") as path:
+    with whole(directory / "flags.txt") as path:
         path.write_text("".join(f"{flag.serialize()}\n" for flag in own if flag.serialize()))
     if figure is not None:
-        with _whole(directory / "figure.png") as path:
+        with whole(directory / "figure.png") as path:
             figure.savefig(path, dpi=150, bbox_inches="tight", format="png")
-    with _whole(directory / "results.json") as path:
+    with whole(directory / "results.json") as path:
         path.write_text(json.dumps(_finite({**results, **made_by}), indent=1, allow_nan=False) + "\n")
 
 
@@ -197,7 +197,7 @@ def _finite(x: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     part = target.with_name(f".{target.name}.part")
     try:
         yield part

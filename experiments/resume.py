@@ -52,6 +52,7 @@ class Call(NamedTuple):
     norm: the largest of a lane's carry at the end, as :func:`tbptt_jax.carry_health` has it.
     saturated: the part of the carry's units that are.
     since_reset: the steps, at the end, since the lane that was reset longest ago was.
+    measured: what ``measure`` found after it, if it was asked.
     """
 
     loss: float
@@ -61,6 +62,7 @@ class Call(NamedTuple):
     norm: float
     saturated: float
     since_reset: int
+    measured: float | None = None
 
 
 def join_processes(lanes: int) -> None:
@@ -105,6 +107,7 @@ def train(
     resume: bool,
     skip: bool,
     report: Callable[[int, list[Call]], None],
+    measure: Callable[[TrainState], float] | None = None,
 ) -> tuple[TrainState, list[Call]]:
     """Trains from the newest checkpoint on; what it ends with is, bit for bit, that of a run never interrupted.
 
@@ -123,6 +126,7 @@ def train(
       resume: False: begin at update 0. The checkpoints found are kept, in ``<directory>.old``, until this run stops.
       skip: a window in which something is not finite is left out, and counted, instead of stopping the run.
       report: ``(updates done, calls so far)``, after each call.
+      measure: ``(state) -> number``, such as a loss on other data; asked where a checkpoint is due, and kept in the call.
 
     Returns:
       The state after the last update, and all calls, those before the interruptions too.
@@ -175,7 +179,10 @@ def train(
                 )
             )
             stop = _largest(asked())  # once, and for all processes: what ends the loop is what saved
-            if last == updates or last // every > done // every or stop:
+            due = last == updates or last // every > done // every
+            if due and measure is not None:
+                calls[-1] = calls[-1]._replace(measured=measure(state))
+            if due or stop:
                 store.save(last, state, {"calls": calls})
             done = last
             report(done, calls)

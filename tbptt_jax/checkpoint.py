@@ -130,6 +130,36 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
             manager.close()
 
 
+def save(directory: str | pathlib.Path, state: PyTree) -> None:
+    """Writes a state, such as ``(params, carry)`` of a model to be served, in the place of the one there was before.
+
+    Raises:
+      OSError: if it could not be written; the one before is intact.
+    """
+    there = pathlib.Path(directory).glob("[0-9]*")
+    with open(directory, {}, keep=1) as store:
+        store.save(1 + max((int(path.name) for path in there if path.name.isdecimal()), default=-1), state, None)
+
+
+def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
+    """The state that :func:`save` wrote.
+
+    Args:
+      directory: where it is.
+      like: the state's tree, of arrays or ``jax.ShapeDtypeStruct``, as ``jax.eval_shape`` makes them.
+
+    Raises:
+      ValueError: if there is none, or it is broken or another.
+    """
+    if not pathlib.Path(directory).is_dir():
+        raise ValueError(f"There is no directory {directory}: give one that `checkpoint.save` has written.")
+    with open(directory, {}) as store:
+        saved = store.restore(like)
+    if saved is None:
+        raise ValueError(f"{directory} holds no checkpoint: give a directory that `checkpoint.save` has written.")
+    return saved.state
+
+
 def _pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     """The leaves as host arrays that are copies, and what is to be known of each."""
     arrays, leaves = {}, []

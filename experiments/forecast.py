@@ -1,0 +1,354 @@
+"""Forecasting a time series from files of your own: an LSTM whose state is carried from window to window.
+
+python -m experiments.forecast
+python -m experiments.forecast --train=2023.csv --valid=2024.csv --test=2025.csv --inputs=rain,melt --targets=flow
+python -m experiments.forecast --train=past.csv --test=recent.csv --targets=load,price
+
+With inputs, the targets of a row are told from the inputs of that row and all before it. With targets alone they are told
+from the targets of the rows before. Everything is standardised with the mean and deviation of the training file, a column
+that never changes there as if its deviation were 1. The test file is read in one go, from the initial carry.
+
+With no files, the data is that of two tanks, one emptying into the other: a pump fills the first, and the level of the
+second is to be told from the pump alone, as it has been working for hundreds of steps.
+"""
+
+import csv
+import itertools
+import math
+import pathlib
+import time
+import zlib
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from absl import flags
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+import tbptt_jax as tb
+from experiments import launch, resume
+from tbptt_jax import sharding
+from tbptt_jax.recurrence import unroll_window
+
+STRETCH = 1000  # steps of a window in which a whole file is read
+SHOWN = 600  # steps of the test file in the figure
+GENERATED = {"train": 20_000, "valid": 4_000, "test": 4_000}
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("train", None, "CSV file whose first line names the columns. None: two tanks, generated.")
+flags.DEFINE_string("valid", None, "Another, told of while training.")
+flags.DEFINE_string("test", None, "Another, for the forecast.")
+flags.DEFINE_list("inputs", [], "Columns to tell the targets from; none: their own past.")
+flags.DEFINE_list("targets", [], "Columns to be told.")
+flags.DEFINE_integer("hidden", 32, "Units of a layer.", lower_bound=1)
+flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1)
+flags.DEFINE_integer("lanes", 16, "Places of the training file read side by side.", lower_bound=1)
+flags.DEFINE_integer("window", 64, "Steps of a window.", lower_bound=1)
+flags.DEFINE_integer("burn_in", 0, "Steps at the start of a stateless window that are not scored.", lower_bound=0)
+flags.DEFINE_bool("stateful", None, "Carry the state from window to window; the default.")
+flags.DEFINE_bool("stateless", None, "Begin each window from the initial carry, for comparison.")
+flags.DEFINE_string("influence", "truncate", launch.INFLUENCES)
+flags.DEFINE_float("learning_rate", 0.01, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0)
+flags.DEFINE_integer("updates", None, "Updates, one a window; default 4000.", lower_bound=1)
+flags.DEFINE_integer("epochs", None, "Times to read the training file, instead.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Of the parameters.")
+flags.DEFINE_integer(
+    "checkpoint_every", 500, "Updates from one checkpoint, and look at --valid, to the next.", lower_bound=1
+)
+flags.DEFINE_bool(
+    "resume", True, "Go on from the checkpoint in the workdir, if there is one; --noresume begins afresh."
+)
+flags.DEFINE_string("workdir", "runs/forecast", "Where predictions.csv, results.json, figure.png and the rest go.")
+
+
+class Series(NamedTuple):
+    """Attributes:
+    inputs: ``[time, inputs]`` float32, in the data's units.
+    targets: ``[time, targets]``, those of the same step.
+    first: the row of the file, from 0, that ``targets[0]`` stands in.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    first: int
+
+
+class Scale(NamedTuple):
+    """The mean and standard deviation of each column."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+def tanks(seed: int, steps: int) -> np.ndarray:
+    """``[steps, 2]``: what a pump gives, changed now and then, and the level measured in the lower of two tanks.
+
+    What runs out of a tank goes with the root of its level (Torricelli). The lower level follows the pump over some
+    hundreds of steps. After the cascaded tanks of Wigren and Schoukens 2013, *Three free data sets for development and
+    benchmarking in nonlinear system identification*.
+    """
+    rng = np.random.default_rng(seed)
+    pump = np.repeat(rng.uniform(0.1, 1, steps), rng.integers(10, 80, steps))[:steps]
+    levels = np.empty(steps)
+    upper = lower = 0.3
+    for t in range(steps):
+        out = 0.03 * math.sqrt(upper)
+        upper, lower = max(0.0, upper + 0.03 * pump[t] - out), max(0.0, lower + out - 0.03 * math.sqrt(lower))
+        levels[t] = lower
+    return np.stack([pump, levels + rng.normal(0, 0.01, steps)], 1)
+
+
+def check_flags() -> None:
+    """Raises a ``ValueError`` if the flags do not go together."""
+    if FLAGS.train is None:
+        given = [name for name in ("valid", "test", "inputs", "targets") if FLAGS[name].value]
+        if given:
+            raise ValueError(f"--{given[0]} needs --train=FILE: give --train, --test and --targets, or none of them.")
+    elif FLAGS.test is None or not FLAGS.targets:
+        raise ValueError("--train needs --test=FILE and --targets=COLUMN,… as well: what to forecast, and where.")
+    twice = [name for name in FLAGS.inputs + FLAGS.targets if (FLAGS.inputs + FLAGS.targets).count(name) > 1]
+    if twice:
+        raise ValueError(
+            f"--inputs and --targets name {twice[0]!r} more than once; for a target's own past, give --targets alone."
+        )
+    if FLAGS.stateful is not None and FLAGS.stateful == FLAGS.stateless:
+        raise ValueError("--stateful and --stateless contradict each other: give one of them.")
+    if FLAGS.updates and FLAGS.epochs:
+        raise ValueError(f"--updates={FLAGS.updates} and --epochs={FLAGS.epochs} were both given: give one of them.")
+    if FLAGS.burn_in and not is_stateless():
+        raise ValueError(
+            f"--burn_in={FLAGS.burn_in} is for stateless windows, which begin with no state: give --stateless, or leave it."
+        )
+    if FLAGS.burn_in >= FLAGS.window:
+        raise ValueError(
+            f"--burn_in={FLAGS.burn_in} leaves nothing of windows of {FLAGS.window} to score: choose less than --window."
+        )
+    launch.influence(FLAGS.influence, 1, "influence")
+
+
+def is_stateless() -> bool:
+    return FLAGS.stateless or FLAGS.stateful is False
+
+
+def columns() -> tuple[list[str], list[str]]:
+    """The names of the inputs, none for the targets' own past, and of the targets."""
+    return (FLAGS.inputs, FLAGS.targets) if FLAGS.train else (["pump"], ["level"])
+
+
+def series() -> dict[str, Series]:
+    """The training, validation and test series; without files, the tanks'.
+
+    Raises:
+      ValueError: with file, line and column, if one is not as :func:`tbptt_jax.streams.read_csv` needs, or too short.
+    """
+    if not FLAGS.train:
+        tables = {name: tanks(seed, steps) for seed, (name, steps) in enumerate(GENERATED.items())}
+        return {name: Series(table[:, :1], table[:, 1:], 0) for name, table in tables.items()}
+    inputs, targets = columns()
+    found = {}
+    for name in ("train", "valid", "test"):
+        path = FLAGS[name].value
+        if path is None:
+            continue
+        table = tb.streams.read_csv(path, inputs + targets)
+        if inputs:
+            found[name] = Series(table[:, : len(inputs)], table[:, len(inputs) :], 0)
+            continue
+        if len(table) < 2:
+            raise ValueError(f"{path} has {len(table)} rows; to tell a row from those before it takes at least 2.")
+        found[name] = Series(table[:-1], table[1:], 1)
+    steps = len(found["train"].inputs)
+    if steps < FLAGS.lanes * FLAGS.window:
+        raise ValueError(
+            f"{FLAGS.train} has {steps} steps; {FLAGS.lanes} lanes with windows of {FLAGS.window} need at least "
+            f"{FLAGS.lanes * FLAGS.window}. Give a longer file, or fewer --lanes or a shorter --window."
+        )
+    return found
+
+
+def scale_of(values: np.ndarray) -> Scale:
+    deviation = values.std(0, dtype=np.float64)
+    return Scale(values.mean(0, dtype=np.float64), np.where(deviation > 0, deviation, 1))
+
+
+def standardised(values: np.ndarray, scale: Scale) -> np.ndarray:
+    return ((values - scale.mean) / scale.deviation).astype(np.float32)
+
+
+def loss(outputs: jax.Array, window: tb.Window) -> jax.Array:
+    """The squared error, a mean over targets."""
+    return ((outputs - window.targets) ** 2).mean(-1)
+
+
+def cut(inputs: np.ndarray, targets: np.ndarray) -> tb.Window:
+    """The training windows."""
+    windows = tb.split(tb.lanes(inputs, targets, lanes=FLAGS.lanes), FLAGS.window)
+    if not is_stateless():
+        return windows
+    scored = np.broadcast_to(np.arange(FLAGS.window) >= FLAGS.burn_in, windows.inputs.shape[:3])
+    return tb.stateless(windows)._replace(weights=scored.astype(np.float32))
+
+
+def whole(inputs: np.ndarray, targets: np.ndarray) -> tb.Window:
+    """A file as one lane, in long windows ``[windows, 1, time, ...]``."""
+    return tb.split(tb.lanes(inputs, targets, lanes=1), min(STRETCH, len(inputs)))
+
+
+def free_run(model: tb.Recurrence, params: Any, inputs: np.ndarray) -> np.ndarray:
+    """The outputs ``[time, targets]`` over a whole file ``[time, inputs]``, read from the initial carry."""
+
+    @jax.jit
+    def read(params: Any, windows: tb.Window) -> jax.Array:
+        start = model.initial_carry(params, 1)
+        return jax.lax.scan(lambda carry, window: unroll_window(model, params, carry, window), start, windows)[1]
+
+    outputs = np.asarray(read(params, whole(inputs, inputs)), np.float64)
+    return outputs.reshape(-1, outputs.shape[-1])[: len(inputs)]
+
+
+def write_table(path: pathlib.Path, names: list[str], rows: Any) -> None:
+    """A CSV file, whole or not at all."""
+    if jax.process_index() > 0:
+        return
+    with launch.whole(path) as part, part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows(rows)
+
+
+def picture(
+    curve: list[tuple[int, float, float | None]], test: Series, predicted: np.ndarray, test_mse: float
+) -> Figure:
+    """Above, the end of the test file, observed and predicted; below, the training."""
+    names = columns()[1][:3]
+    figure, axes = plt.subplots(len(names) + 1, 1, figsize=(9, 2.6 * (len(names) + 1)), layout="constrained")
+    steps = slice(max(0, len(predicted) - SHOWN), None)
+    rows = np.arange(test.first, test.first + len(predicted))[steps]
+    for i, (name, above) in enumerate(zip(names, axes[:-1], strict=True)):
+        above.plot(rows, test.targets[steps, i], color="0.6", linewidth=2, label="observed")
+        above.plot(rows, predicted[steps, i], color="C0", linewidth=1, label="predicted")
+        above.set(ylabel=name, xlabel="row of the test file", xmargin=0.01)
+        above.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    below = axes[-1]
+    updates, losses, _ = zip(*curve, strict=True)
+    below.plot(updates, losses, color="C0", label="training windows, as read")
+    measured = [(n, error) for n, _, error in curve if error is not None]
+    if measured:
+        below.plot(*zip(*measured, strict=True), color="C1", marker="o", label="validation file, in one go")
+    below.axhline(test_mse, color="k", linestyle="--", linewidth=1, label=f"test file, in one go: {test_mse:.4g}")
+    below.set(xlabel="updates", ylabel="squared error, standardised", yscale="log")
+    below.legend(frameon=False)
+    for each in axes:
+        each.grid(alpha=0.3)
+    kind = "Stateless" if is_stateless() else "Stateful"
+    figure.suptitle(f"{kind} LSTM of {FLAGS.hidden} units, windows of {FLAGS.window}")
+    return figure
+
+
+def main() -> None:
+    check_flags()
+    resume.join_processes(FLAGS.lanes)
+    data = series()
+    directory = launch.workdir(FLAGS.workdir)
+    names, target_names = columns()
+    if not FLAGS.train:
+        for name, each in data.items():
+            write_table(directory / f"{name}.csv", names + target_names, np.hstack(each[:2]).tolist())
+    inputs, targets = (scale_of(values) for values in data["train"][:2])
+    scaled = {
+        name: (standardised(each.inputs, inputs), standardised(each.targets, targets)) for name, each in data.items()
+    }
+    train_windows = cut(*scaled["train"])
+    count = len(train_windows.inputs)
+    updates = FLAGS.epochs * count if FLAGS.epochs else FLAGS.updates or 4000
+    per_call, every = min(50, -(-updates // 20)), min(FLAGS.checkpoint_every, -(-updates // 8))
+
+    model = tb.lstm(FLAGS.hidden, layers=FLAGS.layers, readout=nn.Dense(len(target_names)))
+    influence = launch.influence(FLAGS.influence, count, "influence")
+    mesh = launch.mesh(lanes=FLAGS.lanes, units=FLAGS.hidden)
+    estimate = sharding.over_lanes(tb.gradient(model, loss, influence=influence), mesh)
+    rate = optax.cosine_decay_schedule(FLAGS.learning_rate, updates)
+    step = tb.train_step(estimate, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)))
+    valid = whole(*scaled["valid"]) if "valid" in data else None
+
+    def windows(first: int, last: int) -> tb.Window:
+        # In order, and round again: at the file's beginning the windows themselves reset every lane.
+        order = np.arange(first, last) % count
+        return sharding.place(jax.tree.map(lambda x: x[order][:, sharding.own_lanes(FLAGS.lanes)], train_windows), mesh)
+
+    def error_on(windows: tb.Window, state: Any) -> float:
+        return float(tb.evaluate(model, loss, jax.device_get(state.params), windows).loss)
+
+    def told(calls: list[resume.Call]) -> str:
+        measured = [call.measured for call in calls if call.measured is not None]
+        return f"training error {calls[-1].loss:.4g}" + (f", validation {measured[-1]:.4g}" if measured else "")
+
+    settings = {name: FLAGS[name].value for name in ("window", "lanes", "hidden", "layers", "learning_rate", "seed")}
+    settings |= {"stateless": bool(is_stateless()), "burn_in": FLAGS.burn_in, "influence": FLAGS.influence}
+    settings |= {name: zlib.crc32(b"".join(x.tobytes() for x in scaled[name])) for name in scaled if name != "test"}
+    with launch.progress(updates, "updates") as report:
+        state, calls = resume.train(
+            step,
+            lambda: step.init(jax.random.key(FLAGS.seed), jax.tree.map(lambda x: x[0], train_windows)),
+            windows,
+            lambda state, window: resume.first_not_finite(model, loss, state.params, state.stream.carry, window),
+            updates=updates,
+            per_call=per_call,
+            every=every,
+            directory=directory / "checkpoints",
+            settings=settings,
+            resume=FLAGS.resume,
+            skip=FLAGS.not_finite == "skip",
+            report=lambda done, calls: report(done, told(calls)),
+            measure=None if valid is None else lambda state: error_on(valid, state),
+        )
+
+    done = itertools.chain(range(per_call, updates, per_call), [updates])
+    curve = [(n, call.loss, call.measured) for n, call in zip(done, calls, strict=True)]
+    began = time.perf_counter()
+    test = data["test"]
+    outputs = free_run(model, jax.device_get(state.params), scaled["test"][0])
+    test_mse = float(((outputs - scaled["test"][1]) ** 2).mean())
+    predicted = outputs * targets.deviation + targets.mean
+    rmse = np.sqrt(((predicted - test.targets) ** 2).mean(0))
+    seconds = sum(call.seconds for call in calls) + time.perf_counter() - began
+    before = None if names else float((((test.inputs - test.targets) / targets.deviation) ** 2).mean())
+    results = {
+        "window": FLAGS.window,
+        "stateless": bool(is_stateless()),
+        "influence": FLAGS.influence,
+        "seed": FLAGS.seed,
+        "test_mse": test_mse,
+        "test_rmse": dict(zip(target_names, rmse.tolist(), strict=True)),
+        "test_mse_of_the_mean": float((scaled["test"][1] ** 2).mean()),
+        "test_mse_of_the_row_before": before,
+        "valid_mse": calls[-1].measured,
+        "updates": updates,
+        "epochs": updates / count,
+        "seconds": seconds,
+        "windows_skipped": sum(call.skipped for call in calls),
+        "steps": {name: len(each.inputs) for name, each in data.items()},
+        "curve": curve,
+    }
+    interleaved = np.stack([test.targets, predicted], -1).reshape(len(predicted), -1)
+    heads = ["row", *(f"{name}, {which}" for name in target_names for which in ("observed", "predicted"))]
+    rows = ((test.first + t, *values) for t, values in enumerate(interleaved.tolist()))
+    write_table(directory / "predictions.csv", heads, rows)
+    launch.write_results(directory, results, picture(curve, test, predicted, test_mse))
+    of = ", ".join(f"{name} {error:.4g}" for name, error in results["test_rmse"].items())
+    others = f"{results['test_mse_of_the_mean']:.4g} for the mean" + (
+        f" and {before:.4g} for the row before" if before else ""
+    )
+    kind = "stateless" if is_stateless() else "stateful"
+    launch.console.print(
+        f"Test file, {kind}, windows of {FLAGS.window}: squared error {test_mse:.4g}, standardised ({others}); "
+        f"root mean square error {of}. {seconds:.0f} s in all."
+    )
+    launch.console.print(f"Written to {directory}: predictions.csv, results.json, figure.png, flags.txt")
+
+
+if __name__ == "__main__":
+    launch.run(main)
