@@ -1,9 +1,10 @@
 """The report of a sweep over window lengths: one page that opens anywhere, its charts as PNGs, its rows as CSV.
 
-    python -m experiments.report runs/truncation_sweep      makes it again, from the results.json there
+python -m experiments.report runs/truncation_sweep      makes it again, from the results.json there
 """
 
 import csv
+import functools
 import html
 import io
 import json
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -38,28 +38,28 @@ MODELS = ("untrained", "trained")
 # Name → colour on a light page and on a dark one. The series are Okabe & Ito's, which the colour-blind tell apart, made
 # darker or lighter until each stands 3:1 against its page. The page knows them as CSS variables of these names.
 PALETTE = {
-    **{"page": ("#fdfdfc", "#121417"), "ink": ("#1c1f23", "#e8eaed"), "muted": ("#5b626b", "#a3abb5")},
-    **{"rule": ("#dcdfe3", "#2c3138"), "s0": ("#0072b2", "#56b4e9"), "s1": ("#d55e00", "#ff8c42")},
-    **{"s2": ("#009e73", "#2ecc9b"), "s3": ("#b5598b", "#e39ac4"), "s4": ("#a87400", "#f0b429")},
-    **{"s5": ("#2b8cc4", "#9bd0f0"), "s6": ("#5b5f66", "#b9bec6")},
-}
-INK, MUTED, RULE, PAGE = (PALETTE[name][0] for name in ("ink", "muted", "rule", "page"))
+    "page": ("#fdfdfc", "#121417"), "ink": ("#1c1f23", "#e8eaed"), "muted": ("#5b626b", "#a3abb5"), "rule": ("#dcdfe3", "#2c3138"),
+    "s0": ("#0072b2", "#56b4e9"), "s1": ("#d55e00", "#ff8c42"), "s2": ("#009e73", "#2ecc9b"), "s3": ("#b5598b", "#e39ac4"),
+    "s4": ("#a87400", "#f0b429"), "s5": ("#2b8cc4", "#9bd0f0"), "s6": ("#5b5f66", "#b9bec6"),
+}  # fmt: skip
+PAGE, INK, MUTED, RULE, *SERIES = (light for light, _ in PALETTE.values())
 MARKERS = "os^Dvp<*>h"
-STYLE = {
-    **{"svg.fonttype": "none", "svg.hashsalt": "tbptt_jax", "text.parse_math": False, "font.size": 10},
-    **{"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": PAGE, "figure.facecolor": PAGE},
-    **{"axes.grid": True, "grid.color": RULE, "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False},
-    **{"lines.linewidth": 1.8, "lines.markersize": 6, "axes.titlesize": 11, "legend.fontsize": 9.5},
-}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "tbptt_jax", "text.parse_math": False, "font.size": 10, "axes.titlesize": 11,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": PAGE, "figure.facecolor": PAGE,
+    "axes.grid": True, "grid.color": RULE, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 9.5,
+    "lines.linewidth": 1.8, "lines.markersize": 6,
+}  # fmt: skip
 
 
 class Panel(NamedTuple):
-    """A chart: its title, what it shows for those who cannot see it, and how it is drawn."""
+    """A chart: its title, what it shows for those who cannot see it, how it is drawn, and what its legend lists."""
 
     title: str
     says: str
     draw: Callable[[Axes], None]
+    lists: str | None = None
 
 
 def write(directory: pathlib.Path, results: dict[str, Any]) -> None:
@@ -85,10 +85,11 @@ def write(directory: pathlib.Path, results: dict[str, Any]) -> None:
     windows = sorted({row["window"] for row in [*rows, *bias]})
     best = best_rates(rows, higher=metric["better"] == "higher")
     looks = series_looks([(row["carry"], row["influence"]) for row in rows])
-    palette = {**PALETTE, **window_colours(len(windows))}
+    colours = window_colours(windows)
+    palette = {**PALETTE, **{f"w{window}": pair for window, pair in colours.items()}}
     charts = {
         "final_metric": metric_panels(best, looks, metric),
-        "curves": curve_panels(best, looks, dict(zip(windows, palette_of(palette, "w"), strict=True))),
+        "curves": curve_panels(best, looks, {window: light for window, (light, _) in colours.items()}),
         "cost": cost_panels(best, looks),
         "bias": bias_panels(bias, looks, results.get("suggested") or {}),
         "decay": decay_panels(results.get("decay") or {}),
@@ -126,34 +127,27 @@ def best_rates(rows: list[Row], *, higher: bool) -> list[Row]:
 # The charts
 
 
-def series_looks(series: Iterable[Series]) -> dict[Series, dict[str, Any]]:
+def series_looks(series: Iterable[Series]) -> dict[Series, Row]:
     """How each series is drawn: its colour and marker; without a carried state dashed and hollow."""
-    looks: dict[Series, dict[str, Any]] = {}
+    looks: dict[Series, Row] = {}
     for i, (carry, influence) in enumerate(dict.fromkeys(series)):
+        look: Row = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
         hollow = {"linestyle": "--", "markerfacecolor": PAGE} if carry == "stateless" else {}
-        colour = PALETTE[f"s{i % 7}"][0]
-        looks[carry, influence] = {
-            **{"label": f"{carry}, {influence}", "color": colour, "marker": MARKERS[i % len(MARKERS)]},
-            **hollow,
-        }
+        looks[carry, influence] = {"label": f"{carry}, {influence}", **look, **hollow}
     return looks
 
 
-def window_colours(count: int) -> dict[str, tuple[str, str]]:
-    """``w0``, ``w1``, …: a ramp from the shortest window to the longest, each end of it in sight of its page."""
+def window_colours(windows: list[int]) -> dict[int, tuple[str, str]]:
+    """A ramp from the shortest window to the longest, each end of it in sight of its page, light and dark."""
     ramp = matplotlib.colormaps["plasma"]
-    light, dark = np.linspace(0, 0.7, count), np.linspace(0.42, 1, count)
-    return {f"w{i}": (to_hex(ramp(x)), to_hex(ramp(y))) for i, (x, y) in enumerate(zip(light, dark, strict=True))}
+    light, dark = np.linspace(0, 0.7, len(windows)), np.linspace(0.42, 1, len(windows))
+    return {k: (to_hex(ramp(x)), to_hex(ramp(y))) for k, x, y in zip(windows, light, dark, strict=True)}
 
 
-def palette_of(palette: dict[str, tuple[str, str]], kind: str) -> list[str]:
-    return [light for name, (light, _) in palette.items() if re.fullmatch(rf"{kind}\d+", name)]
-
-
-def metric_panels(best: list[Row], looks: dict[Series, dict], metric: Row) -> list[Panel]:
+def metric_panels(best: list[Row], looks: dict[Series, Row], metric: Row) -> list[Panel]:
     higher = metric["better"] == "higher"
 
-    def draw(axes: Axes, mine: list[Row]) -> None:
+    def draw(mine: list[Row], axes: Axes) -> None:
         against_window(axes, [row["window"] for row in mine])
         for series, points in by_series(mine, looks):
             x, look = [row["window"] for row in points], looks[series]
@@ -166,31 +160,34 @@ def metric_panels(best: list[Row], looks: dict[Series, dict], metric: Row) -> li
             mean = numbers([row["final_metric"] for row in points])
             axes.plot(x, mean, **look)
             lost = [window for window, y in zip(x, mean, strict=True) if not np.isfinite(y)]
-            edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "linestyle": "none"}
+            edge: Row = {"transform": axes.get_xaxis_transform(), "clip_on": False, "in_layout": False, "zorder": 5}
             axes.plot(lost, [0.0 if higher else 1.0] * len(lost), "x", color=look["color"], markeredgewidth=2, **edge)
-            if lost:
-                axes.plot([], [], "x", color=MUTED, linestyle="none", markeredgewidth=2, label="not finite")
-            exact = numbers([row["exact_metric"] for row in points])
-            if np.isfinite(exact).any():
-                axes.plot(x, exact, "_", color=INK, markersize=15, markeredgewidth=1.4, label="exact (theory)")
-        scale(axes.yaxis, [row["final_metric"] for row in mine])
-        unit = f", {metric['unit']}" if metric["unit"] else ""
-        axes.set_ylabel(f"{metric['name']}{unit} ({metric['better']} is better)")
+        exact = [row for row in mine if math.isfinite(number(row["exact_metric"]))]
+        if exact:
+            dash: Row = {"color": INK, "markersize": 15, "markeredgewidth": 1.4, "label": "exact (theory)", "zorder": 4}
+            axes.plot([row["window"] for row in exact], [row["exact_metric"] for row in exact], "_", **dash)
+        if any(not math.isfinite(number(row["final_metric"])) for row in mine):
+            axes.plot([], [], "x", color=MUTED, markeredgewidth=2, label="not finite")
+        scale(axes, [row["final_metric"] for row in mine])
+        axes.set_ylabel(f"{metric['name']}{metric['unit'] and ', '}{metric['unit']}")
 
     panels = []
     for budget, title in BUDGETS.items():
         mine = [row for row in best if row["budget"] == budget]
         if mine:
             top = best_of(mine, higher)
-            says = f"{metric['name']} against window at {title}. Best: {value(top['final_metric'])} with {name_of(top)}."
-            panels.append(Panel(title.capitalize(), says, lambda axes, mine=mine: draw(axes, mine)))
+            says = (
+                f"{metric['name']} against window at {title}. Best: {value(top['final_metric'])} with {name_of(top)}."
+            )
+            panels.append(Panel(title.capitalize(), says, functools.partial(draw, mine)))
     return panels
 
 
-def curve_panels(best: list[Row], looks: dict[Series, dict], colours: dict[int, str]) -> list[Panel]:
-    losses = [y for row in best for y in (row["curve"] or {}).get("loss") or []]
+def curve_panels(best: list[Row], looks: dict[Series, Row], colours: dict[int, str]) -> list[Panel]:
+    losses = numbers([y for row in best for y in (row["curve"] or {}).get("loss") or []])
+    losses = losses[np.isfinite(losses)]
 
-    def draw(axes: Axes, mine: list[Row], against: str) -> None:
+    def draw(mine: list[Row], against: str, axes: Axes) -> None:
         for row in mine:
             colour, i = colours[row["window"]], list(colours).index(row["window"])
             curve = {key: numbers(row["curve"].get(key)) for key in (against, "loss", "low", "high")}
@@ -200,9 +197,13 @@ def curve_panels(best: list[Row], looks: dict[Series, dict], colours: dict[int, 
                 low, high = curve["low"][kept], curve["high"][kept]
                 axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
             every = max(1, len(kept) // 6)
-            marks = {"marker": MARKERS[i % len(MARKERS)], "markevery": (i * every // len(colours), every)}
+            marks: Row = {"marker": MARKERS[i % len(MARKERS)], "markevery": (i * every // len(colours), every)}
             axes.plot(x, y, color=colour, label=str(row["window"]), linewidth=1.5, markersize=5, **marks)
-        scale(axes.yaxis, losses)
+        if len(losses) and losses.max() > losses.min():  # the same in each chart, to be compared
+            low, high = losses.min(), losses.max()
+            axes.set_ylim(
+                (low / 1.2, high * 1.2) if scale(axes, losses) else (low - (high - low) / 20, high + (high - low) / 20)
+            )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         axes.set(xlabel=f"{against} of training", ylabel="training loss")
 
@@ -216,12 +217,11 @@ def curve_panels(best: list[Row], looks: dict[Series, dict], colours: dict[int, 
             if mine:
                 title = f"{looks[series]['label']}: {BUDGETS[budget]}, against {against}"
                 says = f"Training loss against {against} at {BUDGETS[budget]}, {looks[series]['label']}, a line for each window."
-                draw_mine = lambda axes, mine=mine, against=against: draw(axes, mine, against)  # noqa: E731
-                panels.append(Panel(title, says, draw_mine))
+                panels.append(Panel(title, says, functools.partial(draw, mine, against), "window"))
     return panels
 
 
-def cost_panels(best: list[Row], looks: dict[Series, dict]) -> list[Panel]:
+def cost_panels(best: list[Row], looks: dict[Series, Row]) -> list[Panel]:
     budget = "data" if any(row["budget"] == "data" for row in best) else "updates"
     mine = [row for row in best if row["budget"] == budget]
     kinds = {
@@ -230,26 +230,26 @@ def cost_panels(best: list[Row], looks: dict[Series, dict]) -> list[Panel]:
         "Memory": ("MiB beside state and data", lambda row: number(row["temp_bytes"]) / 2**20),
     }
 
-    def draw(axes: Axes, unit: str, of: Callable[[Row], float]) -> None:
+    def draw(unit: str, of: Callable[[Row], float], axes: Axes) -> None:
         against_window(axes, [row["window"] for row in mine])
         for series, points in by_series(mine, looks):
             axes.plot([row["window"] for row in points], [of(row) for row in points], **looks[series])
-        scale(axes.yaxis, [of(row) for row in mine], log=True)
+        scale(axes, [of(row) for row in mine], log=True)
         axes.set_ylabel(unit)
 
     return [
-        Panel(title, f"{title} against window, {unit}.", lambda axes, unit=unit, of=of: draw(axes, unit, of))
+        Panel(title, f"{title} against window, {unit}.", functools.partial(draw, unit, of))
         for title, (unit, of) in kinds.items()
         if any(math.isfinite(of(row)) for row in mine)
     ]
 
 
-def bias_panels(bias: list[Row], looks: dict[Series, dict], suggested: Row) -> list[Panel]:
+def bias_panels(bias: list[Row], looks: dict[Series, Row], suggested: Row) -> list[Panel]:
     influences = list(dict.fromkeys(row["influence"] for row in bias))
     others = series_looks([*looks, *(("stateful", influence) for influence in influences)])
     floor = 1e-8  # below what float32 can tell from none
 
-    def draw(axes: Axes, mine: list[Row], window: float) -> None:
+    def draw(mine: list[Row], window: float, axes: Axes) -> None:
         against_window(axes, [row["window"] for row in mine], also=window)
         for influence in influences:
             points = sorted((row for row in mine if row["influence"] == influence), key=lambda row: row["window"])
@@ -257,7 +257,7 @@ def bias_panels(bias: list[Row], looks: dict[Series, dict], suggested: Row) -> l
             axes.plot([row["window"] for row in points], y, **{**others["stateful", influence], "label": influence})
         if math.isfinite(window):
             axes.axvline(window, color=MUTED, linestyle=":", linewidth=1.4, label="suggested window")
-        scale(axes.yaxis, np.maximum(numbers([row["relative_bias"] for row in mine]), floor), log=True)
+        scale(axes, np.maximum(numbers([row["relative_bias"] for row in mine]), floor), log=True)
         axes.set_ylabel("relative bias of the gradient")
 
     panels = []
@@ -266,7 +266,7 @@ def bias_panels(bias: list[Row], looks: dict[Series, dict], suggested: Row) -> l
         if mine:
             window = number((suggested.get(model) or {}).get("window"))
             says = f"Relative bias of each influence's gradient against window, {model} model."
-            panels.append(Panel(f"{model} model".capitalize(), says, lambda axes, m=mine, w=window: draw(axes, m, w)))
+            panels.append(Panel(f"{model} model".capitalize(), says, functools.partial(draw, mine, window)))
     return panels
 
 
@@ -277,17 +277,17 @@ def decay_panels(decay: Row) -> list[Panel]:
         for i, (model, fading) in enumerate(found.items()):
             norms = numbers(fading["norms"])
             seen = np.isfinite(norms) & (norms > 0)
-            look = {"color": PALETTE[f"s{5 + i}"][0], "marker": "<>"[i], "linestyle": ("-", "--")[i], "markersize": 4}
+            look: Row = {"color": SERIES[5 + i], "marker": "<>"[i], "linestyle": ("-", "--")[i]}
             label = f"{model}: × {value(fading.get('rate'))} a step"
-            axes.plot(np.arange(1, len(norms) + 1)[seen], norms[seen], label=label, **look)
-        scale(axes.yaxis, [y for fading in found.values() for y in fading["norms"]], log=True)
+            axes.plot(np.arange(1, len(norms) + 1)[seen], norms[seen], label=label, markevery=0.1, **look)
+        scale(axes, [y for fading in found.values() for y in fading["norms"]], log=True)
         axes.set(xlabel="lag, steps", ylabel="norm of the gradient")
 
     says = "How the gradient of a loss shrinks with the steps it goes back, untrained and trained."
     return [Panel("How fast gradients fade", says, draw)] if found else []
 
 
-def by_series(rows: list[Row], looks: dict[Series, dict]) -> list[tuple[Series, list[Row]]]:
+def by_series(rows: list[Row], looks: dict[Series, Row]) -> list[tuple[Series, list[Row]]]:
     grouped = [(series, [row for row in rows if (row["carry"], row["influence"]) == series]) for series in looks]
     return [(series, mine) for series, mine in grouped if mine]
 
@@ -309,20 +309,21 @@ def against_window(axes: Axes, windows: list[int], also: float = math.nan) -> No
     axes.set_xlabel("window, steps")
 
 
-def scale(axis: Axis, values: Iterable[float | None], *, log: bool | None = None) -> None:
-    """Makes the axis logarithmic, with plain numbers on it, if ``log``; by default where the values span a lot."""
+def scale(axes: Axes, values: Iterable[float | None], *, log: bool = False) -> bool:
+    """Makes the vertical axis logarithmic, with plain numbers on it, if ``log`` or where the values span a lot. Whether it is."""
     seen = numbers(list(values))
     seen = seen[np.isfinite(seen)]
     if not len(seen) or seen.min() <= 0 or not (log or seen.max() > 30 * seen.min()):
-        return
-    axis.axes.set_yscale("log")
+        return False
+    axes.set_yscale("log")
     if seen.max() < 60 * seen.min():
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
+    return True
 
 
-def draw(panels: list[Panel], *, titled: bool) -> Figure:
+def figure_of(panels: list[Panel], *, titled: bool) -> Figure:
     """The panels side by side, two or three to a row, under them one legend for what is in any of them."""
     columns = min(len(panels), 3 if len(panels) == 3 else 2)
     lines = -(-len(panels) // columns)
@@ -338,22 +339,22 @@ def draw(panels: list[Panel], *, titled: bool) -> Figure:
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     if legend:
-        widest = max(map(len, legend))
-        fitting = max(1, int(60 * columns / (widest + 9)))
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), fitting))
+        fitting = max(1, 60 * columns // (max(map(len, legend)) + 6))
+        ncols = -(-len(legend) // -(-len(legend) // fitting))  # as even as the lines that it takes allow
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=ncols, title=panels[0].lists)
     return figure
 
 
 def png(panels: list[Panel]) -> bytes:
     to = io.BytesIO()
-    draw(panels, titled=True).savefig(to, format="png", dpi=130, metadata={"Software": None})
+    figure_of(panels, titled=True).savefig(to, format="png", dpi=130, metadata={"Software": None})
     return to.getvalue()
 
 
 def svg(panel: Panel, name: str, palette: dict[str, tuple[str, str]]) -> str:
     """The chart as a figure to put into a page: the page's colours and type, and ids that start with ``name``."""
     to = io.StringIO()
-    draw([panel], titled=False).savefig(to, format="svg", transparent=True, metadata={"Date": None})
+    figure_of([panel], titled=False).savefig(to, format="svg", transparent=True, metadata={"Date": None})
     text = to.getvalue()
     size = re.search(r'viewBox="[^"]*"', text)
     assert size
@@ -365,11 +366,11 @@ def svg(panel: Panel, name: str, palette: dict[str, tuple[str, str]]) -> str:
         (r'( id="|href="#|url\(#)', rf"\1{name}-"),
         ("xlink:href", "href"),
         (r'font-family: [^;"]*', "font-family: inherit"),
-        (r"(\.\d\d)\d+", r"\1"),
+        (r"(\.\d\d)\d+(?=[^<>]*>)", r"\1"),  # of coordinates, not of text
         (r"\s*\n\s*", "\n"),
         ("|".join(variables), lambda colour: variables[colour.group()]),
     ):
-        body = re.sub(pattern, by, body, flags=re.DOTALL)  # type: ignore[arg-type]
+        body = re.sub(pattern, by, body, flags=re.DOTALL)
     says = html.escape(panel.says)
     return (
         f'<figure><figcaption>{html.escape(panel.title)}</figcaption>\n<svg role="img" aria-label="{says}" {size.group()}>'
@@ -386,13 +387,15 @@ body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.55;
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
 main { max-width: 78rem; margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 3rem) 4rem }
 h1 { font-size: clamp(1.45rem, 1rem + 2.2vw, 2.4rem); line-height: 1.22; letter-spacing: -.015em; font-weight: 650;
-  max-width: 32ch; max-width: min(100%, 34em); margin: .4rem 0 1.6rem; text-wrap: balance; overflow-wrap: anywhere }
+  max-width: min(100%, 34em); margin: .4rem 0 1.6rem; text-wrap: balance; overflow-wrap: anywhere }
 h2 { font-size: 1.35rem; line-height: 1.3; letter-spacing: -.01em; margin: 0 0 .5rem }
 h3 { font-size: 1rem; margin: 1.5rem 0 .4rem }
 p { max-width: 44rem; margin: 0 0 .8rem }
 .kind { color: var(--muted); font-size: .9rem; margin: 0 }
-nav { display: flex; flex-wrap: wrap; gap: .3rem 1.3rem; font-size: .9rem; padding: .9rem 0; border-top: 1px solid var(--rule) }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.3rem; font-size: .9rem; padding: .8rem 0;
+  border: solid var(--rule); border-width: 1px 0 }
 a { color: var(--s0); text-underline-offset: .2em; text-decoration-thickness: 1px }
+header + section { border-top: 0; padding-top: 0; margin-top: 1.8rem }
 section { padding-top: 2rem; margin-top: 1.6rem; border-top: 1px solid var(--rule) }
 .facts { display: grid; gap: 1.2rem 2rem; margin: 0 0 1.8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)) }
 .facts div { border-left: 3px solid var(--s0); padding-left: .9rem }
@@ -400,7 +403,7 @@ dt { color: var(--muted); font-size: .85rem }
 dd { margin: 0; overflow-wrap: anywhere }
 .facts dd:nth-of-type(1) { font-size: 1.3rem; font-weight: 600; line-height: 1.35 }
 .facts dd + dd { font-size: .9rem }
-.grid { display: grid; gap: 1.6rem 2.4rem; margin: 1.2rem 0 0; grid-template-columns: repeat(auto-fill, minmax(min(100%, 29rem), 1fr)) }
+.grid { display: grid; gap: 1.6rem 2.4rem; margin: 1.2rem 0; grid-template-columns: repeat(auto-fill, minmax(min(100%, 29rem), 1fr)) }
 .three { grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
 figure { margin: 0; min-width: 0 }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .35rem }
@@ -412,13 +415,14 @@ tr:last-child > * { border-bottom: 0 }
 thead th { position: sticky; top: 0; background: var(--page); color: var(--muted); font-weight: 600 }
 .number { text-align: right }
 .long { white-space: normal; min-width: 20rem; overflow-wrap: anywhere }
+.heat th, .heat td { padding: .38rem .55rem }
+.heat [scope=row] { position: sticky; left: 0; background: var(--page); font-weight: 600; color: var(--muted) }
 .heat td { text-align: right; background: color-mix(in srgb, var(--s0) var(--heat, 0%), transparent) }
 .heat .best { font-weight: 700; box-shadow: inset 0 0 0 2px var(--s0) }
 summary { cursor: pointer; font-weight: 600; padding: .3rem 0; width: fit-content }
 :focus-visible { outline: 2px solid var(--s0); outline-offset: 2px }
 pre { background: color-mix(in srgb, var(--ink) 5%, transparent); border-radius: 6px; padding: .9rem 1rem; overflow-x: auto; margin: .4rem 0 1.2rem }
 code, pre { font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
-pre code { white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
 
@@ -440,11 +444,11 @@ def page(
         ("result", f"{name.capitalize()} by window", result_section(best, grids["final_metric"], metric, len(rates))),
         ("curves", "Learning curves", curves_section(grids["curves"])),
         ("cost", "Time and memory", cost_section(grids["cost"])),
-        ("gradient", "What truncation leaves out of the gradient", gradient_section(results, bias, grids)),
-        ("rates", "The best learning rate of each window", rates_section(rows, best, metric)),
-        ("failed", "Points that failed", failed_section(results.get("failed") or [])),
+        ("gradient", "Gradient bias", gradient_section(results, bias, grids)),
+        ("rates", "Learning rates", rates_section(rows, best, metric)),
+        ("failed", "Failed points", failed_section(results.get("failed") or [])),
         ("rows", "All rows", rows_section(rows)),
-        ("repeat", "To repeat this run", repeat_section(results, rows)),
+        ("repeat", "Repeat this run", repeat_section(results, rows)),
     ]
     sections = [section for section in sections if section[2]]
     links = "\n".join(f'<a href="#{key}">{html.escape(title)}</a>' for key, title, _ in sections)
@@ -489,11 +493,12 @@ def facts(recommended: Row, best: list[Row], suggested: Row, name: str, higher: 
         mine = [row for row in best if row["budget"] == budget]
         if mine and math.isfinite(number(best_of(mine, higher)["final_metric"])):
             row = best_of(mine, higher)
-            told.append((f"Best {name} at {title}", value(row["final_metric"]), name_of(row)))
+            told.append((f"Best {name} at {title}", f"{row['final_metric']:#.4g}", name_of(row)))
     chosen = {model: suggested[model] for model in MODELS if (suggested.get(model) or {}).get("window") is not None}
     if chosen:
-        said = [f"{value(choice['window'])} {model}" for model, choice in chosen.items()]
-        told.append(("Window that fading gradients suggest", said[-1], ", ".join(said[:-1])))
+        *others, (model, choice) = chosen.items()
+        small = "; ".join([f"{model} model", *(f"{value(other['window'])} for the {name}" for name, other in others)])
+        told.append(("Suggested by the gradients", f"window {value(choice['window'])}", small))
     items = (
         f"<div><dt>{html.escape(term)}</dt><dd>{html.escape(big)}</dd><dd>{html.escape(small)}</dd></div>"
         for term, big, small in told
@@ -505,22 +510,26 @@ def result_section(best: list[Row], charts: list[str], metric: Row, rates: int) 
     chosen = "at the learning rate that did best for it" if rates > 1 else "at the one learning rate tried"
     exact = any(math.isfinite(number(row["exact_metric"])) for row in best)
     lost = any(not math.isfinite(number(row["final_metric"])) for row in best)
-    return said(
-        f"Each point is the mean over seeds of the final {metric['name']} with windows of that many steps, {chosen}; the band "
-        "and the small dots are the seeds. Look for the shortest window after which the line is flat.",
+    above = said(
+        f"Each point is the mean over seeds of the final {metric['name']} ({metric['better']} is better) with windows of that "
+        f"many steps, {chosen}; the band and the small dots are the seeds. Look for the shortest window after which the line "
+        "is flat."
+    )
+    below = said(
         "Equal data and equal updates differ because a short window makes more updates from the same steps. At equal data "
         "every training reads the same number of steps, so short windows have the advantage of many updates; at equal updates "
         "every training makes the same number, so long windows have the advantage of more data.",
-        "A black dash is the best that theory allows with what the windows can see." if exact else "",
+        "A short dash is the best that theory allows with what the windows can see." if exact else "",
         "A cross at the edge is a training that did not stay finite in every seed." if lost else "",
-    ) + grid(charts)
+    )
+    return above + grid(charts) + below
 
 
 def curves_section(charts: list[str]) -> str:
     if not charts:
         return ""
     return said(
-        "Training loss, mean over seeds, a line for each window from the shortest (dark blue on a light page) to the longest; "
+        "Training loss, mean over seeds, a line for each window, coloured in order of length; "
         "the band spans the seeds. Against steps, a line that is lower learned more from the same data; against updates, from "
         "the same number of updates. A line still falling at its end would gain from longer training."
     ) + grid(charts)
@@ -552,14 +561,28 @@ def gradient_section(results: dict[str, Any], bias: list[Row], grids: dict[str, 
         if grids["decay"] and bias
         else "",
     )
-    text += "".join(f"<p><strong>{model.capitalize()}:</strong> {html.escape(str(reason))}</p>" for model, reason in reasons)
+    text += "".join(
+        f"<p><strong>{model.capitalize()}:</strong> {html.escape(str(reason))}</p>" for model, reason in reasons
+    )
     text += grid(charts, "three")
-    return text + folded("The figures", table(bias, ("model", "influence", "window", "relative_bias", "cosine")), bias)
+    return text + folded(
+        "Show the figures", table(bias, ("model", "influence", "window", "relative_bias", "cosine")), bias
+    )
 
 
 def rates_section(rows: list[Row], best: list[Row], metric: Row) -> str:
     tried = sorted({row["learning_rate"] for row in rows}, key=number)
-    fields = (*POINT, "learning_rate", "final_metric", "lowest seed", "highest seed", "final_loss", "updates", "steps", "seconds")
+    fields = (
+        *POINT,
+        "learning_rate",
+        "final_metric",
+        "lowest seed",
+        "highest seed",
+        "final_loss",
+        "updates",
+        "steps",
+        "seconds",
+    )
     edges = {tried[0], tried[-1]} if len(tried) > 2 else set()
 
     def told(row: Row) -> Row:
@@ -577,14 +600,16 @@ def rates_section(rows: list[Row], best: list[Row], metric: Row) -> str:
         "deciding between equals. No window is judged by a rate that suits another."
         if len(tried) > 1
         else f"One learning rate was tried, {value(tried[0])}; another may suit some windows better.",
-        "† is the smallest or the largest rate tried: a better one may lie beyond." if any("†" in r["learning_rate"] for r in mine) else "",
+        "† is the smallest or the largest rate tried: a better one may lie beyond."
+        if any("†" in r["learning_rate"] for r in mine)
+        else "",
         f"Below, {metric['name']} by rate and window; stronger colour is better, the frame marks the best of each window."
         if len(tried) > 1
         else "",
     )
     if len(tried) > 1:
         text += heat_tables(rows, best, tried, metric["better"] == "higher")
-    return text + folded("The best row of each point", table(mine, fields), mine)
+    return text + folded("Show the best row of each point", table(mine, fields), mine)
 
 
 def heat_tables(rows: list[Row], best: list[Row], tried: list[float], higher: bool) -> str:
@@ -630,7 +655,9 @@ def failed_section(failed: list[Row]) -> str:
 
 
 def rows_section(rows: list[Row]) -> str:
-    text = "A row for each point and learning rate, as in rows.csv; a dash is a number that was not finite, or not given."
+    text = (
+        "A row for each point and learning rate, as in rows.csv; a dash is a number that was not finite, or not given."
+    )
     return said(text) + folded(f"Show {len(rows)} rows", table(rows, FIELDS), rows)
 
 
@@ -640,9 +667,12 @@ def repeat_section(results: dict[str, Any], rows: list[Row]) -> str:
     versions = {f"{name} version": version for name, version in (results.get("versions") or {}).items()}
     flags = [{"flag": f"--{name}", "value": flag} for name, flag in (results.get("flags") or {}).items()]
     facts = [{"what": name, "value": told} for name, told in {**made_by, **versions}.items()]
-    command = f"<pre><code>{html.escape(str(results.get('command') or 'not given'))}</code></pre>"
-    text = said("The same command at the same revision and versions, on the same device, gives the same figures but for the times.")
-    return text + command + table(facts, ("what", "value")) + folded("All flags", table(flags, ("flag", "value")), flags)
+    command = str(results.get("command") or "not given").replace(" --", " \\\n  --")
+    text = said(
+        "The same command at the same revision and versions, on the same device, gives the same figures but for the times."
+    )
+    text += f'<pre tabindex="0"><code>{html.escape(command)}</code></pre>\n'
+    return text + table(facts, ("what", "value")) + folded("Show all flags", table(flags, ("flag", "value")), flags)
 
 
 def said(*paragraphs: str) -> str:
