@@ -151,9 +151,8 @@ def metric_panels(best: list[Row], looks: dict[Series, Row], metric: Row) -> lis
         against_window(axes, [row["window"] for row in mine])
         for series, points in by_series(mine, looks):
             x, look = [row["window"] for row in points], looks[series]
-            seeds = [numbers(row["metrics"]) for row in points]
-            finite = [each[np.isfinite(each)] for each in seeds]
-            low, high = ([f(each) if len(each) else np.nan for each in finite] for f in (np.min, np.max))
+            seeds = [finite(row["metrics"]) for row in points]
+            low, high = ([f(each) if len(each) else np.nan for each in seeds] for f in (np.min, np.max))
             axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0)
             for window, each in zip(x, seeds, strict=True):
                 axes.plot([window] * len(each), each, ".", color=look["color"], markersize=4, alpha=0.55)
@@ -184,26 +183,25 @@ def metric_panels(best: list[Row], looks: dict[Series, Row], metric: Row) -> lis
 
 
 def curve_panels(best: list[Row], looks: dict[Series, Row], colours: dict[int, str]) -> list[Panel]:
-    losses = numbers([y for row in best for y in (row["curve"] or {}).get("loss") or []])
-    losses = losses[np.isfinite(losses)]
+    def curve(row: Row, key: str) -> np.ndarray:
+        return numbers((row["curve"] or {}).get(key))
+
+    losses = finite([y for row in best for y in curve(row, "loss")])
 
     def draw(mine: list[Row], against: str, axes: Axes) -> None:
         for row in mine:
             colour, i = colours[row["window"]], list(colours).index(row["window"])
-            curve = {key: numbers(row["curve"].get(key)) for key in (against, "loss", "low", "high")}
-            kept = np.unique(np.linspace(0, len(curve["loss"]) - 1, 150).round().astype(int))  # as many as the eye sees
-            x, y = curve[against][kept], curve["loss"][kept]
-            if len(curve["low"]) == len(curve["high"]) == len(curve["loss"]):
-                low, high = curve["low"][kept], curve["high"][kept]
-                axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+            x, y, low, high = (curve(row, key) for key in (against, "loss", "low", "high"))
+            kept = np.unique(np.linspace(0, len(y) - 1, 120).round().astype(int))  # as many as the eye sees
+            if len(low) == len(high) == len(y):
+                axes.fill_between(x[kept], low[kept], high[kept], color=colour, alpha=0.13, linewidth=0)
             every = max(1, len(kept) // 6)
             marks: Row = {"marker": MARKERS[i % len(MARKERS)], "markevery": (i * every // len(colours), every)}
-            axes.plot(x, y, color=colour, label=str(row["window"]), linewidth=1.5, markersize=5, **marks)
-        if len(losses) and losses.max() > losses.min():  # the same in each chart, to be compared
-            low, high = losses.min(), losses.max()
-            axes.set_ylim(
-                (low / 1.2, high * 1.2) if scale(axes, losses) else (low - (high - low) / 20, high + (high - low) / 20)
-            )
+            axes.plot(x[kept], y[kept], color=colour, label=str(row["window"]), linewidth=1.5, markersize=5, **marks)
+        if len(losses):  # the same in each chart, to be compared
+            least, most = losses.min(), losses.max()
+            margin = (most - least or abs(most) or 1) / 20
+            axes.set_ylim((least / 1.2, most * 1.2) if scale(axes, losses) else (least - margin, most + margin))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         axes.set(xlabel=f"{against} of training", ylabel="training loss")
 
@@ -213,7 +211,7 @@ def curve_panels(best: list[Row], looks: dict[Series, Row], colours: dict[int, s
         for against, wanted in (("steps", "data"), ("updates", "updates")):
             budget = wanted if wanted in budgets else budgets[0]
             mine = [row for row in best if (row["carry"], row["influence"]) == series and row["budget"] == budget]
-            mine = [row for row in mine if (row["curve"] or {}).get("loss")]
+            mine = [row for row in mine if 0 < len(curve(row, "loss")) == len(curve(row, against))]
             if mine:
                 title = f"{looks[series]['label']}: {BUDGETS[budget]}, against {against}"
                 says = f"Training loss against {against} at {BUDGETS[budget]}, {looks[series]['label']}, a line for each window."
@@ -310,10 +308,9 @@ def against_window(axes: Axes, windows: list[int], also: float = math.nan) -> No
 
 
 def scale(axes: Axes, values: Iterable[float | None], *, log: bool = False) -> bool:
-    """Makes the vertical axis logarithmic, with plain numbers on it, if ``log`` or where the values span a lot. Whether it is."""
-    seen = numbers(list(values))
-    seen = seen[np.isfinite(seen)]
-    if not len(seen) or seen.min() <= 0 or not (log or seen.max() > 30 * seen.min()):
+    """Makes the vertical axis logarithmic, with plain numbers on it, if the values span a factor of 30, or if ``log`` of 3. Whether it is."""
+    seen = finite(list(values))
+    if not len(seen) or seen.min() <= 0 or seen.max() < (3 if log else 30) * seen.min():
         return False
     axes.set_yscale("log")
     if seen.max() < 60 * seen.min():
@@ -383,13 +380,12 @@ def svg(panel: Panel, name: str, palette: dict[str, tuple[str, str]]) -> str:
 CSS = """
 * { box-sizing: border-box }
 html { color-scheme: light dark; -webkit-text-size-adjust: 100% }
-body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.55;
+body { margin: 0; background: var(--page); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
 main { max-width: 78rem; margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 3rem) 4rem }
 h1 { font-size: clamp(1.45rem, 1rem + 2.2vw, 2.4rem); line-height: 1.22; letter-spacing: -.015em; font-weight: 650;
   max-width: min(100%, 34em); margin: .4rem 0 1.6rem; text-wrap: balance; overflow-wrap: anywhere }
 h2 { font-size: 1.35rem; line-height: 1.3; letter-spacing: -.01em; margin: 0 0 .5rem }
-h3 { font-size: 1rem; margin: 1.5rem 0 .4rem }
 p { max-width: 44rem; margin: 0 0 .8rem }
 .kind { color: var(--muted); font-size: .9rem; margin: 0 }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.3rem; font-size: .9rem; padding: .8rem 0;
@@ -539,9 +535,9 @@ def cost_section(charts: list[str]) -> str:
     if not charts:
         return ""
     return said(
-        "Both axes are logarithmic. A training at equal data takes longer with short windows, which make more updates; an update "
+        "A training at equal data takes longer with short windows, which make more updates; an update "
         "takes longer, and its memory grows, with long ones. Times are of all seeds together, compilation apart. Memory is what "
-        "the compiled training needs beside its state and its data."
+        "the compiled training needs beside its state and its data. Axes are logarithmic where values span more than threefold."
     ) + grid(charts, "three")
 
 
@@ -565,29 +561,17 @@ def gradient_section(results: dict[str, Any], bias: list[Row], grids: dict[str, 
         f"<p><strong>{model.capitalize()}:</strong> {html.escape(str(reason))}</p>" for model, reason in reasons
     )
     text += grid(charts, "three")
-    return text + folded(
-        "Show the figures", table(bias, ("model", "influence", "window", "relative_bias", "cosine")), bias
-    )
+    return text + folded("Show the figures", bias, ("model", "influence", "window", "relative_bias", "cosine"))
 
 
 def rates_section(rows: list[Row], best: list[Row], metric: Row) -> str:
     tried = sorted({row["learning_rate"] for row in rows}, key=number)
-    fields = (
-        *POINT,
-        "learning_rate",
-        "final_metric",
-        "lowest seed",
-        "highest seed",
-        "final_loss",
-        "updates",
-        "steps",
-        "seconds",
-    )
+    scores = ("learning_rate", "final_metric", "lowest seed", "highest seed", "final_loss")
+    fields = (*POINT, *scores, "updates", "steps", "seconds")
     edges = {tried[0], tried[-1]} if len(tried) > 2 else set()
 
     def told(row: Row) -> Row:
-        seeds = numbers(row["metrics"])
-        seeds = seeds[np.isfinite(seeds)]
+        seeds = finite(row["metrics"])
         spread = {"lowest seed": seeds.min(), "highest seed": seeds.max()} if len(seeds) else {}
         rate = value(row["learning_rate"]) + (" †" if row["learning_rate"] in edges else "")
         return {**dict.fromkeys(fields), **row, **spread, "learning_rate": rate}
@@ -609,12 +593,11 @@ def rates_section(rows: list[Row], best: list[Row], metric: Row) -> str:
     )
     if len(tried) > 1:
         text += heat_tables(rows, best, tried, metric["better"] == "higher")
-    return text + folded("Show the best row of each point", table(mine, fields), mine)
+    return text + folded("Show the best row of each point", mine, fields)
 
 
 def heat_tables(rows: list[Row], best: list[Row], tried: list[float], higher: bool) -> str:
-    found = numbers([row["final_metric"] for row in rows])
-    found = found[np.isfinite(found)]
+    found = finite([row["final_metric"] for row in rows])
     low, high = (found.min(), found.max()) if len(found) else (0.0, 0.0)
     chosen = {(*(row[name] for name in POINT), row["learning_rate"]) for row in best}
     text = []
@@ -632,17 +615,15 @@ def heat_tables(rows: list[Row], best: list[Row], tried: list[float], higher: bo
             for window in windows:
                 metric = number(mine.get((rate, window), {}).get("final_metric"))
                 good = (metric - low) / ((high - low) or 1)
-                heat = round(55 * (good if higher else 1 - good)) if math.isfinite(metric) else 0
+                shade = round(55 * (good if higher else 1 - good)) if math.isfinite(metric) else 0
                 best_here = ' class="best"' if (budget, carry, influence, window, rate) in chosen else ""
                 shown = f"{metric:.3g}" if math.isfinite(metric) else "–"
-                body += f'<td style="--heat:{heat}%"{best_here}>{shown}</td>'
+                body += f'<td style="--heat:{shade}%"{best_here}>{shown}</td>'
             body += "</tr>\n"
-        title = html.escape(f"{carry}, {influence}: {BUDGETS.get(budget, budget)}")
-        text.append(
-            f'<figure><figcaption>{title}</figcaption><div class="scroll" tabindex="0" role="region" aria-label="{title}">'
-            f'<table class="heat"><thead><tr><th scope="col">rate \\ window</th>{head}</tr></thead>\n<tbody>{body}</tbody>'
-            "</table></div></figure>"
-        )
+        title = f"{carry}, {influence}: {BUDGETS.get(budget, budget)}"
+        head = f'<thead><tr><th scope="col">rate \\ window</th>{head}</tr></thead>'
+        heat = boxed(title, f'<table class="heat">{head}\n<tbody>{body}</tbody></table>')
+        text.append(f"<figure><figcaption>{html.escape(title)}</figcaption>{heat}</figure>")
     return grid(text)
 
 
@@ -651,14 +632,12 @@ def failed_section(failed: list[Row]) -> str:
         return ""
     fields = tuple(dict.fromkeys(key for row in failed for key in row))
     text = "These points ended in an error and are in no chart; the others went on."
-    return said(text) + table(failed, fields)
+    return said(text) + table("Failed points", failed, fields)
 
 
 def rows_section(rows: list[Row]) -> str:
-    text = (
-        "A row for each point and learning rate, as in rows.csv; a dash is a number that was not finite, or not given."
-    )
-    return said(text) + folded(f"Show {len(rows)} rows", table(rows, FIELDS), rows)
+    text = "A row for each point and learning rate, as in rows.csv; a dash: a number not finite, or not given."
+    return said(text) + folded(f"Show {len(rows)} rows", rows, FIELDS)
 
 
 def repeat_section(results: dict[str, Any], rows: list[Row]) -> str:
@@ -666,13 +645,11 @@ def repeat_section(results: dict[str, Any], rows: list[Row]) -> str:
     made_by = {"git revision": results.get("git"), "device": results.get("device"), "seeds": ", ".join(seeds) or None}
     versions = {f"{name} version": version for name, version in (results.get("versions") or {}).items()}
     flags = [{"flag": f"--{name}", "value": flag} for name, flag in (results.get("flags") or {}).items()]
-    facts = [{"what": name, "value": told} for name, told in {**made_by, **versions}.items()]
+    made = [{"what": name, "value": told} for name, told in {**made_by, **versions}.items()]
     command = str(results.get("command") or "not given").replace(" --", " \\\n  --")
-    text = said(
-        "The same command at the same revision and versions, on the same device, gives the same figures but for the times."
-    )
+    text = said("The same command, revision, versions and device give the same figures again, but for the times.")
     text += f'<pre tabindex="0"><code>{html.escape(command)}</code></pre>\n'
-    return text + table(facts, ("what", "value")) + folded("Show all flags", table(flags, ("flag", "value")), flags)
+    return text + table("Made by", made, ("what", "value")) + folded("Show all flags", flags, ("flag", "value"))
 
 
 def said(*paragraphs: str) -> str:
@@ -683,35 +660,35 @@ def grid(figures: list[str], kind: str = "") -> str:
     return f'<div class="grid {kind}">\n' + "\n".join(figures) + "\n</div>\n" if figures else ""
 
 
-def folded(title: str, content: str, rows: list) -> str:
-    return f"<details><summary>{html.escape(title)}</summary>\n{content}</details>\n" if rows else ""
+def folded(title: str, rows: list[Row], fields: tuple[str, ...]) -> str:
+    shown = table(title.removeprefix("Show "), rows, fields)
+    return f"<details><summary>{html.escape(title)}</summary>\n{shown}</details>\n" if rows else ""
 
 
-def table(rows: list[Row], fields: tuple[str, ...]) -> str:
+def table(title: str, rows: list[Row], fields: tuple[str, ...]) -> str:
     numeric = {field for field in fields if any(isinstance(row.get(field), int | float) for row in rows)}
 
-    def cell(row: Row, field: str) -> str:
-        text = value(row.get(field))
-        kind = "number" if field in numeric else "long" if len(text) > 60 else ""
-        return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
+    def cell(tag: str, field: str, text: str) -> str:
+        kind = ' class="number"' if field in numeric else ' class="long"' if len(text) > 60 else ""
+        return f"<{tag}{kind}>{html.escape(text)}</{tag[:2]}>"
 
-    head = "".join(
-        f'<th scope="col"{" class=number" if field in numeric else ""}>{html.escape(field.replace("_", " "))}</th>'
-        for field in fields
-    )
-    body = "\n".join(f"<tr>{''.join(cell(row, field) for field in fields)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Table">'
-        f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
-    )
+    head = "".join(cell('th scope="col"', field, field.replace("_", " ")) for field in fields)
+    lines = ("".join(cell("td", field, value(row.get(field))) for field in fields) for row in rows)
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return boxed(title, f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>")
+
+
+def boxed(title: str, content: str) -> str:
+    """What is wider than the page scrolls in a box of its own, by keyboard too."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(title)}">{content}</div>\n'
 
 
 def csv_of(rows: list[Row]) -> str:
-    """A line for each row, without its curve; lists of seeds are separated by spaces, what is not finite is left empty."""
+    """A line for each row, without its curve; a list over seeds is separated by spaces; what is not finite is nan there, else empty."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, list | tuple):
-            return " ".join("nan" if not math.isfinite(number(y)) else repr(y) for y in x)
+            return " ".join("nan" if not math.isfinite(number(y)) else str(y) for y in x)
         return "" if x is None or (isinstance(x, float) and not math.isfinite(x)) else x
 
     others = dict.fromkeys(key for row in rows for key in row if key != "curve")
@@ -731,6 +708,10 @@ def number(x: Any) -> float:
 
 def numbers(x: list[Any] | np.ndarray | None) -> np.ndarray:
     return np.array([] if x is None else x, float)  # None becomes NaN
+
+
+def finite(x: list[Any] | np.ndarray | None) -> np.ndarray:
+    return numbers(x)[np.isfinite(numbers(x))]
 
 
 def value(x: Any) -> str:
