@@ -192,7 +192,7 @@ def curve_panels(best: list[Row], looks: dict[Series, Row], colours: dict[int, s
         for row in mine:
             colour, i = colours[row["window"]], list(colours).index(row["window"])
             x, y, low, high = (curve(row, key) for key in (against, "loss", "low", "high"))
-            kept = np.unique(np.linspace(0, len(y) - 1, 120).round().astype(int))  # as many as the eye sees
+            kept = np.unique(np.linspace(0, len(y) - 1, 80).round().astype(int))  # as many as the eye sees
             if len(low) == len(high) == len(y):
                 axes.fill_between(x[kept], low[kept], high[kept], color=colour, alpha=0.13, linewidth=0)
             every = max(1, len(kept) // 6)
@@ -253,7 +253,7 @@ def bias_panels(bias: list[Row], looks: dict[Series, Row], suggested: Row) -> li
             points = sorted((row for row in mine if row["influence"] == influence), key=lambda row: row["window"])
             y = np.maximum(numbers([row["relative_bias"] for row in points]), floor)
             axes.plot([row["window"] for row in points], y, **{**others["stateful", influence], "label": influence})
-        if math.isfinite(window):
+        if axes.get_xlim()[0] < window < axes.get_xlim()[1]:
             axes.axvline(window, color=MUTED, linestyle=":", linewidth=1.4, label="suggested window")
         scale(axes, np.maximum(numbers([row["relative_bias"] for row in mine]), floor), log=True)
         axes.set_ylabel("relative bias of the gradient")
@@ -363,7 +363,7 @@ def svg(panel: Panel, name: str, palette: dict[str, tuple[str, str]]) -> str:
         (r'( id="|href="#|url\(#)', rf"\1{name}-"),
         ("xlink:href", "href"),
         (r'font-family: [^;"]*', "font-family: inherit"),
-        (r"(\.\d\d)\d+(?=[^<>]*>)", r"\1"),  # of coordinates, not of text
+        (r"(\.\d)\d+(?=[^<>]*>)", r"\1"),  # of coordinates, not of text
         (r"\s*\n\s*", "\n"),
         ("|".join(variables), lambda colour: variables[colour.group()]),
     ):
@@ -411,7 +411,7 @@ tr:last-child > * { border-bottom: 0 }
 thead th { position: sticky; top: 0; background: var(--page); color: var(--muted); font-weight: 600 }
 .number { text-align: right }
 .long { white-space: normal; min-width: 20rem; overflow-wrap: anywhere }
-.heat th, .heat td { padding: .38rem .55rem }
+.heat th, .heat td { padding: .36rem .42rem }
 .heat [scope=row] { position: sticky; left: 0; background: var(--page); font-weight: 600; color: var(--muted) }
 .heat td { text-align: right; background: color-mix(in srgb, var(--s0) var(--heat, 0%), transparent) }
 .heat .best { font-weight: 700; box-shadow: inset 0 0 0 2px var(--s0) }
@@ -434,7 +434,7 @@ def page(
     """The report, from the top in the order in which a reader decides."""
     higher, name = metric["better"] == "higher", str(metric["name"])
     recommended = results.get("recommendation") or {}
-    sentence = recommended.get("sentence") or "These runs are too few to recommend a window."
+    sentence = recommended.get("sentence") or "No window is recommended."
     rates = {row["learning_rate"] for row in rows}
     sections = [
         ("result", f"{name.capitalize()} by window", result_section(best, grids["final_metric"], metric, len(rates))),
@@ -550,7 +550,7 @@ def gradient_section(results: dict[str, Any], bias: list[Row], grids: dict[str, 
     text = said(
         "The relative bias is the distance of an estimate's mean from the gradient of full backpropagation, over the length of "
         "that gradient: 0.1 is a tenth off, 1 is no better than no gradient at all. Training changes it, since a model that has "
-        "learned to remember has more to lose; judge a window by the trained model."
+        "learned to remember has more to lose; judge a window by the trained model. What is below 1e-8 is drawn there."
         if bias
         else "",
         "Where gradients fade with the lag, what lies beyond the window is small; the dotted line is the window that this suggests."
@@ -576,7 +576,8 @@ def rates_section(rows: list[Row], best: list[Row], metric: Row) -> str:
         rate = value(row["learning_rate"]) + (" †" if row["learning_rate"] in edges else "")
         return {**dict.fromkeys(fields), **row, **spread, "learning_rate": rate}
 
-    mine = [told(row) for budget in BUDGETS for row in best if row["budget"] == budget]
+    lines = dict.fromkeys((budget, row["carry"], row["influence"]) for budget in BUDGETS for row in rows)
+    mine = [told(row) for line in lines for row in best if (row["budget"], row["carry"], row["influence"]) == line]
     if not mine:
         return ""
     text = said(
@@ -584,15 +585,14 @@ def rates_section(rows: list[Row], best: list[Row], metric: Row) -> str:
         "deciding between equals. No window is judged by a rate that suits another."
         if len(tried) > 1
         else f"One learning rate was tried, {value(tried[0])}; another may suit some windows better.",
-        "† is the smallest or the largest rate tried: a better one may lie beyond."
-        if any("†" in r["learning_rate"] for r in mine)
-        else "",
         f"Below, {metric['name']} by rate and window; stronger colour is better, the frame marks the best of each window."
         if len(tried) > 1
         else "",
     )
     if len(tried) > 1:
         text += heat_tables(rows, best, tried, metric["better"] == "higher")
+    if any("†" in row["learning_rate"] for row in mine):
+        text += said("In the table, † is the smallest or the largest rate tried: a better one may lie beyond.")
     return text + folded("Show the best row of each point", mine, fields)
 
 
@@ -617,7 +617,7 @@ def heat_tables(rows: list[Row], best: list[Row], tried: list[float], higher: bo
                 good = (metric - low) / ((high - low) or 1)
                 shade = round(55 * (good if higher else 1 - good)) if math.isfinite(metric) else 0
                 best_here = ' class="best"' if (budget, carry, influence, window, rate) in chosen else ""
-                shown = f"{metric:.3g}" if math.isfinite(metric) else "–"
+                shown = f"{metric:#.3g}" if math.isfinite(metric) else "–"
                 body += f'<td style="--heat:{shade}%"{best_here}>{shown}</td>'
             body += "</tr>\n"
         title = f"{carry}, {influence}: {BUDGETS.get(budget, budget)}"
@@ -644,7 +644,10 @@ def repeat_section(results: dict[str, Any], rows: list[Row]) -> str:
     seeds = sorted({str(row["seeds"]) for row in rows if row["seeds"] is not None})
     made_by = {"git revision": results.get("git"), "device": results.get("device"), "seeds": ", ".join(seeds) or None}
     versions = {f"{name} version": version for name, version in (results.get("versions") or {}).items()}
-    flags = [{"flag": f"--{name}", "value": flag} for name, flag in (results.get("flags") or {}).items()]
+    flags = [
+        {"flag": f"--{name}", "value": ",".join(map(str, flag)) if isinstance(flag, list) else str(flag)}
+        for name, flag in (results.get("flags") or {}).items()
+    ]
     made = [{"what": name, "value": told} for name, told in {**made_by, **versions}.items()]
     command = str(results.get("command") or "not given").replace(" --", " \\\n  --")
     text = said("The same command, revision, versions and device give the same figures again, but for the times.")
