@@ -111,17 +111,20 @@ def write(directory: pathlib.Path, results: dict[str, Any]) -> None:
 def best_rates(rows: list[Row], *, higher: bool) -> list[Row]:
     """Of each budget, carry, influence and window the row whose learning rate did best, ordered by window."""
 
-    def worth(row: Row) -> tuple[float, float]:
-        metric, loss = number(row["final_metric"]), number(row["final_loss"])
-        signed = metric if higher else -metric
-        return (signed if math.isfinite(signed) else -math.inf, -loss if math.isfinite(loss) else -math.inf)
-
-    chosen: dict[tuple, Row] = {}
+    points: dict[tuple, list[Row]] = {}
     for row in rows:
-        point = tuple(row[name] for name in POINT)
-        if point not in chosen or worth(row) > worth(chosen[point]):
-            chosen[point] = row
-    return sorted(chosen.values(), key=lambda row: row["window"])
+        points.setdefault(tuple(row[name] for name in POINT), []).append(row)
+    return sorted((best_of(mine, higher) for mine in points.values()), key=lambda row: row["window"])
+
+
+def best_of(rows: list[Row], higher: bool) -> Row:
+    """The row of the best metric, what is not finite being worst; of equals the lowest loss, then the first."""
+
+    def worth(row: Row) -> tuple[float, ...]:
+        scores = number(row["final_metric"]) * (1 if higher else -1), -number(row["final_loss"])
+        return tuple(score if math.isfinite(score) else -math.inf for score in scores)
+
+    return max(rows, key=worth)
 
 
 # The charts
@@ -178,7 +181,7 @@ def metric_panels(best: list[Row], looks: dict[Series, Row], metric: Row) -> lis
             says = (
                 f"{metric['name']} against window at {title}. Best: {value(top['final_metric'])} with {name_of(top)}."
             )
-            panels.append(Panel(title.capitalize(), says, functools.partial(draw, mine)))
+            panels.append(Panel(capital(title), says, functools.partial(draw, mine)))
     return panels
 
 
@@ -213,7 +216,7 @@ def curve_panels(best: list[Row], looks: dict[Series, Row], colours: dict[int, s
             mine = [row for row in best if (row["carry"], row["influence"]) == series and row["budget"] == budget]
             mine = [row for row in mine if 0 < len(curve(row, "loss")) == len(curve(row, against))]
             if mine:
-                title = f"{looks[series]['label']}: {BUDGETS[budget]}, against {against}"
+                title = capital(f"{looks[series]['label']}: {BUDGETS[budget]}, against {against}")
                 says = f"Training loss against {against} at {BUDGETS[budget]}, {looks[series]['label']}, a line for each window."
                 panels.append(Panel(title, says, functools.partial(draw, mine, against), "window"))
     return panels
@@ -264,7 +267,7 @@ def bias_panels(bias: list[Row], looks: dict[Series, Row], suggested: Row) -> li
         if mine:
             window = number((suggested.get(model) or {}).get("window"))
             says = f"Relative bias of each influence's gradient against window, {model} model."
-            panels.append(Panel(f"{model} model".capitalize(), says, functools.partial(draw, mine, window)))
+            panels.append(Panel(capital(f"{model} model"), says, functools.partial(draw, mine, window)))
     return panels
 
 
@@ -437,7 +440,7 @@ def page(
     sentence = recommended.get("sentence") or "No window is recommended."
     rates = {row["learning_rate"] for row in rows}
     sections = [
-        ("result", f"{name.capitalize()} by window", result_section(best, grids["final_metric"], metric, len(rates))),
+        ("result", f"{capital(name)} by window", result_section(best, grids["final_metric"], metric, len(rates))),
         ("curves", "Learning curves", curves_section(grids["curves"])),
         ("cost", "Time and memory", cost_section(grids["cost"])),
         ("gradient", "Gradient bias", gradient_section(results, bias, grids)),
@@ -558,7 +561,7 @@ def gradient_section(results: dict[str, Any], bias: list[Row], grids: dict[str, 
         else "",
     )
     text += "".join(
-        f"<p><strong>{model.capitalize()}:</strong> {html.escape(str(reason))}</p>" for model, reason in reasons
+        f"<p><strong>{capital(model)}:</strong> {html.escape(str(reason))}</p>" for model, reason in reasons
     )
     text += grid(charts, "three")
     return text + folded("Show the figures", bias, ("model", "influence", "window", "relative_bias", "cosine"))
@@ -620,7 +623,7 @@ def heat_tables(rows: list[Row], best: list[Row], tried: list[float], higher: bo
                 shown = f"{metric:#.3g}" if math.isfinite(metric) else "–"
                 body += f'<td style="--heat:{shade}%"{best_here}>{shown}</td>'
             body += "</tr>\n"
-        title = f"{carry}, {influence}: {BUDGETS.get(budget, budget)}"
+        title = capital(f"{carry}, {influence}: {BUDGETS[budget]}")
         head = f'<thead><tr><th scope="col">rate \\ window</th>{head}</tr></thead>'
         heat = boxed(title, f'<table class="heat">{head}\n<tbody>{body}</tbody></table>')
         text.append(f"<figure><figcaption>{html.escape(title)}</figcaption>{heat}</figure>")
@@ -738,14 +741,8 @@ def short(x: float) -> str:
     return re.sub(r"e([+-])0?", lambda m: "e" + m[1].strip("+"), f"{x:g}")
 
 
-def best_of(rows: list[Row], higher: bool) -> Row:
-    """The best row; a shorter window, which comes first, of equals."""
-
-    def worth(row: Row) -> float:
-        metric = number(row["final_metric"]) * (1 if higher else -1)
-        return metric if math.isfinite(metric) else -math.inf
-
-    return max(rows, key=worth)
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def name_of(row: Row) -> str:
