@@ -354,7 +354,7 @@ def png(panels: list[Panel]) -> bytes:
 def svg(panel: Panel, name: str, palette: dict[str, tuple[str, str]]) -> str:
     """The chart as a figure to put into a page: the page's colours and type, and ids that start with ``name``."""
     to = io.StringIO()
-    figure_of([panel], titled=False).savefig(to, format="svg", transparent=True, metadata={"Date": None})
+    figure_of([panel], titled=False).savefig(to, format="svg", transparent=True)
     text = to.getvalue()
     size = re.search(r'viewBox="[^"]*"', text)
     assert size
