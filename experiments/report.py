@@ -402,9 +402,9 @@ dt { color: var(--muted); font-size: .85rem }
 dd { margin: 0; overflow-wrap: anywhere }
 .facts dd:nth-of-type(1) { font-size: 1.3rem; font-weight: 600; line-height: 1.35 }
 .facts dd + dd { font-size: .9rem }
-.grid { display: grid; gap: 1.6rem 2.4rem; margin: 1.2rem 0; grid-template-columns: repeat(auto-fill, minmax(min(100%, 29rem), 1fr)) }
-.three { grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
-figure { margin: 0; min-width: 0 }
+.grid { display: grid; gap: 1.6rem 2.4rem; margin: 1.2rem 0; grid-template-columns: repeat(auto-fill, minmax(min(100%, max(22rem, 40%)), 1fr)) }
+.three { grid-template-columns: repeat(auto-fill, minmax(min(100%, max(19rem, 30%)), 1fr)) }
+figure { margin: 0; min-width: 0; max-width: 42rem }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .35rem }
 figure svg { display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt }
 .scroll { overflow-x: auto; max-height: 34rem; border: 1px solid var(--rule); border-radius: 6px; margin: .5rem 0 1rem; width: fit-content; max-width: 100% }
