@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 import tbptt_jax as tb
 from benchmarks.turns import Maker, Section, Side, could_not_run, quartiles, table, take_turns
-from experiments import char_lm
+from experiments import char_lm, text
 from tbptt_jax import sharding
 
 FLAGS = flags.FLAGS
@@ -25,7 +25,7 @@ def fused(vocabulary: int, hidden: int) -> tb.Recurrence:
 
 
 def ours(model: tb.Recurrence, windows: tb.Window, devices: int = 1) -> Side:
-    estimate = tb.gradient(model, char_lm.loss)
+    estimate = tb.gradient(model, text.loss)
     if devices > 1:
         mesh = sharding.mesh(lane=devices)
         estimate, windows = sharding.over_lanes(estimate, mesh), sharding.place(windows, mesh)
@@ -112,9 +112,9 @@ def torch_loop(vocabulary: int, x: np.ndarray, y: np.ndarray) -> Side:
 
 
 def measure(seconds: float) -> Section:
-    text = char_lm.encode(char_lm.read(FLAGS.text), FLAGS.lanes, FLAGS.window)
-    windows = jax.tree.map(lambda x: x[:CALL], char_lm.cut(text.train, FLAGS.lanes))
-    vocabulary, devices = len(text.characters), jax.device_count()
+    corpus = text.encode(text.read(FLAGS.text), FLAGS.lanes, FLAGS.window)
+    windows = jax.tree.map(lambda x: x[:CALL], char_lm.cut(corpus.train, FLAGS.lanes))
+    vocabulary, devices = len(corpus.characters), jax.device_count()
     x, y = windows.inputs, windows.targets
     model = fused(vocabulary, FLAGS.hidden)
     sides: dict[str, Maker] = {

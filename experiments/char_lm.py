@@ -9,12 +9,10 @@ Interrupted in any way, the same command goes on from the last checkpoint and en
 
 import itertools
 import math
-import pathlib
-import pydoc_data.topics
 import statistics
 import time
 import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,10 +24,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import tbptt_jax as tb
-from experiments import launch, resume
+from experiments import launch, resume, text
+from experiments.text import loss
 from tbptt_jax import sharding
 
-HELD_OUT = 0.1
 WINDOWS_PER_CALL = 50
 PROMPT, SAMPLE = 100, 400
 
@@ -54,61 +52,6 @@ flags.DEFINE_bool(
 flags.DEFINE_string("workdir", "runs/char_lm", "Where results.json, figure.png, flags.txt and checkpoints go.")
 
 
-class Text(NamedTuple):
-    """Attributes:
-    characters: the vocabulary. Number 0 stands for any character that the training part does not have.
-    train: ids ``[time]`` int32.
-    held_out: ids of the text's last tenth.
-    """
-
-    characters: list[str]
-    train: np.ndarray
-    held_out: np.ndarray
-
-
-def read(files: list[str]) -> str:
-    """The text of the files, one after another, or the default text.
-
-    Raises:
-      ValueError: if a file cannot be read, is empty or is not UTF-8.
-    """
-    if not files:
-        return "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    parts = []
-    for file in files:
-        try:
-            data = pathlib.Path(file).read_bytes()
-            parts.append(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"--text={file} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Convert it first, for "
-                "instance with `iconv -t UTF-8`."
-            ) from error
-        except OSError as error:
-            raise ValueError(f"--text={file} cannot be read: {error.strerror}.") from error
-        if not data:
-            raise ValueError(f"--text={file} is empty: give a file with text in it.")
-    return "\n".join(parts)
-
-
-def encode(text: str, lanes: int, window: int) -> Text:
-    """Splits off the last tenth and numbers the characters.
-
-    Raises:
-      ValueError: if the training part has less than one window for each lane, or the rest less than two characters.
-    """
-    cut = round(len(text) * (1 - HELD_OUT))
-    if cut - 1 < lanes * window or len(text) - cut < 2:
-        raise ValueError(
-            f"The text has {len(text)} characters, of which {cut} are for training; {lanes} lanes with windows of {window} "
-            f"need more than {lanes * window}. Give a longer text, or fewer --lanes or a shorter --window."
-        )
-    characters = sorted(set(text[:cut]))
-    number = {character: i for i, character in enumerate(characters, 1)}
-    ids = np.asarray([number.get(character, 0) for character in text], np.int32)
-    return Text(["�", *characters], ids[:cut], ids[cut:])
-
-
 def cut(ids: np.ndarray, lanes: int) -> tb.Window:
     """Windows in which each character is to be told from those before it."""
     windows = tb.split(tb.lanes(ids[:-1], ids[1:], lanes=lanes), min(FLAGS.window, -(-(len(ids) - 1) // lanes)))
@@ -118,10 +61,6 @@ def cut(ids: np.ndarray, lanes: int) -> tb.Window:
 def language_model(vocabulary: int) -> tb.Recurrence:
     embed, readout = nn.Embed(vocabulary, FLAGS.hidden), nn.Dense(vocabulary)
     return tb.lstm(FLAGS.hidden, layers=FLAGS.layers, encoder=embed, readout=readout)
-
-
-def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, window.targets)
 
 
 def sample(model: tb.Recurrence, params: Any, prompt: np.ndarray, key: jax.Array) -> np.ndarray:
@@ -156,10 +95,10 @@ def picture(curve: list[tuple[int, float]], held_out: float) -> Figure:
 
 def main() -> None:
     resume.join_processes(FLAGS.lanes)
-    text = encode(read(FLAGS.text), FLAGS.lanes, FLAGS.window)
+    corpus = text.encode(text.read(FLAGS.text), FLAGS.lanes, FLAGS.window)
     directory = launch.workdir(FLAGS.workdir)
-    train_windows, held_out = cut(text.train, FLAGS.lanes), cut(text.held_out, 1)
-    model = language_model(len(text.characters))
+    train_windows, held_out = cut(corpus.train, FLAGS.lanes), cut(corpus.held_out, 1)
+    model = language_model(len(corpus.characters))
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(FLAGS.learning_rate, FLAGS.updates))
     )
@@ -187,7 +126,7 @@ def main() -> None:
             per_call=WINDOWS_PER_CALL,
             every=FLAGS.checkpoint_every,
             directory=directory / "checkpoints",
-            settings={**{name: FLAGS[name].value for name in names}, "text": zlib.crc32(text.train.tobytes())},
+            settings={**{name: FLAGS[name].value for name in names}, "text": zlib.crc32(corpus.train.tobytes())},
             resume=FLAGS.resume,
             skip=FLAGS.not_finite == "skip",
             report=lambda done, calls: report(
@@ -201,8 +140,8 @@ def main() -> None:
     seconds = sum(call.seconds for call in calls) + time.perf_counter() - began
     read_by = itertools.accumulate(round(call.weight) for call in calls)
     curve = [(read, call.loss / math.log(2)) for read, call in zip(read_by, calls, strict=True)]
-    ids = sample(model, params, text.held_out[:PROMPT], sample_key)
-    prompt, told = ("".join(text.characters[i] for i in part) for part in (text.held_out[:PROMPT], ids))
+    ids = sample(model, params, corpus.held_out[:PROMPT], sample_key)
+    prompt, told = ("".join(corpus.characters[i] for i in part) for part in (corpus.held_out[:PROMPT], ids))
     results = {
         "window": FLAGS.window,
         "stateless": FLAGS.stateless,
@@ -213,9 +152,9 @@ def main() -> None:
         "steps": FLAGS.updates * FLAGS.window,  # of each lane
         "windows_skipped": sum(call.skipped for call in calls),
         "carry": {name: getattr(calls[-1], name) for name in ("norm", "saturated", "since_reset")},
-        "train_characters": len(text.train),
-        "held_out_characters": len(text.held_out),
-        "vocabulary": len(text.characters),
+        "train_characters": len(corpus.train),
+        "held_out_characters": len(corpus.held_out),
+        "vocabulary": len(corpus.characters),
         "seconds": seconds,
         "curve": curve,
         "prompt": prompt,

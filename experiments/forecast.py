@@ -14,11 +14,10 @@ second is to be told from the pump alone, as it has been working for hundreds of
 
 import csv
 import itertools
-import math
 import pathlib
 import time
 import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,13 +28,13 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import tbptt_jax as tb
-from experiments import launch, resume
+from experiments import launch, resume, series
+from experiments.series import loss
 from tbptt_jax import sharding
 from tbptt_jax.recurrence import unroll_window
 
 STRETCH = 1000  # steps of a window in which a whole file is read
 SHOWN = 600  # steps of the test file in the figure
-GENERATED = {"train": 20_000, "valid": 4_000, "test": 4_000}
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("train", None, "CSV file whose first line names the columns. None: two tanks, generated.")
@@ -62,43 +61,6 @@ flags.DEFINE_bool(
     "resume", True, "Go on from the checkpoint in the workdir, if there is one; --noresume begins afresh."
 )
 flags.DEFINE_string("workdir", "runs/forecast", "Where predictions.csv, results.json, figure.png and the rest go.")
-
-
-class Series(NamedTuple):
-    """Attributes:
-    inputs: ``[time, inputs]`` float32, in the data's units.
-    targets: ``[time, targets]``, those of the same step.
-    first: the row of the file, from 0, that ``targets[0]`` stands in.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    first: int
-
-
-class Scale(NamedTuple):
-    """The mean and standard deviation of each column."""
-
-    mean: np.ndarray
-    deviation: np.ndarray
-
-
-def tanks(seed: int, steps: int) -> np.ndarray:
-    """``[steps, 2]``: what a pump gives, changed now and then, and the level measured in the lower of two tanks.
-
-    What runs out of a tank goes with the root of its level (Torricelli). The lower level follows the pump over some
-    hundreds of steps. After the cascaded tanks of Wigren and Schoukens 2013, *Three free data sets for development and
-    benchmarking in nonlinear system identification*.
-    """
-    rng = np.random.default_rng(seed)
-    pump = np.repeat(rng.uniform(0.1, 1, steps), rng.integers(10, 80, steps))[:steps]
-    levels = np.empty(steps)
-    upper = lower = 0.3
-    for t in range(steps):
-        out = 0.03 * math.sqrt(upper)
-        upper, lower = max(0.0, upper + 0.03 * pump[t] - out), max(0.0, lower + out - 0.03 * math.sqrt(lower))
-        levels[t] = lower
-    return np.stack([pump, levels + rng.normal(0, 0.01, steps)], 1)
 
 
 def check_flags() -> None:
@@ -138,51 +100,6 @@ def columns() -> tuple[list[str], list[str]]:
     return (FLAGS.inputs, FLAGS.targets) if FLAGS.train else (["pump"], ["level"])
 
 
-def series() -> dict[str, Series]:
-    """The training, validation and test series; without files, the tanks'.
-
-    Raises:
-      ValueError: with file, line and column, if one is not as :func:`tbptt_jax.streams.read_csv` needs, or too short.
-    """
-    if not FLAGS.train:
-        tables = {name: tanks(seed, steps) for seed, (name, steps) in enumerate(GENERATED.items())}
-        return {name: Series(table[:, :1], table[:, 1:], 0) for name, table in tables.items()}
-    inputs, targets = columns()
-    found = {}
-    for name in ("train", "valid", "test"):
-        path = FLAGS[name].value
-        if path is None:
-            continue
-        table = tb.streams.read_csv(path, inputs + targets)
-        if inputs:
-            found[name] = Series(table[:, : len(inputs)], table[:, len(inputs) :], 0)
-            continue
-        if len(table) < 2:
-            raise ValueError(f"{path} has {len(table)} rows; to tell a row from those before it takes at least 2.")
-        found[name] = Series(table[:-1], table[1:], 1)
-    steps = len(found["train"].inputs)
-    if steps < FLAGS.lanes * FLAGS.window:
-        raise ValueError(
-            f"{FLAGS.train} has {steps} steps; {FLAGS.lanes} lanes with windows of {FLAGS.window} need at least "
-            f"{FLAGS.lanes * FLAGS.window}. Give a longer file, or fewer --lanes or a shorter --window."
-        )
-    return found
-
-
-def scale_of(values: np.ndarray) -> Scale:
-    deviation = values.std(0, dtype=np.float64)
-    return Scale(values.mean(0, dtype=np.float64), np.where(deviation > 0, deviation, 1))
-
-
-def standardised(values: np.ndarray, scale: Scale) -> np.ndarray:
-    return ((values - scale.mean) / scale.deviation).astype(np.float32)
-
-
-def loss(outputs: jax.Array, window: tb.Window) -> jax.Array:
-    """The squared error, a mean over targets."""
-    return ((outputs - window.targets) ** 2).mean(-1)
-
-
 def cut(inputs: np.ndarray, targets: np.ndarray) -> tb.Window:
     """The training windows."""
     windows = tb.split(tb.lanes(inputs, targets, lanes=FLAGS.lanes), FLAGS.window)
@@ -220,7 +137,7 @@ def write_table(path: pathlib.Path, names: list[str], rows: Any) -> None:
 
 
 def picture(
-    curve: list[tuple[int, float, float | None]], test: Series, predicted: np.ndarray, test_mse: float
+    curve: list[tuple[int, float, float | None]], test: series.Series, predicted: np.ndarray, test_mse: float
 ) -> Figure:
     """Above, the end of the test file, observed and predicted; below, the training."""
     names = columns()[1][:3]
@@ -251,15 +168,27 @@ def picture(
 def main() -> None:
     check_flags()
     resume.join_processes(FLAGS.lanes)
-    data = series()
-    directory = launch.workdir(FLAGS.workdir)
     names, target_names = columns()
+    if FLAGS.train:
+        data = series.read(
+            {n: FLAGS[n].value for n in ("train", "valid", "test") if FLAGS[n].value}, names, target_names
+        )
+    else:
+        data = series.generated()
+    steps, needed = len(data["train"].inputs), FLAGS.lanes * FLAGS.window
+    if steps < needed:
+        raise ValueError(
+            f"{FLAGS.train or 'The series'} has {steps} steps; {FLAGS.lanes} lanes with windows of {FLAGS.window} need at "
+            f"least {needed}. Give a longer file, or fewer --lanes or a shorter --window."
+        )
+    directory = launch.workdir(FLAGS.workdir)
     if not FLAGS.train:
         for name, each in data.items():
             write_table(directory / f"{name}.csv", names + target_names, np.hstack(each[:2]).tolist())
-    inputs, targets = (scale_of(values) for values in data["train"][:2])
+    inputs, targets = (series.scale_of(values) for values in data["train"][:2])
     scaled = {
-        name: (standardised(each.inputs, inputs), standardised(each.targets, targets)) for name, each in data.items()
+        name: (series.standardised(each.inputs, inputs), series.standardised(each.targets, targets))
+        for name, each in data.items()
     }
     train_windows = cut(*scaled["train"])
     count = len(train_windows.inputs)

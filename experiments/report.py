@@ -104,7 +104,7 @@ def write(directory: pathlib.Path, results: dict[str, Any]) -> None:
         if f"{name}.png" not in files:
             (directory / f"{name}.png").unlink(missing_ok=True)  # of other results, before these
     for name, content in files.items():
-        with launch._whole(directory / name) as path:
+        with launch.whole(directory / name) as path:
             path.write_bytes(content)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_experiments import launch, results  # in this folder
 
-from experiments import forecast
+from experiments import forecast, series
 
 SMALL = "--hidden=8", "--lanes=4", "--window=20", "--updates=120", "--learning_rate=0.02"
 
@@ -70,11 +70,11 @@ def test_targets_alone_are_told_from_the_rows_before(tmp_path, files):
 
 
 def test_its_own_data_is_a_file_that_can_be_given(tmp_path):
-    train = forecast.tanks(0, 300)
+    train = series.tanks(0, 300)
     assert train.shape == (300, 2) and np.isfinite(train).all()
-    np.testing.assert_array_equal(train, forecast.tanks(0, 300))
-    assert not np.array_equal(train, forecast.tanks(1, 300))
-    pump, level = forecast.tanks(0, 20_000).T  # in the long run, what comes in goes out, with the root of the level
+    np.testing.assert_array_equal(train, series.tanks(0, 300))
+    assert not np.array_equal(train, series.tanks(1, 300))
+    pump, level = series.tanks(0, 20_000).T  # in the long run, what comes in goes out, with the root of the level
     assert np.sqrt(level.clip(0)).mean() == pytest.approx(pump.mean(), rel=0.01)
 
 
