@@ -171,7 +171,7 @@ def main() -> None:
     names, target_names = columns()
     if FLAGS.train:
         data = series.read(
-            {n: FLAGS[n].value for n in ("train", "valid", "test") if FLAGS[n].value}, names, target_names
+            {n: path for n in ("train", "valid", "test") if (path := FLAGS[n].value)}, names, target_names
         )
     else:
         data = series.generated()

@@ -73,10 +73,10 @@ def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
     so lanes are spread over them only where the products are large enough to pay for that, and the copies small enough to
     stay in the cache (``python -m benchmarks.window``).
     """
-    if jax.process_count() > 1:
-        return sharding.mesh(lane=jax.device_count())
     devices = min(jax.device_count(), _DEVICES.value or jax.device_count())
-    if runs > 1:
+    if jax.process_count() > 1:
+        return sharding.mesh(run=devices) if lanes == 1 else sharding.mesh(lane=devices)
+    if lanes == 1:
         return sharding.mesh(run=min(runs, devices))
     spread = next(n for n in range(devices, 0, -1) if lanes % n == 0)
     if jax.default_backend() == "cpu" and not (64 <= units <= 512 and lanes >= 8 * spread):
@@ -164,7 +164,7 @@ def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any 
         with whole(directory / "figure.png") as path:
             figure.savefig(path, dpi=150, bbox_inches="tight", format="png")
     with whole(directory / "results.json") as path:
-        path.write_text(json.dumps(_finite({**results, **made_by}), indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(finite({**results, **made_by}), indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -177,22 +177,23 @@ def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
             yield lambda done, text: bar.update(task, completed=done, description=text)
         return
 
-    last = time.monotonic()
+    began = last = time.monotonic()
 
     def report(done: float, text: str) -> None:
         nonlocal last
         if time.monotonic() - last > 5 or done == total:
             last = time.monotonic()
-            print(f"{done:.4g} of {total} {unit}  {text}", flush=True)
+            left = (last - began) * (total - done) / done if done else 0
+            print(f"{done:.4g} of {total} {unit}, {left:.0f} s left  {text}", flush=True)
 
     yield report
 
 
-def _finite(x: Any) -> Any:
+def finite(x: Any) -> Any:
     if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
+        return {key: finite(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
-        return [_finite(value) for value in x]
+        return [finite(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 

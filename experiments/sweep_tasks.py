@@ -1,0 +1,235 @@
+"""What a sweep over window lengths can train on: each task's data, model and score, and what theory says of it."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import tbptt_jax as tb
+from experiments import series, text
+from tbptt_jax.tasks import adding, adding_floor, copy_memory, copy_memory_floor, lag, lag_floor
+from tbptt_jax.tasks.first_bit import first_bit_floor
+from tbptt_jax.tasks.influence_balancing import influence_balancing, influence_balancing_model
+
+
+class Task(NamedTuple):
+    """Attributes:
+    data: ``key -> (train, test)``, whole streams ``[n, time, ...]`` to be cut.
+    shared: whether the data is the same whatever the key, as a file's is.
+    steps: of a training stream: the longest window.
+    lanes: how many training streams are read side by side.
+    model: the recurrence.
+    loss: ``(outputs, window) -> [lanes, time]``, what is minimised.
+    score: likewise, what is reported.
+    metric: the report's words for the score: its name, unit, and whether higher or lower is better.
+    last: whether only the last step of each window is scored.
+    exact: ``(carried, window) -> the best possible score``, None where theory does not say.
+    """
+
+    data: Callable[[jax.Array], tuple[tb.Window, tb.Window]]
+    shared: bool
+    steps: int
+    lanes: int
+    model: tb.Recurrence
+    loss: Callable[[Any, tb.Window], jax.Array]
+    score: Callable[[Any, tb.Window], jax.Array]
+    metric: dict[str, str]
+    last: bool = False
+    exact: Callable[[bool, int], float | None] = lambda carried, window: None
+
+
+class Files(NamedTuple):
+    """What the flags name."""
+
+    text: list[str]
+    train: str | None
+    test: str | None
+    inputs: list[str]
+    targets: list[str]
+
+
+NAMES = ("first_bit", "copy_memory", "adding", "lag", "influence_balancing", "char_lm", "forecast")
+
+
+def make(name: str, hidden: int | None, lanes: int | None, longest: int, files: Files) -> Task:
+    """The task of a name.
+
+    Args:
+      name: one of ``NAMES``.
+      hidden: units of the LSTM; None: the task's own number.
+      lanes: streams side by side; None: the task's own number.
+      longest: the longest window there will be.
+      files: those of char_lm and forecast.
+
+    Raises:
+      ValueError: if a file is not as it needs to be, or too short.
+    """
+    match name:
+        case "first_bit":
+            return _first_bit(hidden or 10, lanes or 100)
+        case "copy_memory":
+            return _copy_memory(hidden or 16, lanes or 20)
+        case "adding":
+            return _adding(hidden or 16, lanes or 50)
+        case "lag":
+            return _lag(hidden or 16, lanes or 64)
+        case "influence_balancing":
+            return _influence_balancing()
+        case "char_lm":
+            return _char_lm(hidden or 64, lanes or 32, longest, files)
+    return _forecast(hidden or 32, lanes or 16, longest, files)
+
+
+def _binary(logits: jax.Array, window: tb.Window) -> jax.Array:
+    return optax.sigmoid_binary_cross_entropy(logits, window.targets)[..., 0]
+
+
+def _correct(logits: jax.Array, window: tb.Window) -> jax.Array:
+    return ((logits > 0) == (window.targets > 0.5))[..., 0].astype(jnp.float32)
+
+
+def _lower(name: str, unit: str = "") -> dict[str, str]:
+    return {"name": name, "unit": unit, "better": "lower"}
+
+
+def _both(data: Callable[[jax.Array, int], tb.Window], train: int, test: int) -> Callable:
+    """``key -> (train, test)`` from ``(key, n) -> streams``."""
+
+    def draw(key: jax.Array) -> tuple[tb.Window, tb.Window]:
+        keys = jax.random.split(key)
+        return data(keys[0], train), data(keys[1], test)
+
+    return draw
+
+
+def _first_bit(hidden: int, lanes: int, steps: int = 20) -> Task:
+    def exact(carried: bool, window: int) -> float | None:
+        if carried:
+            return first_bit_floor(1).accuracy
+        return first_bit_floor(steps // window).accuracy if steps % window == 0 else None
+
+    return Task(
+        data=_both(lambda key, n: tb.tasks.first_bit(key, n, steps), 1000, 200),
+        shared=False,
+        steps=steps,
+        lanes=lanes,
+        model=tb.lstm(hidden, readout=nn.Dense(1)),
+        loss=_binary,
+        score=_correct,
+        metric={"name": "test accuracy", "unit": "", "better": "higher"},
+        last=True,
+        exact=exact,
+    )
+
+
+def _copy_memory(hidden: int, lanes: int, silence: int = 28, symbols: int = 2) -> Task:
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    steps = silence + 2
+    return Task(
+        data=_both(lambda key, n: copy_memory(key, n, silence, symbols, 1), 100 * lanes, 400),
+        shared=False,
+        steps=steps,
+        lanes=lanes,
+        model=tb.lstm(hidden, readout=nn.Dense(symbols + 1)),
+        loss=lambda logits, window: loss(logits, window.targets),
+        score=lambda logits, window: loss(logits, window.targets),
+        metric=_lower("loss of a recalled symbol", "nats"),
+        exact=lambda carried, window: 0.0 if carried else copy_memory_floor(window, silence, symbols, 1).recalled,
+    )
+
+
+def _adding(hidden: int, lanes: int, steps: int = 40) -> Task:
+    def error(outputs: jax.Array, window: tb.Window) -> jax.Array:
+        return ((outputs - window.targets) ** 2)[..., 0]
+
+    return Task(
+        data=_both(lambda key, n: adding(key, n, steps), 40 * lanes, 400),
+        shared=False,
+        steps=steps,
+        lanes=lanes,
+        model=tb.lstm(hidden, readout=nn.Dense(1)),
+        loss=error,
+        score=error,
+        metric=_lower("squared error of the sum"),
+        exact=lambda carried, window: 0.0 if carried else adding_floor((steps - 1) % window + 1, steps),
+    )
+
+
+def _lag(hidden: int, lanes: int, steps: int = 2000) -> Task:
+    return Task(
+        data=_both(lambda key, n: lag(key, n, steps), lanes, lanes),
+        shared=False,
+        steps=steps,
+        lanes=lanes,
+        model=tb.lstm(hidden, readout=nn.Dense(1)),
+        loss=_binary,
+        score=_binary,
+        metric=_lower("test loss", "nats a step"),
+        exact=lambda carried, window: lag_floor() if carried else lag_floor(window) if steps % window == 0 else None,
+    )
+
+
+def _influence_balancing(steps: int = 1000) -> Task:
+    def error(s: jax.Array, window: tb.Window) -> jax.Array:
+        return (s - window.targets) ** 2 / 2
+
+    return Task(
+        data=lambda key: (influence_balancing(steps), influence_balancing(steps)),
+        shared=True,
+        steps=steps,
+        lanes=1,
+        model=influence_balancing_model(),
+        loss=error,
+        score=error,
+        metric=_lower("loss"),
+        exact=lambda carried, window: None,
+    )
+
+
+def _char_lm(hidden: int, lanes: int, longest: int, files: Files) -> Task:
+    corpus = text.encode(text.read(files.text), lanes, longest)
+    train = tb.lanes(corpus.train[:-1], corpus.train[1:], lanes=lanes)
+    test = tb.lanes(corpus.held_out[:-1], corpus.held_out[1:], lanes=1)
+    symbols = len(corpus.characters)
+    return Task(
+        data=lambda key: (train, test),
+        shared=True,
+        steps=train.inputs.shape[1],
+        lanes=lanes,
+        model=tb.lstm(hidden, encoder=nn.Embed(symbols, hidden), readout=nn.Dense(symbols)),
+        loss=text.loss,
+        score=lambda logits, window: text.loss(logits, window) / math.log(2),
+        metric=_lower("held-out bits per character"),
+    )
+
+
+def _forecast(hidden: int, lanes: int, longest: int, files: Files) -> Task:
+    if (files.train is None) != (files.test is None) or (files.train is None) != (not files.targets):
+        raise ValueError("--task=forecast needs --train=FILE, --test=FILE and --targets=COLUMN,…, or none of them.")
+    if files.train is None:
+        data = series.generated()
+    else:
+        data = series.read({"train": files.train, "test": str(files.test)}, files.inputs, files.targets)
+    inputs, targets = (series.scale_of(values) for values in data["train"][:2])
+    x, y = (series.standardised(data[name].inputs, inputs) for name in ("train", "test"))
+    x_targets, y_targets = (series.standardised(data[name].targets, targets) for name in ("train", "test"))
+    if len(x) < lanes * longest:
+        raise ValueError(
+            f"{files.train or 'The series'} has {len(x)} steps; {lanes} lanes with windows of {longest} need at least "
+            f"{lanes * longest}. Give a longer file, or fewer --lanes or shorter --windows."
+        )
+    train, test = tb.lanes(x, x_targets, lanes=lanes), tb.lanes(y, y_targets, lanes=1)
+    return Task(
+        data=lambda key: (train, test),
+        shared=True,
+        steps=train.inputs.shape[1],
+        lanes=lanes,
+        model=tb.lstm(hidden, readout=nn.Dense(x_targets.shape[1])),
+        loss=series.loss,
+        score=series.loss,
+        metric=_lower("squared error on the test file, standardised"),
+    )
