@@ -390,6 +390,7 @@ h1 { font-size: clamp(1.45rem, 1rem + 2.2vw, 2.4rem); line-height: 1.22; letter-
   max-width: min(100%, 34em); margin: .4rem 0 1.6rem; text-wrap: balance; overflow-wrap: anywhere }
 h2 { font-size: 1.35rem; line-height: 1.3; letter-spacing: -.01em; margin: 0 0 .5rem }
 p { max-width: 44rem; margin: 0 0 .8rem }
+.lead { font-size: 1.1rem; max-width: 46em; margin: 0 0 1.2rem }
 .kind { color: var(--muted); font-size: .9rem; margin: 0 }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.3rem; font-size: .9rem; padding: .8rem 0;
   border: solid var(--rule); border-width: 1px 0 }
@@ -438,9 +439,15 @@ def page(
     higher, name = metric["better"] == "higher", str(metric["name"])
     recommended = results.get("recommendation") or {}
     sentence = recommended.get("sentence") or "No window is recommended."
+    advice, _, because = str(sentence).partition(": ")
+    advice, because = (f"{advice}." if because else advice), capital(because)
     rates = {row["learning_rate"] for row in rows}
     sections = [
-        ("result", f"{capital(name)} by window", result_section(best, grids["final_metric"], metric, len(rates))),
+        (
+            "result",
+            f"{capital(name)} by window",
+            result_section(best, grids["final_metric"], metric, len(rates), str(results.get("about") or "")),
+        ),
         ("curves", "Learning curves", curves_section(grids["curves"])),
         ("cost", "Time and memory", cost_section(grids["cost"])),
         ("gradient", "Gradient bias", gradient_section(results, bias, grids)),
@@ -472,7 +479,8 @@ def page(
 <main>
 <header>
 <p class="kind">Truncated backpropagation through time: {html.escape(title[0].lower() + title[1:])}</p>
-<h1>{html.escape(str(sentence))}</h1>
+<h1>{html.escape(advice)}</h1>
+<p class="lead">{html.escape(because)}</p>
 {facts(recommended, best, results.get("suggested") or {}, name, higher)}
 <nav aria-label="Sections">{links}</nav>
 </header>
@@ -505,14 +513,15 @@ def facts(recommended: Row, best: list[Row], suggested: Row, name: str, higher: 
     return f'<dl class="facts">{"".join(items)}</dl>'
 
 
-def result_section(best: list[Row], charts: list[str], metric: Row, rates: int) -> str:
+def result_section(best: list[Row], charts: list[str], metric: Row, rates: int, about: str) -> str:
     chosen = "at the learning rate that did best for it" if rates > 1 else "at the one learning rate tried"
     exact = any(math.isfinite(number(row["exact_metric"])) for row in best)
     lost = any(not math.isfinite(number(row["final_metric"])) for row in best)
     above = said(
+        about,
         f"Each point is the mean over seeds of the final {metric['name']} ({metric['better']} is better) with windows of that "
         f"many steps, {chosen}; the band and the small dots are the seeds. Look for the shortest window after which the line "
-        "is flat."
+        "is flat.",
     )
     below = said(
         "Equal data and equal updates differ because a short window makes more updates from the same steps. At equal data "

@@ -18,6 +18,7 @@ from tbptt_jax.tasks.influence_balancing import influence_balancing, influence_b
 
 class Task(NamedTuple):
     """Attributes:
+    about: what it asks, and what a window without a carried state can see of it.
     data: ``key -> (train, test)``, whole streams ``[n, time, ...]`` to be cut.
     shared: whether the data is the same whatever the key, as a file's is.
     steps: of a training stream: the longest window.
@@ -27,9 +28,11 @@ class Task(NamedTuple):
     score: likewise, what is reported.
     metric: the report's words for the score: its name, unit, and whether higher or lower is better.
     last: whether only the last step of each window is scored.
+    free: whether the test is one free run with the state carried, however it was trained.
     exact: ``(carried, window) -> the best possible score``, None where theory does not say.
     """
 
+    about: str
     data: Callable[[jax.Array], tuple[tb.Window, tb.Window]]
     shared: bool
     steps: int
@@ -39,6 +42,7 @@ class Task(NamedTuple):
     score: Callable[[Any, tb.Window], jax.Array]
     metric: dict[str, str]
     last: bool = False
+    free: bool = False
     exact: Callable[[bool, int], float | None] = lambda carried, window: None
 
 
@@ -113,6 +117,9 @@ def _first_bit(hidden: int, lanes: int, steps: int = 20) -> Task:
         return first_bit_floor(steps // window).accuracy if steps % window == 0 else None
 
     return Task(
+        about=f"Sequences of {steps} steps begin with a one or a zero, all else is zero, and the label is that first value. Cut into "
+        "windows that each begin anew, only the first window of a sequence has seen it, and the others can but guess: of n "
+        "windows the best accuracy is (n + 1) / 2n. With the state carried, every window knows.",
         data=_both(lambda key, n: tb.tasks.first_bit(key, n, steps), 1000, 200),
         shared=False,
         steps=steps,
@@ -130,6 +137,8 @@ def _copy_memory(hidden: int, lanes: int, silence: int = 28, symbols: int = 2) -
     loss = optax.softmax_cross_entropy_with_integer_labels
     steps = silence + 2
     return Task(
+        about=f"A symbol is shown, and asked for again after {silence} steps of silence. A window without the past knows it only if "
+        "it spans both.",
         data=_both(lambda key, n: copy_memory(key, n, silence, symbols, 1), 100 * lanes, 400),
         shared=False,
         steps=steps,
@@ -147,6 +156,8 @@ def _adding(hidden: int, lanes: int, steps: int = 40) -> Task:
         return ((outputs - window.targets) ** 2)[..., 0]
 
     return Task(
+        about=f"Of {steps} numbers two are marked, one in each half, and their sum is asked for at the end. Guessing the mean has a "
+        "squared error of 1/6.",
         data=_both(lambda key, n: adding(key, n, steps), 40 * lanes, 400),
         shared=False,
         steps=steps,
@@ -161,6 +172,9 @@ def _adding(hidden: int, lanes: int, steps: int = 40) -> Task:
 
 def _lag(hidden: int, lanes: int, steps: int = 2000) -> Task:
     return Task(
+        about="A coin is loaded by what another coin showed 3 and 8 steps ago. A window without the past cannot know it for its "
+        "first steps; with the state carried, even a window shorter than the lag may, for what it remembers need not be what "
+        "its gradient saw.",
         data=_both(lambda key, n: lag(key, n, steps), lanes, lanes),
         shared=False,
         steps=steps,
@@ -178,6 +192,8 @@ def _influence_balancing(steps: int = 1000) -> Task:
         return (s - window.targets) ** 2 / 2
 
     return Task(
+        about="One parameter pulls the output one way at once and the other way, harder, later. A gradient that looks back too few "
+        "steps has the wrong sign and drives the parameter off.",
         data=lambda key: (influence_balancing(steps), influence_balancing(steps)),
         shared=True,
         steps=steps,
@@ -186,7 +202,7 @@ def _influence_balancing(steps: int = 1000) -> Task:
         loss=error,
         score=error,
         metric=_lower("loss"),
-        exact=lambda carried, window: None,
+        free=True,
     )
 
 
@@ -196,6 +212,7 @@ def _char_lm(hidden: int, lanes: int, longest: int, files: Files) -> Task:
     test = tb.lanes(corpus.held_out[:-1], corpus.held_out[1:], lanes=1)
     symbols = len(corpus.characters)
     return Task(
+        about=f"A text of {len(corpus.train):,} characters, each to be told from those before it; scored on {len(corpus.held_out):,} held out.",
         data=lambda key: (train, test),
         shared=True,
         steps=train.inputs.shape[1],
@@ -224,6 +241,7 @@ def _forecast(hidden: int, lanes: int, longest: int, files: Files) -> Task:
         )
     train, test = tb.lanes(x, x_targets, lanes=lanes), tb.lanes(y, y_targets, lanes=1)
     return Task(
+        about=f"A time series of {len(x):,} steps, its targets told from what was read so far; scored on {len(y):,} others.",
         data=lambda key: (train, test),
         shared=True,
         steps=train.inputs.shape[1],
@@ -232,4 +250,5 @@ def _forecast(hidden: int, lanes: int, longest: int, files: Files) -> Task:
         loss=series.loss,
         score=series.loss,
         metric=_lower("squared error on the test file, standardised"),
+        free=True,
     )

@@ -192,7 +192,7 @@ def updates_of(task: Task, point: Point, count: int, longest_count: int, chosen:
 def cut(task: Task, streams: tb.Window, window: int, lanes: int) -> tb.Window:
     windows = tb.split(streams, window, lanes=min(lanes, len(jax.tree.leaves(streams.inputs)[0])))
     if task.last:
-        answers = jnp.zeros(jnp.shape(windows.resets)).at[..., -1].set(1)
+        answers = jnp.zeros(windows.inputs.shape[:3]).at[..., -1].set(1)
         windows = windows._replace(weights=answers if windows.valid is None else answers * windows.valid)
     return windows
 
@@ -240,7 +240,8 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
         states: Any, data: Any, carried: jax.Array, first: jax.Array, last: jax.Array, updates: jax.Array
     ) -> tuple:
         def one(state: Any, rate: jax.Array, *own: Any) -> tuple:
-            train, test = (windows_anew(windows, carried) for windows in (own[0] if own else data))
+            train, test = own[0] if own else data
+            train, test = windows_anew(train, carried), windows_anew(test, carried | task.free)
             step = train_step(rate, updates)
 
             def update(done: jax.Array, before: tuple) -> tuple:
@@ -414,7 +415,7 @@ def gradients(task: Task, chosen: dict[str, Any], params: dict[str, Any]) -> dic
     return found
 
 
-def recommend(rows: list[dict[str, Any]], metric: dict[str, str]) -> dict[str, Any] | None:
+def recommend(rows: list[dict[str, Any]], metric: dict[str, str], blind: float | None) -> dict[str, Any] | None:
     """The shortest window that is as good as the best, within the spread of seeds, in every budget that was run."""
     sign = 1 if metric["better"] == "higher" else -1
     best: dict[str, dict[tuple, dict]] = {}
@@ -427,6 +428,13 @@ def recommend(rows: list[dict[str, Any]], metric: dict[str, str]) -> dict[str, A
             mine[place] = row
     if not best:
         return None
+    top = max((row for budget in best.values() for row in budget.values()), key=lambda row: sign * row["final_metric"])
+    if blind is not None and sign * (top["final_metric"] - blind) < 0.02 * abs(blind):
+        sentence = (
+            f"No window learned anything yet: the best {metric['name']} is {top['final_metric']:.4g}, and {blind:.4g} is what can "
+            "be had from one step alone. Give more --updates, other --learning_rates, or longer --windows."
+        )
+        return {"window": None, "carry": None, "influence": None, "sentence": sentence}
 
     def good(budget: dict[tuple, dict]) -> dict[tuple, dict]:
         top = max(budget.values(), key=lambda row: sign * row["final_metric"])
@@ -510,11 +518,14 @@ def finish(
     launch.console.print("Measuring the bias of each window, untrained and trained.", soft_wrap=True)
     results = {
         "task": chosen["task"],
+        "about": task.about,
         "metric": task.metric,
         "rows": rows,
         **gradients(task, chosen, params),
         "failed": failed,
-        "recommendation": recommend([row for row in rows if None not in row["metrics"]], task.metric),
+        "recommendation": recommend(
+            [row for row in rows if None not in row["metrics"]], task.metric, task.exact(False, 1)
+        ),
         "command": " ".join(["python -m experiments.truncation_sweep", *sys.argv[1:]]),
         "git": git_revision(),
         "settings": chosen,

@@ -1,0 +1,213 @@
+"""The sweep over window lengths: fair budgets, the same numbers however often it is killed, and shares that join."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import sweep_tasks, truncation_sweep
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = (
+    "--windows=10,20",
+    "--influences=truncate,replay:1",
+    "--learning_rates=0.02,0.005",
+    "--seeds=3",
+    "--updates=30",
+    "--hidden=4",
+)
+POINTS = 2 * 3 * 2  # windows, of stateful truncate and replay:1 and of stateless, in two budgets
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def command(workdir, *arguments):
+    return [sys.executable, "-m", "experiments.truncation_sweep", f"--workdir={workdir}", *arguments]
+
+
+def sweep(workdir, *arguments, **environment):
+    return subprocess.run(
+        command(workdir, *arguments), capture_output=True, text=True, cwd=ROOT, env={**ENVIRONMENT, **environment}
+    )
+
+
+def numbers(workdir):
+    """What does not depend on how fast, how often and where it was run."""
+    told = json.loads((workdir / "results.json").read_text())
+    for row in told["rows"]:
+        del row["seconds"], row["compile_seconds"]
+    return {name: told[name] for name in ("rows", "bias", "decay", "suggested", "recommendation", "metric", "failed")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    ran = sweep(workdir, *SMALL)
+    assert ran.returncode == 0, ran.stderr
+    return workdir
+
+
+def test_it_writes_a_report_of_fair_rows(whole):
+    rows = numbers(whole)["rows"]
+    assert len(rows) == POINTS * 2  # rates
+    assert {"report.html", "rows.csv", "results.json", "flags.txt", "sweep.json"} <= {p.name for p in whole.iterdir()}
+    needed = "task carry influence window learning_rate seeds budget updates steps final_loss final_metric temp_bytes"
+    for row in rows:
+        assert set(needed.split()) <= row.keys() and len(row["metrics"]) == 3 and row["temp_bytes"] > 0
+        assert row["influence"] == "truncate" or row["carry"] == "stateful"
+        assert row["final_metric"] == pytest.approx(sum(row["metrics"]) / 3, rel=1e-5)
+    by = {(row["budget"], row["window"]): row for row in rows}
+    assert {by["data", k]["steps"] for k in (10, 20)} == {30 * 20 * 100}
+    assert [by["data", k]["updates"] for k in (10, 20)] == [60, 30]
+    assert {by["updates", k]["updates"] for k in (10, 20)} == {30}
+    assert [by["updates", k]["steps"] for k in (10, 20)] == [30_000, 60_000]
+    for row in rows:  # theory is told, and a stateless window cannot beat it
+        if row["carry"] == "stateless":
+            assert row["exact_metric"] == {10: 0.75, 20: 1}[row["window"]] >= row["final_metric"] - 1e-6
+    losses = [bias["relative_bias"] for bias in numbers(whole)["bias"] if bias["window"] == 20]
+    assert max(losses) < 1e-4  # one window over the sequence is full BPTT
+
+
+def test_a_training_among_many_is_the_training_alone(whole, tmp_path):
+    """Its seed and rate, whatever else is trained beside it."""
+    alone = (
+        "--windows=10,20",
+        "--carry=stateful",
+        "--learning_rates=0.005",
+        "--seeds=1",
+        "--budget=data",
+        "--updates=30",
+        "--hidden=4",
+    )
+    ran = sweep(tmp_path, *alone, "--tensorboard")
+    assert ran.returncode == 0, ran.stderr
+    assert len(list((tmp_path / "tensorboard").glob("*/events*"))) == 2
+    (one,) = (row for row in numbers(tmp_path)["rows"] if row["window"] == 10)
+    (among,) = (
+        row
+        for row in numbers(whole)["rows"]
+        if [row[f] for f in ("budget", "carry", "influence", "window", "learning_rate")]
+        == ["data", "stateful", "truncate", 10, 0.005]
+    )
+    assert one["losses"][0] == pytest.approx(among["losses"][0], rel=1e-4)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_numbers(whole, tmp_path):
+    chance = random.Random(0)
+    for _ in range(int(os.environ.get("TBPTT_KILLS", "2"))):
+        running = subprocess.Popen(
+            command(tmp_path, *SMALL),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        # A moment of its own kind each time: while it compiles, or some points on.
+        if chance.random() < 0.3:
+            time.sleep(chance.uniform(1, 8))
+        else:
+            wanted = len(list((tmp_path / "points").glob("*.json"))) + chance.randint(1, 3)
+            while running.poll() is None and len(list((tmp_path / "points").glob("*.json"))) < wanted:
+                time.sleep(0.002)
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+    ran = sweep(tmp_path, *SMALL)
+    assert ran.returncode == 0, ran.stderr
+    assert numbers(tmp_path) == numbers(whole)
+
+
+def test_shares_done_apart_join_to_the_whole(whole, tmp_path):
+    shares = [tmp_path / "a", tmp_path / "b"]
+    assert sweep(shares[0], *SMALL, "--points=1/2").returncode == 0
+    merge = "--merge=" + ",".join(map(str, shares))
+    early = sweep(tmp_path / "both", *SMALL, merge)
+    assert early.returncode == 2 and f"{POINTS // 2} of {POINTS} points" in early.stderr
+    assert not (tmp_path / "both").exists()
+    assert sweep(shares[1], *SMALL, "--points=2/2").returncode == 0
+    assert sweep(tmp_path / "both", *SMALL, merge).returncode == 0
+    assert numbers(tmp_path / "both") == numbers(whole)
+
+
+def test_a_point_that_fails_is_told_and_the_others_go_on(tmp_path):
+    broken = (
+        "import experiments.truncation_sweep as s\n"
+        "train = s.train\n"
+        "def fails(point, *rest):\n"
+        "    if point.window == 5: raise RuntimeError('the machine <says> no')\n"
+        "    return train(point, *rest)\n"
+        "s.train = fails\n"
+        "s.launch.run(s.main)\n"
+    )
+    arguments = ["--windows=5,20", "--carry=stateful", "--seeds=1", "--budget=data", "--updates=5", "--hidden=3"]
+    ran = subprocess.run(
+        [sys.executable, "-c", broken, f"--workdir={tmp_path}", *arguments],
+        capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert ran.returncode == 1 and "the machine <says> no" in ran.stdout
+    told = numbers(tmp_path)
+    assert [row["window"] for row in told["rows"]] == [20]
+    assert [(point["window"], point["error"]) for point in told["failed"]] == [
+        (5, "RuntimeError: the machine <says> no")
+    ]
+    assert "&lt;says&gt;" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", sweep_tasks.NAMES)
+def test_every_task_has_data_that_fits_its_model(name):
+    import jax
+
+    task = sweep_tasks.make(name, None, None, 4, sweep_tasks.Files([], None, None, [], []))
+
+    def run(key):
+        train, test = task.data(key)
+        train = jax.tree.map(lambda x: x[:2, :4], train)
+        params = task.model.init(key, train.inputs)
+        _, outputs = task.model.unroll(
+            params, task.model.initial_carry(params, len(train.inputs)), train.inputs, None, None
+        )
+        return task.loss(outputs, train), task.score(outputs, train), test.inputs
+
+    loss, score, _ = jax.eval_shape(run, jax.random.key(0))
+    assert loss.shape == score.shape == (min(2, task.lanes), 4)
+
+
+WRONG = {
+    "a window that does not fit": (["--windows=5,30"], "from 1 to 20"),
+    "no window": (["--windows=0"], "whole numbers"),
+    "an influence": (["--influences=truncate,uroo"], "truncate, replay"),
+    "a negative rate": (["--learning_rates=-0.1"], "positive numbers"),
+    "a rate that is none": (["--learning_rates=fast"], "positive numbers"),
+    "a carry": (["--carry=statefull"], "stateful, stateless or both"),
+    "a share": (["--points=3/2"], "from 1 to N"),
+    "files that do not go together": (["--task=forecast", "--train=x.csv"], "--test=FILE"),
+    "a text that is not there": (["--task=char_lm", "--text=nowhere.txt"], "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("arguments, said", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_refused_before_anything_is_done(tmp_path, arguments, said):
+    refused(tmp_path / "run", arguments, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_workdir_of_another_sweep_is_refused(tmp_path):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["truncation_sweep", *SMALL])
+        (tmp_path / "sweep.json").write_text(json.dumps(truncation_sweep.settings()))
+    refused(tmp_path, [*SMALL, "--seeds=4"], "seeds 3, here 4")
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+
+
+def refused(workdir, arguments, said):
+    with flagsaver.flagsaver(), pytest.raises(ValueError, match=re.escape(said)):
+        flags.FLAGS(["truncation_sweep", f"--workdir={workdir}", *arguments])
+        truncation_sweep.main()
