@@ -73,9 +73,10 @@ def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
     so lanes are spread over them only where the products are large enough to pay for that, and the copies small enough to
     stay in the cache (``python -m benchmarks.window``).
     """
-    devices = min(jax.device_count(), _DEVICES.value or jax.device_count())
+    devices = jax.device_count()
     if jax.process_count() > 1:
         return sharding.mesh(run=devices) if lanes == 1 else sharding.mesh(lane=devices)
+    devices = min(devices, _DEVICES.value or devices)
     if lanes == 1:
         return sharding.mesh(run=min(runs, devices))
     spread = next(n for n in range(devices, 0, -1) if lanes % n == 0)

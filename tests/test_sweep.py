@@ -6,6 +6,7 @@ import pathlib
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,8 +77,8 @@ def test_it_writes_a_report_of_fair_rows(whole):
     assert max(losses) < 1e-4  # one window over the sequence is full BPTT
 
 
-def test_a_training_among_many_is_the_training_alone(whole, tmp_path):
-    """Its seed and rate, whatever else is trained beside it."""
+def test_a_training_among_many_is_the_training_alone_also_of_two_processes(whole, tmp_path):
+    """Its seed and rate, whatever else is trained beside it, wherever."""
     alone = (
         "--windows=10,20",
         "--carry=stateful",
@@ -87,8 +88,18 @@ def test_a_training_among_many_is_the_training_alone(whole, tmp_path):
         "--updates=30",
         "--hidden=4",
     )
-    ran = sweep(tmp_path, *alone, "--tensorboard")
-    assert ran.returncode == 0, ran.stderr
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        together = [f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2", "--devices=1", "--tensorboard"]
+    runs = [
+        subprocess.Popen(
+            command(tmp_path, *alone, *together, f"--process={i}"),
+            cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    told = [run.communicate() for run in runs]
+    assert not any(run.returncode for run in runs), told
     assert len(list((tmp_path / "tensorboard").glob("*/events*"))) == 2
     (one,) = (row for row in numbers(tmp_path)["rows"] if row["window"] == 10)
     (among,) = (
