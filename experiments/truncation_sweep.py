@@ -226,21 +226,23 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
     def begin(keys: jax.Array) -> tuple:
         shared = data(keys[0]) if task.shared else None
 
-        def one(key: jax.Array) -> tuple:
+        def one(shared: Any, key: jax.Array) -> tuple:
             own = shared or data(key)
             state = train_step(jnp.float32(0), jnp.int32(1)).init(
                 jax.random.fold_in(key, 1), jax.tree.map(lambda x: x[0], own[0])
             )
             return state, None if task.shared else own
 
-        states, own = sharding.over_runs(one, mesh)(keys)
+        states, own = sharding.over_runs(one, mesh, (shared,))(keys)
         return states, shared if task.shared else own
 
     def advance(
         states: Any, data: Any, carried: jax.Array, first: jax.Array, last: jax.Array, updates: jax.Array
     ) -> tuple:
-        def one(state: Any, rate: jax.Array, *own: Any) -> tuple:
-            train, test = own[0] if own else data
+        def one(
+            shared: Any, carried: Any, first: Any, last: Any, updates: Any, state: Any, rate: Any, own: Any
+        ) -> tuple:
+            train, test = shared or own
             train, test = windows_anew(train, carried), windows_anew(test, carried | task.free)
             step = train_step(rate, updates)
 
@@ -263,7 +265,8 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
             return state, losses, weights, scores
 
         every_rate = jnp.repeat(jnp.asarray(rates, jnp.float32), seeds)
-        return sharding.over_runs(one, mesh)(states, every_rate, *(() if task.shared else (data,)))
+        shared, own = (data, None) if task.shared else (None, data)
+        return sharding.over_runs(one, mesh, (shared, carried, first, last, updates))(states, every_rate, own)
 
     start = jax.jit(begin, in_shardings=everywhere, out_shardings=everywhere)
     go = jax.jit(advance, in_shardings=everywhere, out_shardings=everywhere, donate_argnums=0)

@@ -9,6 +9,7 @@ in one all-reduce at the window's end; parameters and optimiser are the same eve
 with each other, such as seeds and learning rates, go side by side along another axis: :func:`over_runs`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -124,22 +125,37 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
     return estimate._replace(init=init, update=update)
 
 
-def over_runs(train: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]:
+def over_runs(train: Callable[..., PyTree], mesh: Mesh, same: tuple = ()) -> Callable[..., PyTree]:
     """``jax.vmap(train)`` with the trainings spread over the mesh's axis ``"run"``: no device waits for another.
 
     Where they do not divide by the devices, the last one is repeated to fill up, and left out of the result.
+
+    Args:
+      train: ``(*same, *args) -> result`` of one training.
+      mesh: a mesh with an axis ``"run"``.
+      same: the first arguments, which are the same for all trainings, such as data that they share.
+
+    Returns:
+      ``(*args) -> results``, each leaf with a leading axis ``[runs, ...]``.
+
+    Raises:
+      ValueError: if the mesh has no such axis.
     """
     if RUN not in mesh.shape:
         raise ValueError(f"The mesh has the axes {list(mesh.shape)}; trainings are spread over an axis named {RUN!r}.")
+
+    def on_device(same: tuple, args: tuple) -> PyTree:
+        return jax.vmap(functools.partial(train, *same))(*args)
+
     spread = jax.shard_map(
-        jax.vmap(train), mesh=mesh, in_specs=P(RUN), out_specs=P(RUN), axis_names={RUN}, check_vma=False
+        on_device, mesh=mesh, in_specs=(P(), P(RUN)), out_specs=P(RUN), axis_names={RUN}, check_vma=False
     )
 
     def all_runs(*args: PyTree) -> PyTree:
         runs = jax.tree.leaves(args)[0].shape[0]
         more = -runs % mesh.shape[RUN]
         filled = jax.tree.map(lambda x: x[jnp.minimum(jnp.arange(runs + more), runs - 1)] if more else x, args)
-        return jax.tree.map(lambda x: x[:runs] if more else x, spread(*filled))
+        return jax.tree.map(lambda x: x[:runs] if more else x, spread(same, filled))
 
     return all_runs
 
