@@ -13,6 +13,7 @@ second is to be told from the pump alone, as it has been working for hundreds of
 """
 
 import csv
+import io
 import itertools
 import pathlib
 import time
@@ -34,7 +35,8 @@ from tbptt_jax import sharding
 from tbptt_jax.recurrence import unroll_window
 
 STRETCH = 1000  # steps of a window in which a whole file is read
-SHOWN = 600  # steps of the test file in the figure
+SHOWN = 600  # steps of the test file's end in the figure
+BINS = 300  # of the whole test file there
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("train", None, "CSV file whose first line names the columns. None: two tanks, generated.")
@@ -126,30 +128,57 @@ def free_run(model: tb.Recurrence, params: Any, inputs: np.ndarray) -> np.ndarra
     return outputs.reshape(-1, outputs.shape[-1])[: len(inputs)]
 
 
-def write_table(path: pathlib.Path, names: list[str], rows: Any) -> None:
-    """A CSV file, whole or not at all."""
+def table(names: list[str], rows: Any) -> bytes:
+    """A CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(names)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def write(path: pathlib.Path, content: bytes) -> None:
+    """Whole or not at all."""
     if jax.process_index() > 0:
         return
-    with launch.whole(path) as part, part.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows(rows)
+    with launch.whole(path) as part:
+        part.write_bytes(content)
 
 
 def picture(
     curve: list[tuple[int, float, float | None]], test: series.Series, predicted: np.ndarray, test_mse: float
 ) -> Figure:
-    """Above, the end of the test file, observed and predicted; below, the training."""
+    """Above, the test file and a stretch of it, its end, observed and predicted; below, the training."""
     names = columns()[1][:3]
-    figure, axes = plt.subplots(len(names) + 1, 1, figsize=(9, 2.6 * (len(names) + 1)), layout="constrained")
-    steps = slice(max(0, len(predicted) - SHOWN), None)
-    rows = np.arange(test.first, test.first + len(predicted))[steps]
-    for i, (name, above) in enumerate(zip(names, axes[:-1], strict=True)):
-        above.plot(rows, test.targets[steps, i], color="0.6", linewidth=2, label="observed")
-        above.plot(rows, predicted[steps, i], color="C0", linewidth=1, label="predicted")
-        above.set(ylabel=name, xlabel="row of the test file", xmargin=0.01)
-        above.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
-    below = axes[-1]
+    long, end = len(predicted) > SHOWN, slice(-SHOWN, None)
+    rows: list[Any] = [[f"whole {name}", f"end {name}"] if long else [f"end {name}"] for name in names]
+    figure, axes = plt.subplot_mosaic(
+        [*rows, ["training"] * len(rows[0])],
+        figsize=(11 if long else 9, 2.6 * (len(names) + 1)),
+        width_ratios=[1, 2] if long else None,
+        layout="constrained",
+    )
+    steps = test.first + np.arange(len(predicted))
+    starts = np.arange(0, len(predicted), -(-len(predicted) // BINS))
+    for i, name in enumerate(names):
+        label = name.replace("$", r"\$")  # else matplotlib reads what is between two of them as mathematics
+        right = axes[f"end {name}"]
+        right.plot(steps[end], test.targets[end, i], color="0.6", linewidth=2, label="observed")
+        right.plot(steps[end], predicted[end, i], color="C0", linewidth=1, label="predicted")
+        right.set(
+            xlabel="its last rows" if long else "row of the test file", ylabel="" if long else label, xmargin=0.01
+        )
+        if long:
+            left = axes[f"whole {name}"]
+            for values, colour in ((test.targets[:, i], "0.6"), (predicted[:, i], "C0")):
+                low, high = (f.reduceat(values, starts) for f in (np.minimum, np.maximum))  # a line would be a block
+                left.fill_between(steps[starts], low, high, color=colour, alpha=0.5, linewidth=0.5)
+            left.axvline(steps[end][0], color="k", linestyle=":", linewidth=1)
+            left.set(xlabel="row of the test file", ylabel=label, xmargin=0.01)
+            left.locator_params(axis="x", nbins=4)
+    legend = {"frameon": False, "ncols": 2, "loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
+    axes[f"end {names[0]}"].legend(**legend)
+    below = axes["training"]
     updates, losses, _ = zip(*curve, strict=True)
     below.plot(updates, losses, color="C0", label="training windows, as read")
     measured = [(n, error) for n, _, error in curve if error is not None]
@@ -158,7 +187,7 @@ def picture(
     below.axhline(test_mse, color="k", linestyle="--", linewidth=1, label=f"test file, in one go: {test_mse:.4g}")
     below.set(xlabel="updates", ylabel="squared error, standardised", yscale="log")
     below.legend(frameon=False)
-    for each in axes:
+    for each in axes.values():
         each.grid(alpha=0.3)
     kind = "Stateless" if is_stateless() else "Stateful"
     figure.suptitle(f"{kind} LSTM of {FLAGS.hidden} units, windows of {FLAGS.window}")
@@ -181,10 +210,18 @@ def main() -> None:
             f"{FLAGS.train or 'The series'} has {steps} steps; {FLAGS.lanes} lanes with windows of {FLAGS.window} need at "
             f"least {needed}. Give a longer file, or fewer --lanes or a shorter --window."
         )
+    generated = {} if FLAGS.train else data
+    own = {name: table(names + target_names, np.hstack(each[:2]).tolist()) for name, each in generated.items()}
+    for name, content in own.items():
+        there = pathlib.Path(FLAGS.workdir).expanduser() / f"{name}.csv"
+        if there.exists() and there.read_bytes() != content:
+            raise ValueError(
+                f"{there} is not the series that is generated here, which would take its place: give it as --{name}, or "
+                "another --workdir."
+            )
     directory = launch.workdir(FLAGS.workdir)
-    if not FLAGS.train:
-        for name, each in data.items():
-            write_table(directory / f"{name}.csv", names + target_names, np.hstack(each[:2]).tolist())
+    for name, content in own.items():
+        write(directory / f"{name}.csv", content)
     inputs, targets = (series.scale_of(values) for values in data["train"][:2])
     scaled = {
         name: (series.standardised(each.inputs, inputs), series.standardised(each.targets, targets))
@@ -265,7 +302,7 @@ def main() -> None:
     interleaved = np.stack([test.targets, predicted], -1).reshape(len(predicted), -1)
     heads = ["row", *(f"{name}, {which}" for name in target_names for which in ("observed", "predicted"))]
     rows = ((test.first + t, *values) for t, values in enumerate(interleaved.tolist()))
-    write_table(directory / "predictions.csv", heads, rows)
+    write(directory / "predictions.csv", table(heads, rows))
     launch.write_results(directory, results, picture(curve, test, predicted, test_mse))
     of = ", ".join(f"{name} {error:.4g}" for name, error in results["test_rmse"].items())
     others = f"{results['test_mse_of_the_mean']:.4g} for the mean" + (

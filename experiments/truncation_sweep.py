@@ -33,6 +33,7 @@ import numpy as np
 import optax
 from absl import flags
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich import box
 from rich.table import Table
@@ -206,11 +207,16 @@ def windows_of(task: Task, window: int) -> tuple[int, int]:
 
 def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], mesh: Mesh) -> Callable[[], Program]:
     """A window's program, traced now and compiled when it is asked for: compiling leaves Python to others."""
-    rates, seeds = chosen["learning_rates"], chosen["seeds"]
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(0), seed))(jnp.tile(jnp.arange(seeds), len(rates)))
+    each_rate, each_seed = np.meshgrid(chosen["learning_rates"], np.arange(chosen["seeds"]), indexing="ij")
+    fill = (
+        0,
+        -each_rate.size % mesh.shape[sharding.RUN],
+    )  # every device has as many runs, so that none waits for another
+    rates, seeds = (np.pad(each.ravel(), fill, "edge") for each in (each_rate.astype(np.float32), each_seed))
     count, _ = windows_of(task, window)
     past = launch.influence(influence, max(1, -(-task.steps // window) - 1))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere, by_run = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (sharding.RUN,)))
+    of_data = everywhere if task.shared else by_run
 
     def data(key: jax.Array) -> tuple[tb.Window, tb.Window]:
         train, test = task.data(key)
@@ -223,22 +229,21 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
         estimate = tb.gradient(task.model, task.loss, influence=past)
         return tb.train_step(estimate, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(falling)))
 
-    def begin(keys: jax.Array) -> tuple:
-        shared = data(keys[0]) if task.shared else None
+    def begin(seeds: jax.Array) -> tuple:
+        shared = data(jax.random.key(0)) if task.shared else None
 
-        def one(shared: Any, key: jax.Array) -> tuple:
+        def one(shared: Any, seed: jax.Array) -> tuple:
+            key = jax.random.fold_in(jax.random.key(0), seed)
             own = shared or data(key)
             state = train_step(jnp.float32(0), jnp.int32(1)).init(
                 jax.random.fold_in(key, 1), jax.tree.map(lambda x: x[0], own[0])
             )
             return state, None if task.shared else own
 
-        states, own = sharding.over_runs(one, mesh, (shared,))(keys)
+        states, own = jax.vmap(functools.partial(one, shared))(seeds)
         return states, shared if task.shared else own
 
-    def advance(
-        states: Any, data: Any, carried: jax.Array, first: jax.Array, last: jax.Array, updates: jax.Array
-    ) -> tuple:
+    def advance(states: Any, data: Any, rates: jax.Array, *numbers: jax.Array) -> tuple:
         def one(
             shared: Any, carried: Any, first: Any, last: Any, updates: Any, state: Any, rate: Any, own: Any
         ) -> tuple:
@@ -264,15 +269,15 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
             scores = lax.cond(last == updates, evaluate, lambda: jnp.zeros(2))
             return state, losses, weights, scores
 
-        every_rate = jnp.repeat(jnp.asarray(rates, jnp.float32), seeds)
         shared, own = (data, None) if task.shared else (None, data)
-        return sharding.over_runs(one, mesh, (shared, carried, first, last, updates))(states, every_rate, own)
+        return sharding.over_runs(one, mesh, (shared, *numbers))(states, rates, own)
 
-    start = jax.jit(begin, in_shardings=everywhere, out_shardings=everywhere)
-    go = jax.jit(advance, in_shardings=everywhere, out_shardings=everywhere, donate_argnums=0)
-    shapes = jax.eval_shape(start, keys)
+    start = jax.jit(begin)  # by each process for itself: it is short, and what it draws is the same everywhere
+    placed = (by_run, of_data, by_run, *[everywhere] * 4)
+    go = jax.jit(advance, in_shardings=placed, out_shardings=by_run, donate_argnums=0)
+    shapes = jax.eval_shape(start, seeds)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = start.lower(keys), go.lower(*shapes, jax.ShapeDtypeStruct((), bool), number, number, number)
+    lowered = start.lower(seeds), go.lower(*shapes, rates, jax.ShapeDtypeStruct((), bool), number, number, number)
 
     def compile_both() -> Program:
         began = time.perf_counter()
@@ -280,7 +285,15 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
         needs = then.memory_analysis()
         temp = needs.temp_size_in_bytes if needs else 0
         inputs = needs.argument_size_in_bytes + needs.output_size_in_bytes if needs else 0
-        return Program(functools.partial(first, keys), then, temp + inputs, temp, time.perf_counter() - began)
+
+        def begin() -> tuple:
+            states, data = first(seeds)
+            return place(states, by_run), place(data, of_data)
+
+        def advance(states: Any, data: Any, *numbers: Any) -> tuple:
+            return then(states, data, rates, *numbers)
+
+        return Program(begin, advance, temp + inputs, temp, time.perf_counter() - began)
 
     return compile_both
 
@@ -291,22 +304,38 @@ def windows_anew(windows: tb.Window, carried: jax.Array) -> tb.Window:
     return windows._replace(resets=jnp.where(carried, here, anew))
 
 
-def train(point: Point, program: Program, updates: int, tell: Callable[[int, float], None]) -> tuple:
+def train(point: Point, program: Program, runs: int, updates: int, tell: Callable[[int, float], None]) -> tuple:
     """All runs of a point: losses and weights ``[runs, updates]``, scores ``[runs, 2]``, params, and the seconds."""
     began = time.perf_counter()
     states, data = program.begin()
-    parts, scores = [], None
+    parts, scores = [], jnp.zeros(0)
     for first in range(0, updates, CALL):
         last = min(first + CALL, updates)
         numbers = (np.int32(n) for n in (first, last, updates))
         states, losses, weights, scores = program.advance(states, data, np.bool_(point.carry == "stateful"), *numbers)
-        losses, weights = (np.asarray(x)[:, : last - first] for x in (losses, weights))  # waits for the call
+        losses, weights = (fetch(x, runs)[:, : last - first] for x in (losses, weights))  # waits for the call
         parts.append((losses, weights))
         scored = weights > 0
         tell(last, float(losses[scored].mean()) if scored.any() else float("nan"))
     losses, weights = (np.concatenate(each, 1).astype(np.float64) for each in zip(*parts, strict=True))
-    params = jax.tree.map(np.asarray, states.params)
-    return losses, weights, np.asarray(scores, np.float64), params, time.perf_counter() - began
+    params = jax.tree.map(lambda x: fetch(x, runs), states.params)
+    return losses, weights, fetch(scores, runs).astype(np.float64), params, time.perf_counter() - began
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that every process has, where all of them read their part."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(leaf(jax.random.key_data(x)))
+        return jax.device_put(np.asarray(x), sharding)
+
+    return jax.tree.map(leaf, tree)
+
+
+def fetch(x: jax.Array, runs: int) -> np.ndarray:
+    """Those of an array ``[runs and what fills up the devices, ...]``, from all processes."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))[:runs]
 
 
 def curve(losses: np.ndarray, weights: np.ndarray, steps_each: float) -> dict[str, list]:
@@ -574,7 +603,8 @@ def main() -> None:
     updates = {p: updates_of(task, p, counts[p.window][0], longest_count, chosen) for p in mine}
     done = {p for p in mine if (directory / "points" / f"{p.name}.json").exists()}
     programs: dict[tuple[int, str], Program | Exception] = {}
-    mesh = launch.mesh(runs=len(chosen["learning_rates"]) * chosen["seeds"])
+    runs = len(chosen["learning_rates"]) * chosen["seeds"]
+    mesh = launch.mesh(runs=runs)
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         asked: dict[tuple[int, str], Any] = {}
         for p in mine:
@@ -608,7 +638,6 @@ def main() -> None:
                 update: int, loss: float, point: Point = point, number: int = number, began: float = began
             ) -> None:
                 count, steps = counts[point.window]
-                runs = len(chosen["learning_rates"]) * chosen["seeds"]
                 speed = runs * update * steps / count / (time.perf_counter() - began)
                 tell(number + update / updates[point], f"{point}: loss {loss:.4g}, {speed:,.0f} steps/s")
 
@@ -617,7 +646,7 @@ def main() -> None:
                     program = programs[point.window, point.influence]
                     if isinstance(program, Exception):
                         raise program
-                    found = train(point, program, updates[point], told)
+                    found = train(point, program, runs, updates[point], told)
                     same[training] = [rows_of(task, point, chosen, program, found, steps / count), found[3]]
                 rows, params = same[training]
                 keep(kept_in, point, [{**row, "budget": point.budget} for row in rows], params, chosen)

@@ -133,16 +133,19 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
 def save(directory: str | pathlib.Path, state: PyTree) -> None:
     """Writes a state, such as ``(params, carry)`` of a model to be served, in the place of the one there was before.
 
+    The one before is kept until the next, for those who are reading it.
+
     Raises:
+      ValueError: if what is there is another state, such as a training run's: it is not written over.
       OSError: if it could not be written; the one before is intact.
     """
-    there = pathlib.Path(directory).glob("[0-9]*")
-    with open(directory, {}, keep=1) as store:
-        store.save(1 + max((int(path.name) for path in there if path.name.isdecimal()), default=-1), state, None)
+    with open(directory, {}, keep=2) as store:
+        before = store.restore(state)
+        store.save(before.update + 1 if before else 0, state, None)
 
 
 def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
-    """The state that :func:`save` wrote.
+    """The state that :func:`save` wrote last. Nothing is changed on disk, so others may be writing the next.
 
     Args:
       directory: where it is.
@@ -151,13 +154,23 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
     Raises:
       ValueError: if there is none, or it is broken or another.
     """
-    if not pathlib.Path(directory).is_dir():
+    directory = pathlib.Path(directory).absolute()
+    if not directory.is_dir():
         raise ValueError(f"There is no directory {directory}: give one that `checkpoint.save` has written.")
-    with open(directory, {}) as store:
-        saved = store.restore(like)
-    if saved is None:
-        raise ValueError(f"{directory} holds no checkpoint: give a directory that `checkpoint.save` has written.")
-    return saved.state
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with _quiet(), ocp.CheckpointManager(directory, options=options) as manager:
+        last = max(manager.all_steps(), default=None)
+        if last is None:
+            raise ValueError(f"{directory} holds no checkpoint: give a directory that `checkpoint.save` has written.")
+        try:
+            content, arrays = _read(manager, last)
+        except Exception as error:
+            raise ValueError(
+                f"The checkpoint {directory / str(last)} is broken: {_reason(error)} Remove it to load the one before it, if "
+                "there is one."
+            ) from error
+    _check_same_run(directory, content, {}, like)
+    return _unpack(arrays, content["leaves"], like)
 
 
 def _pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:

@@ -4,11 +4,17 @@ import csv
 
 import numpy as np
 import pytest
+from programs import program_of
 from test_experiments import launch, results  # in this folder
 
-from experiments import forecast, series
+from experiments import series
 
 SMALL = "--hidden=8", "--lanes=4", "--window=20", "--updates=120", "--learning_rate=0.02"
+
+
+@pytest.fixture(scope="module")
+def program():
+    yield from program_of("forecast")
 
 
 def write(path, names, table):
@@ -100,10 +106,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("content, said", BROKEN.values(), ids=BROKEN)
-def test_a_bad_file_is_a_sentence_with_its_place(tmp_path, capsys, content, said):
+def test_a_bad_file_is_a_sentence_with_its_place(program, tmp_path, capsys, content, said):
     bad = tmp_path / "bad.csv"
     bad.write_text(content)
     refused(
+        program,
         tmp_path,
         capsys,
         [f"--train={bad}", f"--test={bad}", "--inputs=x", "--targets=y", "--lanes=4", "--window=20"],
@@ -112,17 +119,26 @@ def test_a_bad_file_is_a_sentence_with_its_place(tmp_path, capsys, content, said
 
 
 @pytest.mark.parametrize("arguments, said", WRONG.values(), ids=WRONG)
-def test_flags_that_do_not_go_together_are_a_sentence(tmp_path, capsys, files, arguments, said):
-    refused(tmp_path, capsys, [argument.format(**files) for argument in arguments], said)
+def test_flags_that_do_not_go_together_are_a_sentence(program, tmp_path, capsys, files, arguments, said):
+    refused(program, tmp_path, capsys, [argument.format(**files) for argument in arguments], said)
 
 
-def refused(tmp_path, capsys, arguments, said):
+def test_a_file_of_ones_own_is_not_written_over_by_what_is_generated(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    own = write(tmp_path / "run" / "test.csv", ["mine"], [[1]])
+    before = own.read_bytes()
+    refused(program, tmp_path, capsys, [], "test.csv is not the series that is generated here.*--test")
+    assert list((tmp_path / "run").iterdir()) == [own] and own.read_bytes() == before
+
+
+def refused(program, tmp_path, capsys, arguments, said):
     """In this process: what is refused computes nothing."""
+    there = (tmp_path / "run").exists()
     from absl import flags
     from absl.testing import flagsaver
 
     with flagsaver.flagsaver(), pytest.raises(ValueError, match=said.replace("(", r"\(")) as raised:
         flags.FLAGS(["forecast", f"--workdir={tmp_path / 'run'}", *arguments])
-        forecast.main()
+        program.main()
     assert str(raised.value).endswith((".", "]", "]."))
-    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "run").exists() == there

@@ -14,8 +14,9 @@ import time
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from programs import program_of
 
-from experiments import sweep_tasks, truncation_sweep
+from experiments import sweep_tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
@@ -191,6 +192,11 @@ def test_every_task_has_data_that_fits_its_model(name):
     assert loss.shape == score.shape == (min(2, task.lanes), 4)
 
 
+@pytest.fixture(scope="module")
+def program():
+    yield from program_of("truncation_sweep")
+
+
 WRONG = {
     "a window that does not fit": (["--windows=5,30"], "from 1 to 20"),
     "no window": (["--windows=0"], "whole numbers"),
@@ -205,20 +211,20 @@ WRONG = {
 
 
 @pytest.mark.parametrize("arguments, said", WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_refused_before_anything_is_done(tmp_path, arguments, said):
-    refused(tmp_path / "run", arguments, said)
+def test_what_is_wrong_is_refused_before_anything_is_done(program, tmp_path, arguments, said):
+    refused(program, tmp_path / "run", arguments, said)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_workdir_of_another_sweep_is_refused(tmp_path):
+def test_the_workdir_of_another_sweep_is_refused(program, tmp_path):
     with flagsaver.flagsaver():
         flags.FLAGS(["truncation_sweep", *SMALL])
-        (tmp_path / "sweep.json").write_text(json.dumps(truncation_sweep.settings()))
-    refused(tmp_path, [*SMALL, "--seeds=4"], "seeds 3, here 4")
+        (tmp_path / "sweep.json").write_text(json.dumps(program.settings()))
+    refused(program, tmp_path, [*SMALL, "--seeds=4"], "seeds 3, here 4")
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
 
-def refused(workdir, arguments, said):
+def refused(program, workdir, arguments, said):
     with flagsaver.flagsaver(), pytest.raises(ValueError, match=re.escape(said)):
         flags.FLAGS(["truncation_sweep", f"--workdir={workdir}", *arguments])
-        truncation_sweep.main()
+        program.main()

@@ -1,0 +1,14 @@
+"""A launch's module in this process, for as long as a test needs it: launches have flags of the same names."""
+
+import importlib
+import sys
+
+from absl import flags
+
+
+def program_of(name):
+    module = importlib.import_module(f"experiments.{name}")
+    yield module
+    for flag in flags.FLAGS.flags_by_module_dict().get(module.__name__, []):
+        delattr(flags.FLAGS, flag.name)
+    del sys.modules[module.__name__]
