@@ -291,7 +291,7 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
             return place(states, by_run), place(data, of_data)
 
         def advance(states: Any, data: Any, *numbers: Any) -> tuple:
-            return then(states, data, rates, *numbers)
+            return then(states, data, place(rates, by_run), *numbers)
 
         return Program(begin, advance, temp + inputs, temp, time.perf_counter() - began)
 
@@ -325,7 +325,7 @@ def train(point: Point, program: Program, runs: int, updates: int, tell: Callabl
 def place(tree: Any, sharding: NamedSharding) -> Any:
     """Arrays that every process has, where all of them read their part."""
 
-    def leaf(x: jax.Array) -> jax.Array:
+    def leaf(x: Any) -> jax.Array:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(leaf(jax.random.key_data(x)))
         return jax.device_put(np.asarray(x), sharding)

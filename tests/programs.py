@@ -9,6 +9,6 @@ from absl import flags
 def program_of(name):
     module = importlib.import_module(f"experiments.{name}")
     yield module
-    for flag in flags.FLAGS.flags_by_module_dict().get(module.__name__, []):
+    for flag in list(flags.FLAGS.flags_by_module_dict().get(module.__name__, [])):
         delattr(flags.FLAGS, flag.name)
     del sys.modules[module.__name__]

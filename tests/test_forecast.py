@@ -123,7 +123,7 @@ def test_flags_that_do_not_go_together_are_a_sentence(program, tmp_path, capsys,
     refused(program, tmp_path, capsys, [argument.format(**files) for argument in arguments], said)
 
 
-def test_a_file_of_ones_own_is_not_written_over_by_what_is_generated(tmp_path, capsys):
+def test_a_file_of_ones_own_is_not_written_over_by_what_is_generated(program, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     own = write(tmp_path / "run" / "test.csv", ["mine"], [[1]])
     before = own.read_bytes()
