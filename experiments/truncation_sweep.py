@@ -277,7 +277,17 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
     go = jax.jit(advance, in_shardings=placed, out_shardings=by_run, donate_argnums=0)
     shapes = jax.eval_shape(start, seeds)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = start.lower(seeds), go.lower(*shapes, rates, jax.ShapeDtypeStruct((), bool), number, number, number)
+    lowered = (
+        start.lower(seeds),
+        go.lower(
+            *shapes,
+            jax.ShapeDtypeStruct(rates.shape, rates.dtype),
+            jax.ShapeDtypeStruct((), bool),
+            number,
+            number,
+            number,
+        ),
+    )
 
     def compile_both() -> Program:
         began = time.perf_counter()
