@@ -66,7 +66,9 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
         def start(key: jax.Array) -> TrainState:
             like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), window)
             params_key, stream_key = jax.random.split(key)
-            params = estimate.model.init(params_key, like.inputs)
+            # Under vmap one after another: of the factorisations behind orthogonal matrices, two batched ones that meet on
+            # a CPU can wait for each other for ever (jaxlib 0.10).
+            params = jax.custom_batching.sequential_vmap(estimate.model.init)(params_key, like.inputs)
             stream = estimate.init(stream_key, params, like)
             return TrainState(params, optimiser.init(params), stream, jnp.zeros((), jnp.int32))
 

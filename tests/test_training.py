@@ -1,3 +1,5 @@
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -125,3 +127,16 @@ def test_memory_of_full_bptt_grows_as_time_and_with_checkpoints_as_its_root(chec
         return temp_bytes(lambda *args: estimate.update(*args)[0], params, state, window)
 
     assert low < size(4096) / size(1024) < high
+
+
+@pytest.mark.parametrize("model", [tb.lstm(8, layers=2), tb.from_linen(nn.OptimizedLSTMCell(8))], ids=["lstm", "linen"])
+def test_initial_matrices_are_factorised_one_at_a_time_also_for_seeds_side_by_side(model):
+    # On a CPU, batched factorisations of a program that meet in its thread pool can wait for each other for ever.
+    step = tb.train_step(tb.gradient(model, lambda y, window: y.sum(-1)), optax.sgd(1e-2))
+    window = tb.Window(jnp.zeros((3, 4, 2)))
+    for init, key in (
+        (step.init, jax.random.key(0)),
+        (jax.vmap(step.init, (0, None)), jax.random.split(jax.random.key(0))),
+    ):
+        factorised = re.findall(r"@lapack_[sd]geqrf_ffi.*: \(tensor<(.*?)>", jax.jit(init).lower(key, window).as_text())
+        assert factorised and all(shape.count("x") == 2 for shape in factorised)
