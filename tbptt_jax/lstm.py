@@ -271,9 +271,8 @@ def _backward(loops: Loops, dtype: Any, residuals: tuple, cotangents: tuple) -> 
         jnp.concatenate([start[:, None], each[:, :-1]], 1) for start, each in zip(carry, (cells, hs), strict=True)
     )
     c_before, h_before = _reset((c_before, h_before), resets)
-    by_gate = jnp.concatenate(
-        [g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)], -1
-    )  # dc/di, dc/df, dc/dg and dh/do, before the activations
+    # dc/di, dc/df, dc/dg and dh/do, before the activations; side by side in one array they would take four times as long
+    by_gate = g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)
     by_cell, kept = o * (1 - squashed * squashed), f  # dh/dc, dc/dc_before
     if valid is not None:
         by_gate, by_cell = _reset((by_gate, by_cell), ~valid)
@@ -319,14 +318,18 @@ def _scan_backward(
     weights: Weights,
     d_carry: tuple,
     d_hs: jax.Array,
-    by_gate: jax.Array,
+    by_gate: tuple,
     by_cell: jax.Array,
     kept: jax.Array,
     resets: jax.Array | None,
     valid: jax.Array | None,
 ) -> tuple[tuple, jax.Array, jax.Array | None]:
     dot = functools.partial(_dot, dtype)
-    transposed = weights.recurrent.T if dtype is None else weights.recurrent.T.astype(dtype)
+    outputs = weights.recurrent.shape[0]
+    # Rows of whole vectors: of 1150 floats the product reads a sixth slower than of 1152.
+    transposed = jnp.pad(
+        weights.recurrent.T if dtype is None else weights.recurrent.T.astype(dtype), ((0, 0), (0, -outputs % 16))
+    )
     down = None if weights.projection is None else weights.projection.T
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
@@ -338,14 +341,19 @@ def _scan_backward(
             d_outputs = _put(d_outputs, d_output, t)
             d_output = dot(d_output, down)
         d_c = d_c + d_output * _at(by_cell, t)
-        d_activated = _at(by_gate, t) * jnp.concatenate([d_c, d_c, d_c, d_output], -1)
-        d_before = dot(d_activated, transposed)
+        of_gates = (d_c, d_c, d_c, d_output)
+        d_activated = jnp.concatenate([_at(by, t) * d for by, d in zip(by_gate, of_gates, strict=True)], -1)
+        d_before = dot(d_activated, transposed)[:, :outputs]
         if valid is not None:
             d_before = where_lanes(_at(valid, t), d_before, d_h)
         (d_before,) = _reset((d_before,), _at(resets, t))
         return ((d_c * _at(kept, t), d_before), _put(d_gates, d_activated, t), d_outputs), None
 
-    start = d_carry, jnp.zeros_like(by_gate), None if down is None else jnp.zeros_like(d_hs)
+    start = (
+        d_carry,
+        jnp.zeros((*d_hs.shape[:2], transposed.shape[0]), by_cell.dtype),
+        None if down is None else jnp.zeros_like(d_hs),
+    )
     return lax.scan(step, start, jnp.arange(d_hs.shape[1]), reverse=True)[0]
 
 

@@ -27,7 +27,7 @@ class Loops(NamedTuple):
         products with the inputs; those returned are activated, ``[lanes, time, 4 * features]``; cells and hs are the carry
         after each step, ``[lanes, time, features]`` and ``[lanes, time, outputs]``.
       backward: ``(dtype, weights, d_carry, d_hs, by_gate, by_cell, kept, resets, valid) -> (d_carry, d_gates, d_outputs)``,
-        linear in d_carry and d_hs. by_gate ``[lanes, time, 4 * features]`` and by_cell ``[lanes, time, features]`` are the
+        linear in d_carry and d_hs. by_gate, one for each gate, and by_cell, each ``[lanes, time, features]``, are the
         cell's derivatives, 0 where the step is padding; kept, ``[lanes, time, features]``, is how much of the cell
         before a step is in the one after it. d_outputs, what reaches the projection, is None without one.
     """
@@ -114,7 +114,7 @@ def _backward(
     weights: Any,
     d_carry: tuple,
     d_hs: jax.Array,
-    by_gate: jax.Array,
+    by_gate: tuple,
     by_cell: jax.Array,
     kept: jax.Array,
     resets: jax.Array | None,
@@ -146,7 +146,7 @@ def _backward(
         d_cells[...], d_before[...] = lax.fori_loop(0, time, step, (d_c[...], d_h[...]))
 
     layout = _Layout(lanes, time, features, by_cell.dtype)
-    steps = layout.by_unit(d_hs), layout.by_gate(by_gate), layout.by_unit(by_cell), layout.by_unit(kept)
+    steps = layout.by_unit(d_hs), layout.by_gate(jnp.concatenate(by_gate, -1)), layout.by_unit(by_cell), layout.by_unit(kept)
     matrices = layout.matrices(dtype, weights.recurrent, transposed=True)
     masks = layout.mask(resets, False), layout.mask(valid, True)
     own = *steps, matrices, *map(layout.lanes_only, d_carry), *masks
