@@ -202,6 +202,7 @@ def measure(seconds: float) -> Section:
             for s in spread
         ],
     )
+    on_gpus = "" if jax.default_backend() == "gpu" else "\n\nOn a GPU, `cudnn` and `pallas`: not measured."
     text = f"""One LSTM layer, float32: forward, backward and an SGD update. Milliseconds a window, median (quartiles).
 A *run* is {RUN} windows in one compiled call, as `tb.train_windows` makes them; the JAX peers are given the same loop, so
 that only the layer differs. *Lanes spread*: each of the {jax.device_count()} devices reads its own lanes (`tb.sharding`).
@@ -216,7 +217,7 @@ Ratios of medians, above 1 where `tb.lstm` is faster; it is the run, with its la
 What spreading the lanes over {jax.device_count()} devices brings. On a CPU the launches spread them from 64 to 512 units, with 8 lanes for
 each device or more, and else use one: a wider layer's two copies of the weights no longer fit into the cache.
 
-{devices_table}{could_not_run(failed)}"""
+{devices_table}{on_gpus}{could_not_run(failed)}"""
 
     def draw(axes: Axes) -> None:
         places, width = np.arange(len(SHAPES)), 0.85 / len(ratios)
