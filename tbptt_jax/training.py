@@ -48,6 +48,9 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
       optimiser: an optax transformation; clipping and schedules are its parts. One that takes extra arguments is given
         the ``window``, as :func:`tbptt_jax.schedules.scale_by_length` needs.
 
+    Returns:
+      The step's ``init`` and ``update``, for :func:`train_windows` or a loop of one's own.
+
     Raises:
       ValueError: now, if they are not these; from ``init`` and ``update`` what the estimator's raise.
     """
@@ -88,25 +91,36 @@ def skip_not_finite(step: TrainStep) -> TrainStep:
 
     Its metrics tell of it; parameters, optimiser, carry and ``updates`` stay as they were, so that the windows skipped are
     those made less ``updates``.
+
+    Args:
+      step: the train step, as :func:`train_step` makes it.
     """
 
     def update(state: TrainState, window: Window) -> tuple[TrainState, Metrics]:
         new, metrics = step.update(state, window)
-        numbers = [x for x in jax.tree.leaves((new, metrics.loss)) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        fine = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in numbers]))
+        fine = all_finite((new, metrics.loss))
         return jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, state), metrics
 
     return step._replace(update=update)
 
 
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether no floating-point number in ``tree`` is infinite or NaN, a bool of shape ``[]``."""
+    numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.array([jnp.isfinite(x).all() for x in numbers]).all()
+
+
 def carry_health(carry: PyTree) -> tuple[jax.Array, jax.Array]:
     """``(norm, saturated)``: the largest norm of a lane's carry, and the part of its numbers where tanh' is below 0.01.
+
+    A norm that grows from window to window is a carry that drifts beyond what training has seen; units that are saturated
+    pass no gradient on.
 
     Args:
       carry: of a recurrence, every leaf ``[lanes, ...]``; whole numbers in it are not counted.
 
-    A norm that grows from window to window is a carry that drifts beyond what training has seen; units that are saturated
-    pass no gradient on.
+    Returns:
+      Two numbers of shape ``[]``, 0 where the carry has no floating-point array.
     """
     moving = [h.reshape(h.shape[0], -1) for h in jax.tree.leaves(carry) if jnp.issubdtype(h.dtype, jnp.inexact)]
     if not moving:
@@ -121,16 +135,16 @@ def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[
     Args:
       step: the train step.
       state: its state. It is donated: use the one returned.
-      windows: consecutive windows ``[windows, lanes, time, ...]``, as :func:`tbptt_jax.split` cuts them.
+      windows: consecutive windows ``[windows, lanes, time, ...]``, as :func:`tbptt_jax.split` cuts them. They may be a part
+        of a stream in which nothing is scored: the loss and the weight of such windows are 0, as their gradients are.
 
     Returns:
       The state after the last window, and metrics of shape ``[windows]``.
 
     Raises:
-      ValueError: before any compute, if the windows' shapes or data are not as described or no step is scored.
+      ValueError: before any compute, if the windows' shapes or data are not as described.
     """
     check(windows, ("windows", "lanes", "time"))
-    check_scored(windows)
     if not isinstance(step, TrainStep) or not isinstance(state, TrainState):
         raise ValueError(
             f"`step` and `state` are a {type(step).__name__} and a {type(state).__name__}; they need to be "

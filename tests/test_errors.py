@@ -176,10 +176,6 @@ MISTAKES = {
         lambda: tb.train_windows(None, None, tb.Window(X[None], X[None], -ONES[None])),
         "negative weight",
     ),
-    "nothing to train on": (
-        lambda: tb.train_windows(None, None, tb.Window(X[None], X[None], 0 * ONES[None])),
-        "nothing would be scored",
-    ),
     "a loss of whole numbers": (
         lambda: update(tb.Window(X, X), loss=lambda o, w: jnp.ones((4, 10), int)),
         "The loss is of whole numbers",

@@ -46,6 +46,16 @@ def test_windows_that_score_nothing_train_alike_one_by_one_and_in_one_call():
     assert_close(state.stream.carry, looped.stream.carry)
 
 
+def test_a_call_in_which_nothing_is_scored_reads_on_and_learns_nothing():
+    step, windows = tb.train_step(tb.gradient(lstm(), loss), optax.sgd(1e-2)), tb.split(stream(), 5)
+    start = jax.tree.map(np.array, step.init(jax.random.key(0), first(windows)).params)
+    quiet = jax.tree.map(lambda x: x[:2], windows._replace(weights=0 * windows.weights))
+    state, metrics = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), quiet)
+    assert_close(metrics, tb.Metrics(np.zeros(2), np.zeros(2)), rtol=0, atol=0)
+    assert_close(jax.tree.map(np.array, state.params), start, rtol=0, atol=0)
+    assert state.updates == 2 and not np.allclose(state.stream.carry[1][0], 0)
+
+
 def test_evaluating_leaves_the_training_state_as_it_was():
     step, windows = train_step(), tb.split(stream(), 5)
     state, _ = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), windows)
