@@ -105,12 +105,6 @@ def main() -> None:
     mesh = launch.mesh(lanes=FLAGS.lanes, units=FLAGS.hidden)
     step = tb.train_step(sharding.over_lanes(tb.gradient(model, loss), mesh), optimiser)
     init_key, sample_key = jax.random.split(jax.random.key(FLAGS.seed))
-    count = len(train_windows.inputs)
-
-    def windows(first: int, last: int) -> tb.Window:
-        # In order, and round again: at the text's beginning the windows themselves reset every lane.
-        order = np.arange(first, last) % count
-        return sharding.place(jax.tree.map(lambda x: x[order][:, sharding.own_lanes(FLAGS.lanes)], train_windows), mesh)
 
     def speed(calls: list[resume.Call]) -> float:
         return statistics.median(call.weight / call.seconds for call in calls)  # leaves out the calls that compiled
@@ -120,7 +114,7 @@ def main() -> None:
         state, calls = resume.train(
             step,
             lambda: step.init(init_key, jax.tree.map(lambda x: x[0], train_windows)),
-            windows,
+            resume.windows_of(train_windows, FLAGS.lanes, mesh),
             lambda state, window: resume.first_not_finite(model, loss, state.params, state.stream.carry, window),
             updates=FLAGS.updates,
             per_call=WINDOWS_PER_CALL,
@@ -150,8 +144,7 @@ def main() -> None:
         "characters_per_second": speed(calls),
         "updates": FLAGS.updates,
         "steps": FLAGS.updates * FLAGS.window,  # of each lane
-        "windows_skipped": sum(call.skipped for call in calls),
-        "carry": {name: getattr(calls[-1], name) for name in ("norm", "saturated", "since_reset")},
+        **resume.health_of(calls),
         "train_characters": len(corpus.train),
         "held_out_characters": len(corpus.held_out),
         "vocabulary": len(corpus.characters),

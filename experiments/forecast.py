@@ -14,7 +14,6 @@ second is to be told from the pump alone, as it has been working for hundreds of
 
 import csv
 import io
-import itertools
 import pathlib
 import time
 import zlib
@@ -232,18 +231,16 @@ def main() -> None:
     updates = FLAGS.epochs * count if FLAGS.epochs else FLAGS.updates or 4000
     per_call, every = min(50, -(-updates // 20)), min(FLAGS.checkpoint_every, -(-updates // 8))
 
-    model = tb.lstm(FLAGS.hidden, layers=FLAGS.layers, readout=nn.Dense(len(target_names)))
+    # cuDNN's LSTM, the default on a GPU, has no transpose, by which uoro moves forward.
+    implementation: Any = "fused" if FLAGS.influence == "uoro" else None
+    readout = nn.Dense(len(target_names))
+    model = tb.lstm(FLAGS.hidden, layers=FLAGS.layers, readout=readout, implementation=implementation)
     influence = launch.influence(FLAGS.influence, count, "influence")
     mesh = launch.mesh(lanes=FLAGS.lanes, units=FLAGS.hidden)
     estimate = sharding.over_lanes(tb.gradient(model, loss, influence=influence), mesh)
     rate = optax.cosine_decay_schedule(FLAGS.learning_rate, updates)
     step = tb.train_step(estimate, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)))
     valid = whole(*scaled["valid"]) if "valid" in data else None
-
-    def windows(first: int, last: int) -> tb.Window:
-        # In order, and round again: at the file's beginning the windows themselves reset every lane.
-        order = np.arange(first, last) % count
-        return sharding.place(jax.tree.map(lambda x: x[order][:, sharding.own_lanes(FLAGS.lanes)], train_windows), mesh)
 
     def error_on(windows: tb.Window, state: Any) -> float:
         return float(tb.evaluate(model, loss, jax.device_get(state.params), windows).loss)
@@ -259,7 +256,7 @@ def main() -> None:
         state, calls = resume.train(
             step,
             lambda: step.init(jax.random.key(FLAGS.seed), jax.tree.map(lambda x: x[0], train_windows)),
-            windows,
+            resume.windows_of(train_windows, FLAGS.lanes, mesh),
             lambda state, window: resume.first_not_finite(model, loss, state.params, state.stream.carry, window),
             updates=updates,
             per_call=per_call,
@@ -272,8 +269,7 @@ def main() -> None:
             measure=None if valid is None else lambda state: error_on(valid, state),
         )
 
-    done = itertools.chain(range(per_call, updates, per_call), [updates])
-    curve = [(n, call.loss, call.measured) for n, call in zip(done, calls, strict=True)]
+    curve = [(call.updates, call.loss, call.measured) for call in calls]
     began = time.perf_counter()
     test = data["test"]
     outputs = free_run(model, jax.device_get(state.params), scaled["test"][0])
@@ -295,7 +291,7 @@ def main() -> None:
         "updates": updates,
         "epochs": updates / count,
         "seconds": seconds,
-        "windows_skipped": sum(call.skipped for call in calls),
+        **resume.health_of(calls),
         "steps": {name: len(each.inputs) for name, each in data.items()},
         "curve": curve,
     }

@@ -47,7 +47,16 @@ def run(main: Callable[[], None]) -> None:
             print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
             sys.exit(2)
 
+    # What `--help` and `flags.txt` tell of: the program's own flags, and those of what launches share.
+    for name in (__name__, f"{__package__}.resume"):
+        for flag in flags.FLAGS.get_key_flags_for_module(name):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(guarded)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare(devices: int | None = None) -> None:
@@ -59,7 +68,7 @@ def prepare(devices: int | None = None) -> None:
     options = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_prefer_vector_width" not in options:
         os.environ["XLA_FLAGS"] = f"{options} --xla_cpu_prefer_vector_width=512".strip()
-    jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", devices or cores())
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "tbptt_jax"))

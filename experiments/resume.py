@@ -1,4 +1,4 @@
-"""What launches that train share: checkpoints to go on from, a stop when asked to, and a stop at a loss that is not finite."""
+"""What launches that train share: checkpoints to go on from, a stop when asked to, and one where a number is not finite."""
 
 import contextlib
 import os
@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 import tbptt_jax as tb
 from experiments import launch
-from tbptt_jax import checkpoint
+from tbptt_jax import checkpoint, sharding
 from tbptt_jax.recurrence import unroll_window
-from tbptt_jax.training import TrainState, TrainStep
+from tbptt_jax.training import TrainState, TrainStep, all_finite
 from tbptt_jax.window import step_weights
 
 FLAGS = flags.FLAGS
@@ -45,8 +46,9 @@ STOP = signal.SIGTERM, signal.SIGINT
 
 class Call(NamedTuple):
     """Attributes:
-    loss: the mean over the scored steps of one call's windows.
+    loss: the mean over the scored steps of one call's windows, 0 where none is scored; windows left out are not counted.
     weight: their sum of weights.
+    updates: how many had been made at its end, of all calls.
     seconds: that it took.
     skipped: windows left out, since something in them was not finite.
     norm: the largest of a lane's carry at the end, as :func:`tbptt_jax.carry_health` has it.
@@ -57,6 +59,7 @@ class Call(NamedTuple):
 
     loss: float
     weight: float
+    updates: int
     seconds: float
     skipped: int
     norm: float
@@ -93,6 +96,47 @@ def join_processes(lanes: int) -> None:
         )
 
 
+class Watched(NamedTuple):
+    """Attributes:
+    loss: as :class:`tbptt_jax.Metrics` has it.
+    weight: likewise.
+    finite: bool, whether the loss is, and all of the state that the window led to.
+    """
+
+    loss: Any
+    weight: Any
+    finite: Any
+
+
+def watched(step: TrainStep) -> TrainStep:
+    """The same step, its metrics :class:`Watched`."""
+
+    def update(state: TrainState, window: tb.Window) -> tuple[TrainState, Any]:
+        new, metrics = step.update(state, window)
+        return new, Watched(*metrics, all_finite((new, metrics.loss)))
+
+    return step._replace(update=update)
+
+
+def windows_of(stream: tb.Window, lanes: int, mesh: Mesh) -> Callable[[int, int], tb.Window]:
+    """``(first, last) -> windows`` of a stream in the host's memory, read in order and round again, over the mesh's devices.
+
+    At the stream's beginning the windows themselves reset every lane.
+
+    Args:
+      stream: all of its windows, ``[windows, lanes, time, ...]``.
+      lanes: how many it has; this process reads its own of them.
+      mesh: where :func:`tbptt_jax.sharding.place` puts them.
+    """
+    count, own = len(jax.tree.leaves(stream.inputs)[0]), sharding.own_lanes(lanes)
+
+    def windows(first: int, last: int) -> tb.Window:
+        order = np.arange(first, last) % count
+        return sharding.place(jax.tree.map(lambda x: x[order][:, own], stream), mesh)
+
+    return windows
+
+
 def train(
     step: TrainStep,
     init: Callable[[], TrainState],
@@ -113,6 +157,9 @@ def train(
 
     SIGTERM and SIGINT finish the call, save, and exit with status 128 + the signal; a second one exits at once.
 
+    A window in which something is not finite stops the run: the state just before it is saved, and the error names the
+    window, and the lane and step if an output or a loss of it is not finite. ``skip`` can go on from there.
+
     Args:
       step: the train step.
       init: its state at update 0.
@@ -132,16 +179,51 @@ def train(
       The state after the last update, and all calls, those before the interruptions too.
 
     Raises:
-      ValueError: if the checkpoints are of another run, or a loss is not finite.
+      ValueError: if the checkpoints are of another run, or the loss, the gradient or the carry of a window is not finite.
+      OSError: if a checkpoint could not be written.
     """
     old = directory.with_name(f"{directory.name}.old")
     if not resume and directory.exists() and jax.process_index() == 0:
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
     _meet("the old checkpoints are out of the way")
-    settings = {**settings, "updates": updates, "updates in a call": per_call, "skip": skip}
+    settings = {**settings, "updates": updates, "updates in a call": per_call}
+    step = watched(step)
     step = tb.skip_not_finite(step) if skip else step
-    health = jax.jit(tb.carry_health)
+    health, fine = jax.jit(tb.carry_health), jax.jit(all_finite)
+    wrong = ""
+
+    def end_of(done: int) -> int:
+        """Calls end where those of a run never interrupted do."""
+        return min(done - done % per_call + per_call, updates)
+
+    def call_of(cut: tb.Window, told: Watched, state: TrainState, done: int, began: float) -> Call:
+        """What there is to tell of the windows ``cut``, which led to ``state`` at update ``done``."""
+        losses, weights = (np.where(told.finite, x, 0).astype(np.float64) for x in told[:2])
+        weight = float(weights.sum())
+        norm, saturated = map(float, health(state.stream.carry))
+        return Call(
+            loss=float(losses @ weights) / (weight or 1.0),
+            weight=weight,
+            updates=done,
+            seconds=time.perf_counter() - began,
+            skipped=int((~told.finite).sum()),
+            norm=norm,
+            saturated=saturated,
+            since_reset=_since_reset(cut.resets, calls[-1].since_reset if calls else 0),
+        )
+
+    def again(store: checkpoint.Store, number: int) -> tuple[int, TrainState]:
+        """The update of the newest checkpoint, 0 for none, and the state at update ``number``, made anew from there."""
+        saved = store.restore(jax.eval_shape(init))
+        kept = done = saved.update if saved else 0
+        state = saved.state if saved else init()
+        while done < number:
+            last = min(end_of(done), number)
+            state, _ = tb.train_windows(step, state, windows(done, last))
+            done = last
+        return kept, state
+
     with stop_asked() as asked, checkpoint.open(directory, settings) as store:
         try:
             saved = store.restore(jax.eval_shape(init))
@@ -156,28 +238,26 @@ def train(
             launch.console.print(f"Going on from update {done} of {updates}, saved in {directory}.", soft_wrap=True)
         stop = _largest(asked())
         while done < updates and not stop:
-            began, last = time.perf_counter(), min(done + per_call, updates)
-            cut, before = windows(done, last), int(state.updates)
+            began, last = time.perf_counter(), end_of(done)
+            cut = windows(done, last)
             state, metrics = tb.train_windows(step, state, cut)
-            losses, weights = (np.asarray(x, np.float64) for x in metrics)  # waits for the call
-            fine = np.isfinite(losses)
-            norm, saturated = map(float, health(state.stream.carry))
-            if not skip and not (fine.all() and np.isfinite(norm)):
-                first = done + int(np.argmin(fine)) if not fine.all() else last - 1
-                raise ValueError(_not_finite(step, init, windows, locate, store, first, losses[first - done]))
-            losses, weights = losses[fine], weights[fine]
-            weight = float(weights.sum())
-            calls.append(
-                Call(
-                    loss=float(losses @ weights) / (weight or 1.0),
-                    weight=weight,
-                    seconds=time.perf_counter() - began,
-                    skipped=last - done - (int(state.updates) - before),
-                    norm=norm,
-                    saturated=saturated,
-                    since_reset=_since_reset(cut.resets, calls[-1].since_reset if calls else 0),
-                )
-            )
+            told = Watched(*map(np.asarray, metrics))  # waits for the call
+            if not skip and not told.finite.all():
+                good = int(np.argmin(told.finite))
+                bad = done + good
+                del state  # the call has overwritten the one before the bad window
+                kept, state = again(store, bad)
+                wrong = _not_finite(step, locate, state, windows(bad, bad + 1), bad, float(told.loss[good]))
+                if not fine(state):
+                    wrong += " The state before it is not finite either, and is not saved."
+                    break
+                if kept < bad:
+                    if good:
+                        calls.append(call_of(*_first((cut, told), good), state, bad, began))
+                    store.save(bad, state, {"calls": calls})
+                wrong += f" The state before it is saved, as update {bad} in {directory}." if bad else ""
+                break
+            calls.append(call_of(cut, told, state, last, began))
             stop = _largest(asked())  # once, and for all processes: what ends the loop is what saved
             due = last == updates or last // every > done // every
             if due and measure is not None:
@@ -186,11 +266,23 @@ def train(
                 store.save(last, state, {"calls": calls})
             done = last
             report(done, calls)
+    if wrong:
+        raise ValueError(wrong)
     shutil.rmtree(old, ignore_errors=True)
     if stop:
         launch.console.print(f"Stopped at update {done} of {updates}; the same command goes on.", soft_wrap=True)
         sys.exit(128 + stop)
     return state, calls
+
+
+def _first(tree: Any, number: int) -> Any:
+    return jax.tree.map(lambda x: x[:number], tree)
+
+
+def health_of(calls: list[Call]) -> dict[str, Any]:
+    """What ``results.json`` tells of the windows left out, and of the carry at the end."""
+    carry = {name: getattr(calls[-1], name) for name in ("norm", "saturated", "since_reset")}
+    return {"windows_skipped": sum(call.skipped for call in calls), "carry": carry}
 
 
 def _since_reset(resets: Any, before: int) -> int:
@@ -216,35 +308,59 @@ def _largest(number: int) -> int:
 
 def _not_finite(
     step: TrainStep,
-    init: Callable[[], TrainState],
-    windows: Callable[[int, int], tb.Window],
     locate: Callable[[TrainState, tb.Window], tuple[int, int] | None],
-    store: checkpoint.Store,
-    bad: int,
+    state: TrainState,
+    windows: tb.Window,
+    number: int,
     loss: float,
 ) -> str:
-    """Goes there again from the last checkpoint, up to the window itself: the call has overwritten the state before it."""
-    if jax.process_count() > 1:  # each has lanes of its own
-        return f"The loss of window {bad} is {loss}: lower the learning rate, or look at the data there."
-    saved = store.restore(jax.eval_shape(init))
-    done, state = (saved.update, saved.state) if saved else (0, init())
-    if done < bad:
-        state, _ = tb.train_windows(step, state, windows(done, bad))
-    place = locate(state, jax.tree.map(lambda x: x[0], windows(bad, bad + 1)))
+    """What of window ``number``, the only one of ``windows``, read from ``state``, is not finite, where, and what to do."""
+    window = jax.tree.map(lambda x: x[0], windows)
+    (new, _), fine = jax.jit(step.update)(state, window), jax.jit(all_finite)
+    if not np.isfinite(loss):
+        what = f"The loss of window {number} is {loss}"
+    elif not fine(new.stream.carry):
+        what = f"The carry at the end of window {number} is not finite"
+    elif not fine((new.params, new.optimiser)):
+        what = f"The loss of window {number} is {loss:.4g}, and its gradient, or the update made of it, is not finite"
+    else:
+        what = f"What the influence knows after window {number} is not finite"
+    place = locate(state, window)
     where = f", first in lane {place[0]} at step {place[1]}" if place else ""
-    kept = f"The last checkpoint, of update {saved.update}, is of before." if saved else "There is no checkpoint yet."
-    return f"The loss of window {bad} is {loss}{where}: lower the learning rate, or look at the data there. {kept}"
+    if place and jax.process_count() > 1:
+        lanes = len(jax.tree.leaves(window.inputs)[0]) // jax.process_count()
+        where += f", which process {place[0] // lanes} reads"
+    return (
+        f"{what}{where}: lower the learning rate, look at the data there, or go on with --not_finite=skip, which leaves such "
+        "windows out."
+    )
 
 
 def first_not_finite(
     model: tb.Recurrence, loss: Callable, params: Any, carry: Any, window: tb.Window
 ) -> tuple[int, int] | None:
-    """``(lane, step)`` of a window's earliest scored step whose outputs or loss are not finite, or None."""
-    _, outputs = jax.jit(unroll_window, static_argnums=0)(model, params, carry, window)
-    bad = ~jnp.isfinite(loss(outputs, window))
-    for leaf in jax.tree.leaves(outputs):
-        bad |= ~jnp.isfinite(leaf).reshape(*bad.shape, -1).all(-1)
-    places = np.argwhere(np.asarray(bad & (step_weights(window) > 0)).T)  # by time
+    """``(lane, step)`` of a window's earliest scored step whose outputs or loss are not finite, or None.
+
+    Args:
+      model: the recurrence.
+      loss: ``(outputs, window) -> [lanes, time]``.
+      params: its parameters.
+      carry: at the window's left edge.
+      window: ``[lanes, time, ...]``; with several processes, all lanes, and all of them ask at once.
+    """
+
+    @jax.jit
+    def not_finite(params: Any, carry: Any, window: tb.Window) -> jax.Array:
+        _, outputs = unroll_window(model, params, carry, window)
+        bad = ~jnp.isfinite(loss(outputs, window))
+        for leaf in jax.tree.leaves(outputs):
+            bad |= ~jnp.isfinite(leaf).reshape(*bad.shape, -1).all(-1)
+        return bad & (step_weights(window) > 0)
+
+    bad = not_finite(params, carry, window)
+    if not bad.is_fully_addressable:
+        bad = multihost_utils.process_allgather(bad, tiled=True)
+    places = np.argwhere(np.asarray(bad).T)  # by time
     return (int(places[0][1]), int(places[0][0])) if len(places) else None
 
 

@@ -154,28 +154,86 @@ def test_a_second_signal_ends_it_at_once():
     assert ran.returncode == 128 + signal.SIGTERM and "SIGTERM: stopping after this call" in ran.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_it_and_names_the_place(tmp_path):
-    whole = tb.split(stream(), 3)
-    whole.targets[5, 0, 1:] = 1e200  # its square is inf
-    step = tb.train_step(tb.gradient(lstm(), loss), optax.sgd(1e-3))
-    train = functools.partial(
+def trainer(directory, windows, step, updates, **options):
+    """``(**more options) -> (state, calls)`` trains as the launches do, on windows in memory."""
+    return functools.partial(
         resume.train,
         step,
-        lambda: step.init(jax.random.key(0), first(whole)),
-        lambda first, last: jax.tree.map(lambda x: x[first:last], whole),
+        lambda: step.init(jax.random.key(0), first(windows)),
+        lambda first, last: jax.tree.map(lambda x: x[first:last], windows),
         lambda state, window: resume.first_not_finite(lstm(), loss, state.params, state.stream.carry, window),
-        updates=8,
-        directory=tmp_path,
+        updates=updates,
+        directory=directory,
         settings={},
         resume=True,
-        skip=False,
         report=lambda done, calls: None,
+        **{"every": 8, "skip": False, **options},
     )
-    where = "The loss of window 5 is inf, first in lane 0 at step 1: lower the learning rate"
-    with pytest.raises(ValueError, match=f"{where}.*There is no checkpoint yet"):
-        train(per_call=8, every=8)
-    with pytest.raises(ValueError, match=f"{where}.*The last checkpoint, of update 3, is of before"):
-        train(per_call=3, every=1)
+
+
+def saved(directory):
+    return max((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), default=0)
+
+
+@pytest.mark.parametrize("per_call, every", [(8, 8), (3, 1), (6, 6), (5, 5)], ids=["midst", "later", "last", "first"])
+def test_a_loss_that_is_not_finite_stops_it_names_the_place_and_saves_what_was_before(tmp_path, per_call, every):
+    windows = tb.split(stream(), 3)
+    step = tb.train_step(tb.gradient(lstm(), loss), optax.adam(1e-2))
+    before, _ = trainer(tmp_path / "before", windows, step, 5)(per_call=5)
+    windows.targets[5, 0, 1:] = 1e200  # its square is inf
+    train = trainer(tmp_path / "run", windows, step, 8, per_call=per_call, every=every)
+    told = r"The loss of window 5 is inf, first in lane 0 at step 1: lower the learning rate.*saved, as update 5 in"
+    for _ in range(2):  # the same command stops there again
+        with pytest.raises(ValueError, match=told):
+            train()
+        assert saved(tmp_path / "run") == 5
+    with tb.checkpoint.open(tmp_path / "run", {"updates": 8, "updates in a call": per_call}) as store:
+        there = store.restore(jax.eval_shape(lambda: before)).state
+    for left, right in zip(jax.tree.leaves(there[:2]), jax.tree.leaves(before[:2]), strict=True):
+        np.testing.assert_array_equal(left, right)
+    state, calls = train(skip=True)  # and may be told to go on from there
+    assert [call.updates for call in calls] == sorted({5, 8, *range(per_call, 8, per_call)})
+    whole, (call,) = trainer(tmp_path / "whole", windows, step, 8, skip=True)(per_call=8)
+    assert sum(call.skipped for call in calls) == call.skipped == 1 and state.updates == whole.updates == 7
+    assert sum(call.weight for call in calls) == call.weight < windows.weights[:8][windows.valid[:8]].sum()
+    np.testing.assert_allclose(sum(call.loss * call.weight for call in calls), call.loss * call.weight, rtol=1e-12)
+    for left, right in zip(jax.tree.leaves(state[:2]), jax.tree.leaves(whole[:2]), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "part, told",
+    [
+        ("params", r"The loss of window 5 is [\d.]+, and its gradient, or the update made of it, is not finite: lower"),
+        ("carry", "The carry at the end of window 5 is not finite: lower"),
+        ("influence", "What the influence knows after window 5 is not finite: lower"),
+    ],
+)
+@pytest.mark.parametrize("updates", [6, 8], ids=["the last", "one of them"])
+def test_what_is_not_finite_besides_the_loss_stops_it_at_its_own_window(tmp_path, part, told, updates):
+    step, windows = tb.train_step(tb.gradient(lstm(), loss, influence=tb.rtrl()), optax.sgd(1e-2)), tb.split(stream(), 3)
+
+    def update(state, window):
+        new, metrics = step.update(state, window)
+        whole = new if part == "params" else new.stream
+        spoilt = jax.tree.map(lambda x: jax.numpy.where(state.updates == 5, np.inf, x), getattr(whole, part))
+        whole = whole._replace(**{part: spoilt})
+        return whole if part == "params" else new._replace(stream=whole), metrics
+
+    train = trainer(tmp_path, windows, step._replace(update=update), updates, per_call=updates)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=told):
+            train()
+        assert saved(tmp_path) == 5
+    state, (_, call) = train(skip=True)
+    assert call.skipped == updates - state.updates == updates - 5  # it is spoilt at each that would be the sixth
+
+
+def test_a_run_that_is_not_finite_from_its_first_window_saves_nothing(tmp_path):
+    windows, step = tb.split(stream(), 3), tb.train_step(tb.gradient(lstm(), loss), optax.sgd(np.inf))
+    with pytest.raises(ValueError, match="window 0 .*lower the learning rate"):
+        trainer(tmp_path, windows, step, 8)(per_call=4)
+    assert not saved(tmp_path)
 
 
 def test_or_its_window_is_left_out_and_counted(tmp_path):
@@ -183,28 +241,16 @@ def test_or_its_window_is_left_out_and_counted(tmp_path):
     step = tb.train_step(tb.gradient(lstm(), loss), optax.adam(1e-2))
 
     def run(directory, windows, updates):
-        return resume.train(
-            step,
-            lambda: step.init(jax.random.key(0), first(windows)),
-            lambda first, last: jax.tree.map(lambda x: x[first:last], windows),
-            lambda state, window: None,
-            updates=updates,
-            per_call=4,
-            every=8,
-            directory=tmp_path / directory,
-            settings={},
-            resume=True,
-            skip=True,
-            report=lambda done, calls: None,
-        )
+        return trainer(tmp_path / directory, windows, step, updates, per_call=4, skip=True)()
 
-    without, calls = run("without", jax.tree.map(lambda x: np.delete(x, 5, 0), windows), 7)
-    assert [call.skipped for call in calls] == [0, 0] and all(0 < call.norm < 10 for call in calls)
+    without, its_calls = run("without", jax.tree.map(lambda x: np.delete(x, 5, 0), windows), 7)
+    assert [call.skipped for call in its_calls] == [0, 0] and all(0 < call.norm < 10 for call in its_calls)
     last_reset = [np.flatnonzero(lane)[-1] for lane in np.concatenate(windows.resets[:4], 1)]
-    assert calls[0].since_reset == 12 - min(last_reset)
+    assert its_calls[0].since_reset == 12 - min(last_reset)
     windows.targets[5, 0, 1:] = 1e200  # its square is inf
     state, calls = run("with", windows, 8)
     assert [call.skipped for call in calls] == [0, 1] and state.updates == 7
+    np.testing.assert_allclose([call[:2] for call in calls], [call[:2] for call in its_calls], rtol=1e-12)
     for left, right in zip(jax.tree.leaves(state[:2]), jax.tree.leaves(without[:2]), strict=True):
         np.testing.assert_array_equal(left, right)
 
