@@ -20,14 +20,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tbptt_jax.gradient import Estimate, Metrics, StreamState
+from tbptt_jax.influence.influence import LANE, WindowVJP
 from tbptt_jax.window import Window, time_shape
 
 PyTree = Any
-RUN, LANE = "run", "lane"
+RUN = "run"
 
 
 def mesh(run: int = 1, lane: int = 1) -> Mesh:
     """The first ``run * lane`` devices as a mesh with the axes ``"run"`` and ``"lane"``.
+
+    Args:
+      run: devices for trainings side by side, which :func:`over_runs` spreads.
+      lane: devices for the lanes of each, which :func:`over_lanes` spreads.
+
+    Returns:
+      A mesh ``[run, lane]``, over the devices of all processes.
 
     Raises:
       ValueError: if there are fewer devices.
@@ -44,13 +52,18 @@ def mesh(run: int = 1, lane: int = 1) -> Mesh:
 def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
     """The same estimator with its lanes spread over the mesh's axis ``"lane"``; its results are one device's to rounding.
 
-    The stream state looks as on one device, its arrays with an axis of lanes spread along it; so a checkpoint of one goes
-    on with any number of devices. What an influence has besides, every device has its own, on a leading axis
-    ``[devices, ...]``: so any influence is spread as it is; random ones draw for each device by itself.
+    The stream state looks as on one device, its arrays with an axis of lanes spread along it; so a checkpoint goes on with
+    any number of devices. Whole numbers without lanes, such as counters, are the same on every device, and so is what a
+    stored backward pass has of the parameters. Of other numbers without lanes, such as the sketch of ``uoro``, every device
+    has its own, on a leading axis ``[devices, ...]``: they go on with as many devices. All devices draw alike, but for the
+    signs of ``uoro``.
 
     Args:
       estimate: the estimator, with the default normaliser or a constant one.
       mesh: a mesh with an axis ``"lane"``. Others, such as ``"run"``, are left alone.
+
+    Returns:
+      The estimator, its ``update`` for windows placed by :func:`place`.
 
     Raises:
       ValueError: now, if the mesh has no such axis; from ``init`` and ``update``, when they are traced, if the window's
@@ -64,47 +77,47 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
         spread = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={LANE}, check_vma=False)
         return jax.jit(spread)
 
-    def streams(params: PyTree, window: Window) -> tuple[StreamState, list[int | None]]:
-        """A device's stream state as shapes and, for each leaf, the axis that grows with the lanes."""
+    def shapes(params: PyTree, window: Window, times: int = 1) -> StreamState:
+        """The stream state of a device, or of one that had so many times its lanes."""
+        lanes = time_shape(window)[0] // devices * times
+        some = jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape[1:]), x.dtype), window)
+        return jax.eval_shape(estimate.init, jax.random.key(0), params, some)
+
+    def places(params: PyTree, window: Window) -> list[P | None]:
+        """Of each leaf of the stream state, where it is: along its lanes, the same everywhere, or None: each device's own."""
         lanes, _ = time_shape(window)
         if lanes % devices:
             raise ValueError(
                 f"{lanes} lanes cannot be spread evenly over {devices} devices: give a multiple of {devices}."
             )
 
-        def shapes(lanes: int) -> StreamState:
-            some = jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape[1:]), x.dtype), window)
-            return jax.eval_shape(estimate.init, jax.random.key(0), params, some)
+        def place(one: Any, two: Any, of_window: bool) -> P | None:
+            grows = [axis for axis, (n, m) in enumerate(zip(one.shape, two.shape, strict=True)) if n != m]
+            if not grows:
+                return P() if of_window or not jnp.issubdtype(one.dtype, jnp.inexact) else None
+            # Lanes that share an axis with something else, such as time, do not come in the order of one device's.
+            return P(*[None] * grows[0], LANE) if one.shape[grows[0]] == lanes // devices else None
 
-        one, two = (shapes(n * lanes // devices) for n in (1, 2))
-        leaves = zip(jax.tree.leaves(one[:2]), jax.tree.leaves(two[:2]), strict=True)
-        return one, [
-            next((axis for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)) if n != m), None)
-            for a, b in leaves
-        ]
+        both = (_leaves(shapes(params, window, times)) for times in (1, 2))
+        return [place(one, two, of_window) for (one, of_window), (two, _) in zip(*both, strict=True)]
 
-    def specs(stream: StreamState, axes: list[int | None]) -> Any:
-        each = [P(LANE) if axis is None else P(*[None] * axis, LANE) for axis in axes]
-        carry, influence = jax.tree.unflatten(jax.tree.structure(stream[:2]), each)
-        everywhere: Any = P()
-        return StreamState(carry, influence, everywhere)
+    def specs(stream: StreamState, at: list[P | None]) -> StreamState:
+        return jax.tree.unflatten(jax.tree.structure(stream), [P(LANE) if place is None else place for place in at])
 
     def init(key: jax.Array, params: PyTree, window: Window) -> StreamState:
-        own, axes = streams(params, window)
+        at = places(params, window)
 
         def on_device(key: jax.Array, params: PyTree, window: Window) -> StreamState:
-            return _with_devices(estimate.init(key, params, window), axes)
+            return _with_devices(estimate.init(key, params, window), at)
 
-        return spread(on_device, (P(), P(), P(LANE)), specs(own, axes))(key, params, window)
+        state = specs(shapes(params, window), at)
+        return spread(on_device, (P(), P(), P(LANE)), state)(key, params, window)
 
     def update(params: PyTree, stream: StreamState, window: Window) -> tuple[PyTree, StreamState, Metrics]:
-        _, axes = streams(params, window)
-        key, draw = jax.random.split(stream.key)
+        at = places(params, window)
 
         def on_device(params: PyTree, stream: StreamState, window: Window) -> tuple[PyTree, StreamState, Metrics]:
-            own = _without_devices(stream, axes)
-            own = own._replace(key=jax.random.fold_in(own.key, jax.lax.axis_index(LANE)))
-            grads, own, (loss, weight) = estimate.update(params, own, window)
+            grads, own, (loss, weight) = estimate.update(params, _without_devices(stream, at), window)
             # With the window's own weight as the normaliser, what adds up is the gradient times that weight.
             scale = weight if estimate.normaliser is None else jnp.ones_like(weight)
             mine, unravel = ravel_pytree(
@@ -114,13 +127,10 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
             total = jnp.where(weight > 0, weight, 1)
             share = 1 / total if estimate.normaliser is None else jnp.ones_like(total)
             grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
-            return grads, _with_devices(own, axes), Metrics(loss / total, weight)
+            return grads, _with_devices(own, at), Metrics(loss / total, weight)
 
-        state = specs(stream, axes)
-        grads, stream, metrics = spread(on_device, (P(), state, P(LANE)), (P(), state, P()))(
-            params, stream._replace(key=draw), window
-        )
-        return grads, stream._replace(key=key), metrics
+        state = specs(stream, at)
+        return spread(on_device, (P(), state, P(LANE)), (P(), state, P()))(params, stream, window)
 
     return estimate._replace(init=init, update=update)
 
@@ -161,15 +171,38 @@ def over_runs(train: Callable[..., PyTree], mesh: Mesh, same: tuple = ()) -> Cal
 
 
 def own_lanes(lanes: int) -> slice:
-    """Those of ``lanes`` that this process reads, as :func:`place` takes them; all of them if it is the only one."""
+    """The lanes that this process reads, as :func:`place` takes them; all of them if it is the only one.
+
+    Args:
+      lanes: how many there are, of all processes.
+
+    Returns:
+      A slice of them, the same number for each process, in the order of the processes.
+
+    Raises:
+      ValueError: if they do not divide by the processes.
+    """
+    if lanes % jax.process_count():
+        raise ValueError(
+            f"{lanes} lanes cannot be read by {jax.process_count()} processes, as many by each: give a multiple of "
+            f"{jax.process_count()}."
+        )
     each = lanes // jax.process_count()
     return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
 def place(windows: Window, mesh: Mesh) -> Window:
-    """Puts stacked windows ``[windows, lanes, time, ...]`` where :func:`over_lanes` reads them.
+    """Puts stacked windows where :func:`over_lanes` reads them.
 
-    With several processes, each gives its :func:`own_lanes`.
+    Args:
+      windows: ``[windows, lanes, time, ...]``; with several processes, each gives those of its :func:`own_lanes`.
+      mesh: a mesh with an axis ``"lane"``.
+
+    Returns:
+      The windows with all lanes, spread over that axis.
+
+    Raises:
+      ValueError: if the lanes do not divide by it.
     """
     sharding = NamedSharding(mesh, P(None, LANE))
     if jax.process_count() == 1:
@@ -177,19 +210,22 @@ def place(windows: Window, mesh: Mesh) -> Window:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), windows)
 
 
-def _with_devices(stream: StreamState, axes: list[int | None]) -> StreamState:
-    """A device's stream state with a leading axis of devices where there is none of lanes."""
-    return _where_no_lanes(lambda leaf: leaf[None], stream, axes)
+def _leaves(stream: StreamState) -> list[tuple[Any, bool]]:
+    """The leaves, each with whether a stored backward pass has it: without lanes, it is then of the parameters."""
+    parts = jax.tree.leaves(stream, is_leaf=lambda x: isinstance(x, WindowVJP))
+    return [(leaf, isinstance(part, WindowVJP)) for part in parts for leaf in jax.tree.leaves(part)]
 
 
-def _without_devices(stream: StreamState, axes: list[int | None]) -> StreamState:
-    return _where_no_lanes(lambda leaf: leaf[0], stream, axes)
+def _with_devices(stream: StreamState, at: list[P | None]) -> StreamState:
+    """A device's stream state with a leading axis of devices where it is the device's own."""
+    return _where_own(lambda leaf: leaf[None], stream, at)
 
 
-def _where_no_lanes(
-    change: Callable[[jax.Array], jax.Array], stream: StreamState, axes: list[int | None]
-) -> StreamState:
-    leaves, treedef = jax.tree.flatten(stream[:2])
-    leaves = [change(leaf) if axis is None else leaf for leaf, axis in zip(leaves, axes, strict=True)]
-    carry, influence = jax.tree.unflatten(treedef, leaves)
-    return StreamState(carry, influence, stream.key)
+def _without_devices(stream: StreamState, at: list[P | None]) -> StreamState:
+    return _where_own(lambda leaf: leaf[0], stream, at)
+
+
+def _where_own(change: Callable[[jax.Array], jax.Array], stream: StreamState, at: list[P | None]) -> StreamState:
+    leaves, treedef = jax.tree.flatten(stream)
+    leaves = [change(leaf) if place is None else leaf for leaf, place in zip(leaves, at, strict=True)]
+    return jax.tree.unflatten(treedef, leaves)

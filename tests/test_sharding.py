@@ -2,21 +2,24 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from streams import assert_close, first, loss, lstm, stream
+from streams import F64, UNITS, assert_close, first, loss, lstm, stream
 
 import tbptt_jax as tb
-from tbptt_jax import sharding
+from tbptt_jax import checkpoint, sharding
 
 MESH = sharding.mesh(lane=2)
 
 
 @pytest.mark.parametrize("normaliser", [None, 7.0])
-@pytest.mark.parametrize("influence", [tb.truncate(), tb.replay(2)], ids=["truncate", "replay"])
+@pytest.mark.parametrize(
+    "influence", [tb.truncate(), tb.replay(2), tb.replay(3, survival=0.6)], ids=["truncate", "replay", "random replay"]
+)
 def test_two_devices_train_as_one_does(influence, normaliser):
     estimate, windows = (
         tb.gradient(lstm(), loss, influence=influence, normaliser=normaliser),
@@ -43,18 +46,48 @@ def test_the_devices_speak_once_a_window_and_not_inside_the_scan(model):
     assert "all-reduce" in entry and "while(" in entry  # once, beside the loops over time
 
 
-def test_a_stream_goes_on_with_another_number_of_devices():
-    estimate, windows = tb.gradient(lstm(), loss), tb.split(stream(), 5)
-    step, spread = (tb.train_step(e, optax.adam(1e-2)) for e in (estimate, sharding.over_lanes(estimate, MESH)))
-    early, late = jax.tree.map(lambda x: x[:2], windows), jax.tree.map(lambda x: x[2:], windows)
-    whole, _ = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), windows)
-    for before, after in ((step, spread), (spread, step)):
-        state, _ = tb.train_windows(before, before.init(jax.random.key(0), first(windows)), early)
-        state = jax.tree.map(jnp.asarray, jax.device_get(state._replace(stream=state.stream._replace(key=None))))
-        state = state._replace(stream=state.stream._replace(key=jax.random.key(0)))
-        state, _ = tb.train_windows(after, state, late)
-        assert_close(state.params, whole.params, rtol=1e-9)
-        assert_close(jax.device_get(state.stream.carry), jax.device_get(whole.stream.carry), rtol=1e-9)
+INFLUENCES = {
+    "truncate": tb.truncate(),
+    "replay": tb.replay(3),
+    "random replay": tb.replay(3, survival=0.6),
+    "rtrl": tb.rtrl(),
+}
+
+
+def trained(estimate, windows, directory):
+    """The state after ``windows``, begun or gone on with from a checkpoint, and saved in ``directory``."""
+    step = tb.train_step(estimate, optax.adam(1e-2))
+    init = lambda: step.init(jax.random.key(0), first(windows))  # noqa: E731
+    with checkpoint.open(directory, {}) as store:
+        saved = store.restore(jax.eval_shape(init))
+        state, metrics = tb.train_windows(step, saved.state if saved else init(), windows)
+        store.save(int(state.updates), state, None)
+    return jax.device_get((state.params, state.stream.carry, metrics))
+
+
+@pytest.mark.parametrize("name", [*INFLUENCES, "replay of lstm"])
+def test_a_checkpoint_goes_on_with_another_number_of_devices(tmp_path, name):
+    model, influence = lstm(), INFLUENCES[name.removesuffix(" of lstm")]
+    if name.endswith("of lstm"):
+        model = tb.lstm(UNITS, readout=nn.Dense(2, **F64))
+    whole, windows = tb.gradient(model, loss, influence=influence), tb.split(stream(), 5)
+    two = sharding.over_lanes(whole, MESH)
+    early, late = (jax.tree.map(lambda x, part=part: x[part], windows) for part in (slice(3), slice(3, None)))
+    expected = trained(whole, early, tmp_path / "one"), trained(whole, late, tmp_path / "one")
+    one = sharding.over_lanes(whole, sharding.mesh(lane=1))
+    for i, (before, after) in enumerate([(two, one), (whole, two)]):
+        got = trained(before, early, tmp_path / str(i)), trained(after, late, tmp_path / str(i))
+        assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_an_influence_that_every_device_has_its_own_of_is_refused_on_another_number_and_says_why(tmp_path):
+    windows, estimate = tb.split(stream(), 5), tb.gradient(lstm(), loss, influence=tb.uoro())
+    trained(sharding.over_lanes(estimate, MESH), windows, tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"params_sketch.*\[2, 3\], here .*\[1, 3\].* every device has its own, 2 then and 1 here: run with 2",
+    ):
+        trained(sharding.over_lanes(estimate, sharding.mesh(lane=1)), windows, tmp_path)
 
 
 @pytest.mark.parametrize("influence", [tb.rtrl(), tb.uoro()], ids=["rtrl", "uoro"])

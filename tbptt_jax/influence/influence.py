@@ -8,6 +8,7 @@ import flax.struct
 import jax
 
 PyTree = Any
+LANE = "lane"  # the axis of devices over which lanes are spread
 
 
 class Linearisation(NamedTuple):
@@ -41,7 +42,8 @@ class Influence(NamedTuple):
         shapes (``jax.ShapeDtypeStruct`` leaves), for those that store some.
       pullback: ``(state, carry_cotangent) -> params_cotangent``: the gradient that crosses the window's left edge, in the
         tree of params. None: nothing crosses.
-      push: ``(state, linearisation, key) -> state``: the window's right edge becomes the next one's left edge.
+      push: ``(state, linearisation, key) -> state``: the window's right edge becomes the next one's left edge. With lanes
+        over devices every device is given the same key.
     """
 
     init: Callable[[PyTree, PyTree, "WindowVJP"], PyTree]
@@ -55,6 +57,17 @@ def check_carried(carry: PyTree) -> None:
         raise ValueError(
             "The model's carry has no floating-point array, so it has no past to know of: use `truncate()`."
         )
+
+
+def own_draws(key: jax.Array) -> jax.Array:
+    """The key of draws that are a lane's own: where lanes are spread over devices, which all have one key, each gets another.
+
+    Draws that concern all lanes alike are made from the key itself.
+    """
+    try:
+        return jax.random.fold_in(key, jax.lax.axis_index(LANE))
+    except NameError:  # not inside `sharding.over_lanes`
+        return key
 
 
 @flax.struct.dataclass

@@ -15,13 +15,11 @@ PyTree = Any
 
 class Replay(NamedTuple):
     """Attributes:
-    params: zeros in the tree of params, to add to.
     ring: the vjps of the last windows; window n is at n modulo the ring's length.
     pushed: int32, windows seen so far.
     reach: int32, how many windows the next gradient goes back.
     """
 
-    params: PyTree
     ring: WindowVJP
     pushed: jax.Array
     reach: jax.Array
@@ -54,19 +52,23 @@ def replay(windows: int, survival: float = 1.0) -> Influence:
         raise ValueError(f"`survival` is {survival!r}; it is a probability and needs to be in (0, 1].")
 
     def init(params: PyTree, carry: PyTree, vjp: WindowVJP) -> Replay:
-        del carry
+        del params, carry
         ring = jax.tree.map(lambda r: jnp.zeros((windows, *r.shape), r.dtype), vjp)
-        return Replay(jax.tree.map(jnp.zeros_like, params), ring, jnp.int32(0), jnp.int32(0))
+        return Replay(ring, jnp.int32(0), jnp.int32(0))
 
     def pullback(state: Replay, carry_cotangent: PyTree) -> PyTree:
+        def pull(back: jax.Array, cotangent: PyTree) -> tuple[PyTree, PyTree]:
+            vjp = jax.tree.map(lambda r: r[(state.pushed - 1 - back) % windows], state.ring)
+            return vjp(jax.tree.map(lambda c: c / survival, cotangent))
+
         def further(past: tuple) -> tuple:
             back, total, cotangent = past
-            vjp = jax.tree.map(lambda r: r[(state.pushed - 1 - back) % windows], state.ring)
-            gradient, cotangent = vjp(jax.tree.map(lambda c: c / survival, cotangent))
+            gradient, cotangent = pull(back, cotangent)
             return back + 1, jax.tree.map(jnp.add, total, gradient), cotangent
 
         reach = jnp.minimum(state.reach, state.pushed)
-        start = (jnp.int32(0), state.params, carry_cotangent)
+        like, _ = jax.eval_shape(pull, jnp.int32(0), carry_cotangent)
+        start = (jnp.int32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), like), carry_cotangent)
         return lax.while_loop(lambda past: past[0] < reach, further, start)[1]
 
     def push(state: Replay, linearisation: Linearisation, key: jax.Array) -> Replay:
@@ -79,6 +81,6 @@ def replay(windows: int, survival: float = 1.0) -> Influence:
             )
         ring = dataclasses.replace(state.ring, residuals=[s.at[slot].set(n) for s, n in zip(stored, new, strict=True)])
         survived = jax.random.bernoulli(key, survival, (windows,)) if survival < 1 else jnp.ones(windows, bool)
-        return Replay(state.params, ring, state.pushed + 1, jnp.cumprod(survived).sum(dtype=jnp.int32))
+        return Replay(ring, state.pushed + 1, jnp.cumprod(survived).sum(dtype=jnp.int32))
 
     return Influence(init, pullback, push)

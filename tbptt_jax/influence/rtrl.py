@@ -15,11 +15,11 @@ PyTree = Any
 class Rtrl(NamedTuple):
     """Attributes:
     matrix: ∂h/∂θ, leaves ``[lanes, dim(h), ...]`` in the tree of params.
-    units: the carry's unit vectors, leaves ``[dim(h), ...]`` in the tree of one lane's carry.
+    carry: zeros in the tree of the carry, whose units the matrix has rows for.
     """
 
     matrix: PyTree
-    units: PyTree
+    carry: PyTree
 
 
 def rtrl(max_bytes: int | None = None) -> Influence:
@@ -54,8 +54,7 @@ def rtrl(max_bytes: int | None = None) -> Influence:
                 "carries an unbiased sketch of it in the memory of the parameters."
             )
         matrix = jax.tree.map(lambda p: jnp.zeros((lanes, units, *p.shape), p.dtype), params)
-        flat, unravel = ravel_pytree(jax.tree.map(lambda h: h[0], carry))
-        return Rtrl(matrix, jax.vmap(unravel)(jnp.eye(units, dtype=flat.dtype)))
+        return Rtrl(matrix, jax.tree.map(jnp.zeros_like, carry))
 
     def pullback(state: Rtrl, carry_cotangent: PyTree) -> PyTree:
         by_unit = _flat(carry_cotangent)
@@ -63,16 +62,21 @@ def rtrl(max_bytes: int | None = None) -> Influence:
 
     def push(state: Rtrl, linearisation: Linearisation, key: jax.Array) -> Rtrl:
         del key
-        lanes = jax.tree.leaves(state.matrix)[0].shape[0]
+        lanes = jax.tree.leaves(state.carry)[0].shape[0]
+        zeros, unravel = ravel_pytree(jax.tree.map(lambda h: h[0], state.carry))
+        units = jax.vmap(unravel)(jnp.eye(zeros.size, dtype=zeros.dtype))  # [dim(h), ...]
 
         def rows(unit: PyTree) -> tuple[PyTree, jax.Array]:
             in_every_lane = jax.tree.map(lambda u: jnp.broadcast_to(u, (lanes, *u.shape)), unit)
             immediate, jacobian = linearisation.lane_vjp(in_every_lane)
             return immediate, _flat(jacobian)
 
-        immediate, jacobian = jax.vmap(rows, out_axes=1)(state.units)  # [lanes, dim(h), ...], [lanes, dim(h), dim(h)]
-        matrix = jax.tree.map(lambda s, i: jnp.einsum("lij,lj...->li...", jacobian, s) + i, state.matrix, immediate)
-        return Rtrl(matrix, state.units)
+        immediate, jacobian = jax.vmap(rows, out_axes=1)(units)  # [lanes, dim(h), ...], [lanes, dim(h), dim(h)]
+
+        def moved(s: jax.Array, i: jax.Array) -> jax.Array:
+            return (jnp.einsum("lij,lj...->li...", jacobian, s) + i).astype(s.dtype)
+
+        return Rtrl(jax.tree.map(moved, state.matrix, immediate), state.carry)
 
     return Influence(init, pullback, push)
 

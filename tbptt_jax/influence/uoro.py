@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP, check_carried
+from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP, check_carried, own_draws
 
 PyTree = Any
 
@@ -33,6 +33,10 @@ def uoro() -> Influence:
     Cost: one Jacobian-vector and one vector-Jacobian product for each window, dim(h) + dim(θ) memory.
 
     Reference: Tallec & Ollivier 2017, *Unbiased online recurrent optimization*, algorithm 1, with a window as the step.
+
+    Raises:
+      ValueError: from the estimator's ``init``, if the carry has no floating-point array; from its ``update``, when it is
+        traced, if the model's backward pass cannot be transposed, as cuDNN's and those in Pallas cannot.
     """
 
     def init(params: PyTree, carry: PyTree, vjp: WindowVJP) -> Uoro:
@@ -47,7 +51,7 @@ def uoro() -> Influence:
 
     def push(state: Uoro, linearisation: Linearisation, key: jax.Array) -> Uoro:
         leaves, treedef = jax.tree.flatten(state.carry_sketch)
-        keys = jax.random.split(key, len(leaves))
+        keys = jax.random.split(own_draws(key), len(leaves))
         signs = [jax.random.rademacher(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)]
         return push_signs(state, linearisation, jax.tree.unflatten(treedef, signs))
 
