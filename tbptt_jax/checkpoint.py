@@ -59,16 +59,21 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
     """The checkpoints of one run. On leaving, the last one is on disk.
 
     A state is saved by its global shapes, so that it can be placed on any number of devices and processes; only what has an
-    axis of devices (see :func:`tbptt_jax.sharding.over_lanes`) needs as many of them. All processes save and restore.
+    axis of devices, such as the sketch of ``uoro`` (see :func:`tbptt_jax.sharding.over_lanes`), needs as many of them. All
+    processes save and restore.
 
     Args:
       directory: where they are, each in a directory named by its update; made if missing.
       settings: what makes it this run and no other, as JSON.
       keep: how many to keep, the newest.
 
+    Returns:
+      A context manager that gives the :class:`Store`.
+
     Raises:
-      ValueError: from ``restore``, if the checkpoint is of a run with other settings or another state, or if all are
-        broken. If only the newest are, a warning says so, they are set aside, and the one before them is restored.
+      ValueError: now, if ``keep`` is below 1; from ``restore``, if the checkpoint is of a run with other settings or another
+        state, or if all are broken. If only the newest are, a warning says so, they are set aside, and the one before them
+        is restored.
       OSError: from ``save`` and on leaving, if one could not be written, as on a full disk. Those before it are intact.
     """
     directory = pathlib.Path(directory).absolute()
@@ -97,28 +102,24 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
 
     def restore(like: PyTree) -> Saved | None:
         written(manager.wait_until_finished)
-        broken: dict[int, str] = {}
-        for update in sorted(manager.all_steps(), reverse=True):
-            try:
-                content, arrays = _read(manager, update)
-            except Exception as error:
-                broken[update] = f"The checkpoint {directory / str(update)} is broken: {_reason(error)}"
-                continue
-            _check_same_run(directory, content, settings, like)
-            for each, sentence in broken.items():  # Orbax would not write in their place
-                if jax.process_index() > 0:
-                    continue
+        found, broken = _newest(manager, directory, _agree)
+        if found is None:
+            if broken:
+                raise ValueError(
+                    f"{' '.join(broken.values())} No other is left: begin in another directory, or remove this one."
+                )
+            return None
+        update, content, arrays = found
+        _check_same_run(directory, content, settings, like)
+        for each, sentence in broken.items():  # Orbax would not write in their place
+            if jax.process_index() == 0:
                 aside = directory / f"{each}.broken"
                 shutil.rmtree(aside, ignore_errors=True)
                 (directory / str(each)).rename(aside)
                 warnings.warn(f"{sentence} It is set aside as {aside.name}; update {update} is used.", stacklevel=2)
-            manager.reload()
-            return Saved(update, _unpack(arrays, content["leaves"], like), content["data"])
-        if broken:
-            raise ValueError(
-                f"{' '.join(broken.values())} No other is left: begin in another directory, or remove this one."
-            )
-        return None
+        _agree(True)  # the first process has set them aside
+        manager.reload()
+        return Saved(update, _unpack(arrays, content["leaves"], like), content["data"])
 
     with _quiet():
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -134,6 +135,10 @@ def save(directory: str | pathlib.Path, state: PyTree) -> None:
     """Writes a state, such as ``(params, carry)`` of a model to be served, in the place of the one there was before.
 
     The one before is kept until the next, for those who are reading it.
+
+    Args:
+      directory: where to; made if missing.
+      state: a tree of arrays.
 
     Raises:
       ValueError: if what is there is another state, such as a training run's: it is not written over.
@@ -151,26 +156,51 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
       directory: where it is.
       like: the state's tree, of arrays or ``jax.ShapeDtypeStruct``, as ``jax.eval_shape`` makes them.
 
+    Returns:
+      The state, bit for bit. If it is broken, a warning says so, and it is the one before, which ``save`` keeps.
+
     Raises:
-      ValueError: if there is none, or it is broken or another.
+      ValueError: if there is none, all are broken, or it is another.
     """
     directory = pathlib.Path(directory).absolute()
     if not directory.is_dir():
         raise ValueError(f"There is no directory {directory}: give one that `checkpoint.save` has written.")
     options = ocp.CheckpointManagerOptions(read_only=True)
     with _quiet(), ocp.CheckpointManager(directory, options=options) as manager:
-        last = max(manager.all_steps(), default=None)
-        if last is None:
-            raise ValueError(f"{directory} holds no checkpoint: give a directory that `checkpoint.save` has written.")
-        try:
-            content, arrays = _read(manager, last)
-        except Exception as error:
-            raise ValueError(
-                f"The checkpoint {directory / str(last)} is broken: {_reason(error)} Remove it to load the one before it, if "
-                "there is one."
-            ) from error
+        found, broken = _newest(manager, directory, bool)  # whichever process asks
+    if found is None:
+        raise ValueError(
+            f"{' '.join(broken.values())} No other is left: write it again with `checkpoint.save`, in another directory."
+            if broken
+            else f"{directory} holds no checkpoint: give a directory that `checkpoint.save` has written."
+        )
+    update, content, arrays = found
     _check_same_run(directory, content, {}, like)
+    for sentence in broken.values():
+        warnings.warn(f"{sentence} The one before it, {update}, is used.", stacklevel=2)
     return _unpack(arrays, content["leaves"], like)
+
+
+def _newest(
+    manager: ocp.CheckpointManager, directory: pathlib.Path, agree: Callable[[bool], bool]
+) -> tuple[tuple[int, dict[str, Any], list[np.ndarray]] | None, dict[int, str]]:
+    """``(update, JSON, arrays)`` of the newest checkpoint that could be read, and what is wrong with those after it."""
+    broken: dict[int, str] = {}
+    for update in sorted(manager.all_steps(), reverse=True):
+        found, reason = None, "Another process could not read it."
+        try:
+            found = (update, *_read(manager, update))
+        except Exception as error:  # of any kind
+            reason = _reason(error)
+        if agree(found is not None):
+            return found, broken
+        broken[update] = f"The checkpoint {directory / str(update)} is broken: {reason}"
+    return None, broken
+
+
+def _agree(fine: bool) -> bool:
+    """Whether it is fine in all processes, which wait for each other."""
+    return fine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(fine)).all())
 
 
 def _pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
@@ -237,12 +267,30 @@ def _check_same_run(directory: pathlib.Path, content: dict[str, Any], settings: 
             for path in {**then, **now}
             if then.get(path) != now.get(path)
         ]
+        devices = _devices(content["leaves"], kinds)
+        if devices:
+            raise ValueError(
+                f"The checkpoints in {directory} hold {differ[0]}: of what the influence knows, every device has its own, "
+                f"{devices[0]} then and {devices[1]} here: run with {devices[0]} devices, or begin in another directory."
+            )
     if differ:
         more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
         raise ValueError(
             f"The checkpoints in {directory} are of another run: there {'; '.join(differ[:3])}{more}. Run with the "
             "settings of then to go on with it, or begin in another directory."
         )
+
+
+def _devices(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> tuple[int, int] | None:
+    """How many devices there were and are, if the states differ in this alone (see :func:`tbptt_jax.sharding.over_lanes`)."""
+    if [leaf["path"] for leaf in then] != [leaf["path"] for leaf in now]:
+        return None
+    pairs = [(a, b) for a, b in zip(then, now, strict=True) if (a["dtype"], a["shape"]) != (b["dtype"], b["shape"])]
+    numbers = {(a["shape"][0], b["shape"][0]) for a, b in pairs if a["shape"] and b["shape"]}
+    same = all(
+        ".influence." in a["path"] and (a["dtype"], a["shape"][1:]) == (b["dtype"], b["shape"][1:]) for a, b in pairs
+    )
+    return numbers.pop() if same and len(numbers) == 1 else None
 
 
 def _kind(path: tuple, leaf: Any) -> dict[str, Any]:

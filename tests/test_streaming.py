@@ -158,5 +158,15 @@ def test_what_is_kept_neither_takes_a_runs_place_nor_disturbs_who_is_writing(tmp
     for path in (tmp_path / "served" / "0").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"served/0 is broken: .* Remove it"):
+    with pytest.raises(ValueError, match=r"served/0 is broken: .* No other is left"):
         tb.checkpoint.load(tmp_path / "served", state)
+
+
+def test_a_broken_state_is_told_of_and_the_one_before_it_loaded(tmp_path):
+    for number in (1.0, 2.0):
+        tb.checkpoint.save(tmp_path, {"x": jnp.full(3, number)})
+    (tmp_path / "1" / "run" / "metadata").write_text("{")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/1 is broken: .* The one before it, 0, is used"):
+        assert tb.checkpoint.load(tmp_path, {"x": jnp.zeros(3)})["x"].tolist() == [1, 1, 1]
+    assert sorted(tmp_path.rglob("*")) == before  # it is not for who reads to change what is there
