@@ -121,7 +121,13 @@ def windows(
 
 
 def open_npy(path: Path) -> np.memmap:
-    """Maps an array that ``np.save`` wrote, of numbers or bool, ``[time, ...]``. It is read where it is used.
+    """Maps an array that ``np.save`` wrote, of numbers or bool. It is read where it is used.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The array, ``[time, ...]``.
 
     Raises:
       ValueError: if the file cannot be read, is cut short or empty, or holds something else. Whether the numbers are
@@ -142,7 +148,13 @@ def open_npy(path: Path) -> np.memmap:
 
 
 def open_bytes(path: Path) -> np.memmap:
-    """Maps a file as its bytes, ``[time]`` uint8: any text, of any size, with a vocabulary of 256.
+    """Maps a file as its bytes: any text, of any size, with a vocabulary of 256.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The bytes, ``[time]`` uint8.
 
     Raises:
       ValueError: if the file cannot be read or is empty.
@@ -179,7 +191,14 @@ def read_characters(path: Path, vocabulary: Sequence[str] | None = None) -> tupl
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> np.ndarray:
-    """Columns of a CSV file whose first line names them: ``[time, len(columns)]`` float32, in memory.
+    """Columns of a CSV file whose first line names them.
+
+    Args:
+      path: the file, in UTF-8.
+      columns: their names.
+
+    Returns:
+      ``[time, len(columns)]`` float32, in memory, in the order of ``columns``.
 
     Raises:
       ValueError: with file, line and column, if the file cannot be read, is not UTF-8 or not CSV, has no rows or not
@@ -216,6 +235,8 @@ def _numbers(path: Path, rows: Any, fields: int, places: list[tuple[str, int]]) 
         values = []
         for name, place in places:
             try:
+                if "_" in row[place]:  # Python's own way of writing thousands
+                    raise ValueError
                 values.append(float(row[place]))
             except ValueError as error:
                 raise ValueError(

@@ -136,6 +136,7 @@ def test_columns_are_read_by_name_in_the_order_asked_for(tmp_path):
         ("a,a\n1,2\n", "2 columns 'a'"),
         ("a,b\n1,2\nx,4\n", "line 3, column 'a': 'x' is not a number"),
         ("a,b\n1,2\n,4\n", "line 3, column 'a': '' is not a number"),
+        ("a,b\n1,2\n1_000,4\n", "line 3, column 'a': '1_000' is not a number"),
         ("a,b\n1,2\nNaN,4\n", "line 3, column 'a': 'NaN' is not a finite"),
         ("a,b\n1e39,2\n", "line 2, column 'a': '1e39' is not a finite"),
         ("a,b\n1,2\n3\n", "line 3: the row has 1 fields, and the header 2"),
