@@ -253,7 +253,8 @@ def train(
                     break
                 if kept < bad:
                     if good:
-                        calls.append(call_of(*_first((cut, told), good), state, bad, began))
+                        part, of_part = _first((cut, told), good)
+                        calls.append(call_of(part, of_part, state, bad, began))
                     store.save(bad, state, {"calls": calls})
                 wrong += f" The state before it is saved, as update {bad} in {directory}." if bad else ""
                 break

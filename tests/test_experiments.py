@@ -93,7 +93,7 @@ MISTAKES = {
     "survival": ("gradient_bias", ["--influences=replay:2:1.5"], "`survival` is 1.5"),
     "window": ("gradient_bias", ["--windows=5,0"], "--windows has '0': give whole numbers from 1 to 400"),
     "no influence": ("copy_memory", ["--influences="], "--influences is empty. Any of truncate"),
-    "too many devices": ("char_lm", ["--devices=0"], "--devices=0"),
+    "no devices": ("char_lm", ["--devices=0"], "--devices=0"),
     "run": ("influence_balancing", ["--runs=rtrl"], "write INFLUENCE@WINDOW"),
     "sequence": ("copy_memory", ["--window=99"], "--window=99 is longer than a sequence of 30 steps"),
 }  # fmt: skip

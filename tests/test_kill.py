@@ -104,6 +104,19 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(whole):
     assert ended(directory / f"killed{runs}") == ended(directory / "whole")
 
 
+def test_killed_with_its_lanes_over_two_devices_it_ends_with_the_same_bits(whole):
+    directory, _ = whole
+    wide = "--hidden=64", "--lanes=16", "--devices=2"  # from which on it takes both
+    finish(directory, "two", *wide)
+    run = start(directory, "two_killed", *wide)
+    wait_for(directory / "two_killed", 300, run)
+    run.kill()
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL
+    assert "Going on from update" in finish(directory, "two_killed", *wide)
+    assert ended(directory / "two_killed") == ended(directory / "two")
+
+
 def test_killed_while_it_writes_a_checkpoint_the_one_before_it_is_used(whole):
     directory, _ = whole
     run = start(directory, "torn")
@@ -211,7 +224,10 @@ def test_a_loss_that_is_not_finite_stops_it_names_the_place_and_saves_what_was_b
 )
 @pytest.mark.parametrize("updates", [6, 8], ids=["the last", "one of them"])
 def test_what_is_not_finite_besides_the_loss_stops_it_at_its_own_window(tmp_path, part, told, updates):
-    step, windows = tb.train_step(tb.gradient(lstm(), loss, influence=tb.rtrl()), optax.sgd(1e-2)), tb.split(stream(), 3)
+    step, windows = (
+        tb.train_step(tb.gradient(lstm(), loss, influence=tb.rtrl()), optax.sgd(1e-2)),
+        tb.split(stream(), 3),
+    )
 
     def update(state, window):
         new, metrics = step.update(state, window)
@@ -231,7 +247,7 @@ def test_what_is_not_finite_besides_the_loss_stops_it_at_its_own_window(tmp_path
 
 def test_a_run_that_is_not_finite_from_its_first_window_saves_nothing(tmp_path):
     windows, step = tb.split(stream(), 3), tb.train_step(tb.gradient(lstm(), loss), optax.sgd(np.inf))
-    with pytest.raises(ValueError, match="window 0 .*lower the learning rate"):
+    with pytest.raises(ValueError, match=r"window 0 .*lower the learning rate"):
         trainer(tmp_path, windows, step, 8)(per_call=4)
     assert not saved(tmp_path)
 
