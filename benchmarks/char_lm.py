@@ -16,7 +16,6 @@ from experiments import char_lm, text
 from tbptt_jax import sharding
 
 FLAGS = flags.FLAGS
-CALL = char_lm.WINDOWS_PER_CALL
 OURS = "tb.train_windows, tb.lstm"
 
 
@@ -113,7 +112,7 @@ def torch_loop(vocabulary: int, x: np.ndarray, y: np.ndarray) -> Side:
 
 def measure(seconds: float) -> Section:
     corpus = text.encode(text.read(FLAGS.text), FLAGS.lanes, FLAGS.window)
-    windows = jax.tree.map(lambda x: x[:CALL], char_lm.cut(corpus.train, FLAGS.lanes))
+    windows = jax.tree.map(lambda x: x[: FLAGS.windows_per_call], char_lm.cut(corpus.train, FLAGS.lanes))
     vocabulary, devices = len(corpus.characters), jax.device_count()
     x, y = windows.inputs, windows.targets
     model = fused(vocabulary, FLAGS.hidden)

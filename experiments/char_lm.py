@@ -28,7 +28,6 @@ from experiments import launch, resume, text
 from experiments.text import loss
 from tbptt_jax import sharding
 
-WINDOWS_PER_CALL = 50
 PROMPT, SAMPLE = 100, 400
 
 FLAGS = flags.FLAGS
@@ -43,6 +42,7 @@ flags.DEFINE_float(
     "learning_rate", 0.005, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0
 )
 flags.DEFINE_integer("updates", 5000, "Updates, one a window.", lower_bound=1)
+flags.DEFINE_integer("windows_per_call", 50, "Windows, and so updates, in one compiled call.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of the parameters and the sample.")
 flags.DEFINE_bool("stateless", False, "Begin each window from the initial carry, for comparison.")
 flags.DEFINE_integer("checkpoint_every", 500, "Updates from one checkpoint to the next.", lower_bound=1)
@@ -117,7 +117,7 @@ def main() -> None:
             resume.windows_of(train_windows, FLAGS.lanes, mesh),
             lambda state, window: resume.first_not_finite(model, loss, state.params, state.stream.carry, window),
             updates=FLAGS.updates,
-            per_call=WINDOWS_PER_CALL,
+            per_call=FLAGS.windows_per_call,
             every=FLAGS.checkpoint_every,
             directory=directory / "checkpoints",
             settings={**{name: FLAGS[name].value for name in names}, "text": zlib.crc32(corpus.train.tobytes())},

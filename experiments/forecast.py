@@ -54,6 +54,7 @@ flags.DEFINE_string("influence", "truncate", launch.INFLUENCES)
 flags.DEFINE_float("learning_rate", 0.01, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0)
 flags.DEFINE_integer("updates", None, "Updates, one a window; default 4000.", lower_bound=1)
 flags.DEFINE_integer("epochs", None, "Times to read the training file, instead.", lower_bound=1)
+flags.DEFINE_integer("windows_per_call", 50, "Windows, and so updates, in one compiled call.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of the parameters.")
 flags.DEFINE_integer(
     "checkpoint_every", 500, "Updates from one checkpoint, and look at --valid, to the next.", lower_bound=1
@@ -229,7 +230,7 @@ def main() -> None:
     train_windows = cut(*scaled["train"])
     count = len(train_windows.inputs)
     updates = FLAGS.epochs * count if FLAGS.epochs else FLAGS.updates or 4000
-    per_call, every = min(50, -(-updates // 20)), min(FLAGS.checkpoint_every, -(-updates // 8))
+    per_call, every = min(FLAGS.windows_per_call, -(-updates // 20)), min(FLAGS.checkpoint_every, -(-updates // 8))
 
     # cuDNN's LSTM, the default on a GPU, has no transpose, by which uoro moves forward.
     implementation: Any = "fused" if FLAGS.influence == "uoro" else None

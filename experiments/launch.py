@@ -42,6 +42,9 @@ def run(main: Callable[[], None]) -> None:
         logging.set_verbosity(logging.WARNING)  # jax says at INFO which accelerators it did not find
         prepare(_DEVICES.value)
         try:
+            for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+                if isinstance(flag.value, float) and not math.isfinite(flag.value):
+                    raise ValueError(f"--{flag.name}={flag.value}: give a finite number.")
             main()
         except (ValueError, OSError) as error:
             print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)

@@ -208,6 +208,10 @@ def read_csv(path: Path, columns: Sequence[str]) -> np.ndarray:
         rows = csv.reader(file, strict=True)
         try:
             header = next(rows, [])
+            if not header:
+                raise ValueError(
+                    f"{path}, line 1: there is nothing; it needs to name the columns, and each row to be a step."
+                )
             for name in columns:
                 if header.count(name) != 1:
                     raise ValueError(

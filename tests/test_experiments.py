@@ -86,6 +86,7 @@ MISTAKES = {
     "too short": ("char_lm", ["--text={dir}/text.txt", "--lanes=100", "--window=50"], "100 lanes with windows of 50 need more than 5000"),
     "unknown flag": ("char_lm", ["--windows=3"], "Unknown command line flag 'windows'"),
     "no flag at all": ("char_lm", ["mine.txt"], "Unknown arguments: mine.txt"),
+    "not finite": ("char_lm", ["--learning_rate=nan"], "--learning_rate=nan: give a finite number"),
     "window of 0": ("char_lm", ["--window=0"], "--window=0"),
     "odd": ("first_bit", ["--train=11"], "--train=11 is odd"),
     "lanes": ("first_bit", ["--lanes=3000"], "--lanes=3000 is more than --train=1000"),
