@@ -130,9 +130,8 @@ def test_columns_are_read_by_name_in_the_order_asked_for(tmp_path):
     "content, message",
     [
         (None, "cannot be read: No such file"),
-        ("", "0 columns 'a'"),
-        ("a,b\n", "a header and no rows"),
         ("", "line 1: there is nothing"),
+        ("a,b\n", "a header and no rows"),
         ("b,c\n1,2\n", r"0 columns 'a'; one is needed. Those there are: \['b', 'c'\]"),
         ("a,a\n1,2\n", "2 columns 'a'"),
         ("a,b\n1,2\nx,4\n", "line 3, column 'a': 'x' is not a number"),
