@@ -96,7 +96,8 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
             if not grows:
                 return P() if of_window or not jnp.issubdtype(one.dtype, jnp.inexact) else None
             # Lanes that share an axis with something else, such as time, do not come in the order of one device's.
-            return P(*[None] * grows[0], LANE) if one.shape[grows[0]] == lanes // devices else None
+            alone = len(grows) == 1 and one.shape[grows[0]] == lanes // devices
+            return P(*[None] * grows[0], LANE) if alone else None
 
         both = (_leaves(shapes(params, window, times)) for times in (1, 2))
         return [place(one, two, of_window) for (one, of_window), (two, _) in zip(*both, strict=True)]

@@ -57,11 +57,23 @@ def test_it_writes_what_it_tells_and_goes_on(tmp_path, files):
     assert told["test_mse"] == pytest.approx((told["test_rmse"]["y"] ** 2 / scale**2 + still**2) / 2, rel=1e-4)
     assert told["test_mse"] < 0.2 * told["test_mse_of_the_mean"] and told["valid_mse"] < 0.2
     assert told["updates"] == 120 and told["seconds"] > 0 and told["test_mse_of_the_row_before"] is None
+    assert told["windows_skipped"] == 0 and told["carry"]["norm"] > 0 and told["carry"]["since_reset"] > 20
+    assert told["flags"]["not_finite"] == "stop" and "devices" in told["flags"]  # of what launches share, too
+    assert "--not_finite=stop\n" in (workdir / "flags.txt").read_text()
 
     (workdir / "results.json").unlink()
     again = launch("forecast", workdir, *arguments)
     assert "Going on from update 120" in again.stdout
     assert (workdir / "predictions.csv").read_bytes() == (tmp_path / "predictions.csv").read_bytes()
+
+
+def test_a_rate_that_makes_an_update_infinite_stops_it_with_a_sentence(tmp_path, files):
+    ran = launch(
+        "forecast", tmp_path / "run", *flags(files), "--targets=y", *SMALL, "--updates=1", "--learning_rate=1e39"
+    )
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert "forecast: The loss of window 0 is" in ran.stderr and "or the update made of it, is not finite" in ran.stderr
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_targets_alone_are_told_from_the_rows_before(tmp_path, files):

@@ -122,6 +122,15 @@ def test_a_mesh_larger_than_the_machine_is_refused():
         sharding.mesh(run=2, lane=2)
 
 
+def test_each_process_reads_as_many_lanes_as_the_others(monkeypatch):
+    assert sharding.own_lanes(6) == slice(0, 6)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert sharding.own_lanes(6) == slice(2, 4)
+    with pytest.raises(ValueError, match=r"7 lanes cannot be read by 3 processes.* give a multiple of 3"):
+        sharding.own_lanes(7)
+
+
 def test_lanes_that_do_not_divide_are_refused():
     estimate = sharding.over_lanes(tb.gradient(lstm(), loss), MESH)
     with pytest.raises(ValueError, match="3 lanes cannot be spread evenly over 2 devices: give a multiple of 2"):

@@ -43,7 +43,7 @@ class Influence(NamedTuple):
       pullback: ``(state, carry_cotangent) -> params_cotangent``: the gradient that crosses the window's left edge, in the
         tree of params. None: nothing crosses.
       push: ``(state, linearisation, key) -> state``: the window's right edge becomes the next one's left edge. With lanes
-        over devices every device is given the same key.
+        over devices every device is given the same key, of which ``influence.own_draws`` makes another for each.
     """
 
     init: Callable[[PyTree, PyTree, "WindowVJP"], PyTree]
