@@ -101,7 +101,7 @@ BROKEN = {
     "text in a number's place": ("x,y\n1,2\n3,four\n", "line 3, column 'y': 'four'"),
     "NaN": ("x,y\n1,2\n3,nan\n", "line 3, column 'y'"),
     "a ragged row": ("x,y\n1,2\n3\n", "line 3: the row has 1 fields"),
-    "nothing": ("", "columns 'x'"),
+    "nothing": ("", "line 1: there is nothing"),
     "a header only": ("x,y\n", "no rows"),
     "too few rows": ("x,y\n" + "1,2\n" * 79, "79 steps"),
 }

@@ -52,7 +52,11 @@ class Influence(NamedTuple):
 
 
 def check_carried(carry: PyTree) -> None:
-    """Raises a ``ValueError`` if the carry has nothing that a gradient could pass through."""
+    """Raises a ``ValueError`` if the carry has nothing that a gradient could pass through.
+
+    Args:
+      carry: its floating-point leaves.
+    """
     if not jax.tree.leaves(carry):
         raise ValueError(
             "The model's carry has no floating-point array, so it has no past to know of: use `truncate()`."
@@ -63,6 +67,9 @@ def own_draws(key: jax.Array) -> jax.Array:
     """The key of draws that are a lane's own: where lanes are spread over devices, which all have one key, each gets another.
 
     Draws that concern all lanes alike are made from the key itself.
+
+    Args:
+      key: that of an influence's ``push``.
     """
     try:
         return jax.random.fold_in(key, jax.lax.axis_index(LANE))
