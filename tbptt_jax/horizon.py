@@ -86,7 +86,8 @@ def decay(
       tail: the lag from which β̂ is fitted, the τ of the paper; default half of ``lags``.
 
     Raises:
-      ValueError: if there are fewer steps than lags, or no probe is scored.
+      ValueError: if the window or the loss's shape is not as for :func:`tbptt_jax.gradient`, ``lags`` is not from 2 to the
+        window's steps, ``tail`` not from 1 to ``lags - 1``, no probe is scored, or a gradient is not finite.
 
     Reference: Aicher, Foti & Fox 2019, *Adaptively truncating backpropagation through time to control gradient bias*,
     section 3.
@@ -129,7 +130,10 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Ch
     Args:
       fading: from :func:`decay`.
       tolerance: the largest δ to accept, positive.
-      largest: the largest window allowed, returned where none is safe.
+      largest: the largest window allowed, in steps, at least 1; returned where none is safe.
+
+    Raises:
+      ValueError: if ``tolerance`` is not positive or ``largest`` is below 1.
 
     Reference: Aicher, Foti & Fox 2019, theorem 1 and section 3.3, for the horizon. (Their code returns 1 where β̂ ≥ 1.)
     """
@@ -182,11 +186,15 @@ def bias(
       loss: as for :func:`tbptt_jax.gradient`.
       params: the parameters.
       window: ``[lanes, time, ...]``.
-      length: steps in each of the estimator's windows.
+      length: steps in each of the estimator's windows, at most the window's.
       influence: default :func:`tbptt_jax.truncate`.
       key: for random influences; default ``jax.random.key(0)``.
       draws: how many times to estimate. The mean of a few draws of a noisy influence is itself noisy: its standard error
         is ``relative_std / √draws``.
+
+    Raises:
+      ValueError: if ``draws`` is below 1, ``length`` is not a whole number from 1 to the window's steps, no step is scored,
+        or the window, the loss or the influence is not as for :func:`tbptt_jax.gradient`.
     """
     check(window)
     if draws < 1:

@@ -151,7 +151,15 @@ def lstm(
 
 
 def from_flax(params: PyTree) -> Weights:
-    """The weights of an ``nn.OptimizedLSTMCell`` or ``nn.LSTMCell``, with or without its outer ``"params"``."""
+    """The weights of an ``nn.OptimizedLSTMCell`` or ``nn.LSTMCell``, with or without its outer ``"params"``.
+
+    Args:
+      params: for each gate of i, f, g, o, ``ii`` with kernel ``[inputs, features]``, and ``hi`` with kernel
+        ``[features, features]`` and bias ``[features]``.
+
+    Raises:
+      KeyError: if one of these is missing.
+    """
     params = params.get("params", params)
     return Weights(
         jnp.concatenate([params[f"i{gate}"]["kernel"] for gate in GATES], 1),
@@ -161,7 +169,11 @@ def from_flax(params: PyTree) -> Weights:
 
 
 def to_flax(weights: Weights) -> PyTree:
-    """The parameters of an ``nn.OptimizedLSTMCell`` with these weights: ``cell.apply(to_flax(weights), carry, x)``."""
+    """The parameters of an ``nn.OptimizedLSTMCell`` with these weights: ``cell.apply(to_flax(weights), carry, x)``.
+
+    Raises:
+      ValueError: if the weights have a projection.
+    """
     if weights.projection is not None:
         raise ValueError("These weights have a projection; Flax's LSTM cells have none.")
     parts = zip(GATES, *(jnp.split(w, 4, -1) for w in (weights.input, weights.recurrent, weights.bias)), strict=True)
@@ -175,6 +187,17 @@ def from_torch(state: Mapping[str, Any]) -> tuple[Weights, ...]:
     """The layers of a ``torch.nn.LSTM`` from its ``state_dict()``, or from arrays under the same names.
 
     PyTorch's two biases only ever appear as their sum, and become one.
+
+    Args:
+      state: for each layer, ``weight_ih_l0`` ``[4 * features, inputs]`` and ``weight_hh_l0`` ``[4 * features, outputs]``;
+        where there are any, ``bias_ih_l0`` and ``bias_hh_l0`` ``[4 * features]``, ``weight_hr_l0`` ``[outputs, features]``.
+
+    Returns:
+      The weights of each layer, in order.
+
+    Raises:
+      ValueError: if the LSTM is bidirectional, or there is no ``weight_ih_l0``.
+      KeyError: if a layer has ``weight_ih`` without ``weight_hh``.
     """
     if any(name.endswith("_reverse") for name in state):
         raise ValueError("This PyTorch LSTM is bidirectional; a stream is read in one direction only.")
@@ -192,7 +215,14 @@ def from_torch(state: Mapping[str, Any]) -> tuple[Weights, ...]:
 
 
 def to_torch(layers: Sequence[Weights]) -> dict[str, jax.Array]:
-    """Arrays under the names of a ``torch.nn.LSTM``'s ``state_dict()``; the second bias of each layer is 0."""
+    """Arrays under the names of a ``torch.nn.LSTM``'s ``state_dict()``; the second bias of each layer is 0.
+
+    Args:
+      layers: the weights of each layer, in order.
+
+    Returns:
+      Name → array, in the shapes that :func:`from_torch` reads; no layers, no arrays.
+    """
     state = {}
     for n, weights in enumerate(layers):
         state[f"weight_ih_l{n}"] = weights.input.T

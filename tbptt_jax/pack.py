@@ -36,8 +36,10 @@ def pack(
       with one it is the most that any order needs, so that every epoch has one shape and compiles once.
 
     Raises:
-      ValueError: if there is nothing to lay, the lengths are not of these arrays, there is no lane, or the data is not
-        finite.
+      ValueError: if there is nothing to lay, the arrays differ in steps, the lengths are not whole numbers from 0 that add
+        up to them, ``lanes`` is not a whole number, at least 1, or data in the host's memory is not finite.
+
+    Reference: Graham 1966, *Bounds for certain multiprocessing anomalies*, for ``time`` with a key.
     """
     flat = Window(inputs, targets)
     (total,) = time_shape(flat, ("steps",))

@@ -148,8 +148,9 @@ def from_linen(
       checkpoint: see :func:`from_step`.
 
     Raises:
-      ValueError: now, if ``cell`` is no cell; from ``init``, if a module has variables besides its parameters, such as
-        batch statistics.
+      ValueError: now, if ``cell`` is no cell; from ``init``, if the inputs are not ``[lanes, time, ...]`` or a module has
+        variables besides its parameters, such as batch statistics; from ``unroll``, as :func:`from_step`, and if
+        ``checkpoint`` is not as described.
     """
     if not isinstance(cell, nn.RNNCellBase):
         raise ValueError(
@@ -210,8 +211,9 @@ def from_nnx(
       checkpoint: see :func:`from_step`.
 
     Raises:
-      ValueError: if a module holds variables other than ``nnx.Param`` (dropout keys, batch statistics): they would
-        change from step to step outside the carry.
+      ValueError: now, if a part is a class, or its module holds variables other than ``nnx.Param`` (dropout keys, batch
+        statistics): they would change from step to step outside the carry; from ``unroll``, as :func:`from_step`, and if
+        ``checkpoint`` is not as described.
     """
     given = {"encoder": encoder, "cell": cell, "readout": readout}
     parts = {name: _divide(name, part) for name, part in given.items() if part is not None}
@@ -243,6 +245,13 @@ def stack(*layers: Recurrence) -> Recurrence:
 
     Params and carry are tuples, one entry a layer. Each layer runs over the whole window before the next begins; resets
     and padding reach them all.
+
+    Args:
+      *layers: the first, which is given the window's inputs ``[lanes, time, ...]``, to the last; at least one.
+
+    Raises:
+      ValueError: now, if there is no layer or one is no Recurrence; from ``init`` and ``unroll``, if the inputs are not
+        ``[lanes, time, ...]``; from ``unroll``, if the carry does not fit their lanes; and what the layers raise.
     """
     if not layers or not all(isinstance(layer, Recurrence) for layer in layers):
         raise ValueError(

@@ -34,7 +34,20 @@ Schedule = Callable[[jax.Array, int], Cuts]
 
 
 def fixed(length: int) -> Schedule:
-    """Windows of one length; the last is what is left."""
+    """Windows of one length; the last is what is left.
+
+    Args:
+      length: steps in each.
+
+    Returns:
+      ``(key, time) -> Cuts``, the same whatever the key.
+
+    Raises:
+      ValueError: if ``length`` is not a whole number, at least 1.
+
+    Reference: Williams & Peng 1990, *An efficient gradient-based algorithm for on-line training of recurrent network
+    trajectories*: BPTT(h; h') with h = h'.
+    """
     check_whole("length", length)
 
     def draw(key: jax.Array, time: int) -> Cuts:
@@ -50,7 +63,17 @@ def random_length(base: int, *, short: float = 0.05, deviation: float = 5.0, lea
     The lengths are normal with ``deviation``, at least ``least`` steps. Cutting at other places in each epoch lets every
     pair of steps come into one window. Scale the learning rate with :func:`scale_by_length`, as the paper does.
 
-    Reference: Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*, section 5.
+    Args:
+      base: the usual mean, in steps, at least 1.
+      short: probability of a window around ``base / 2`` instead, in [0, 1].
+      deviation: standard deviation, in steps, not negative.
+      least: the fewest steps of a window, a whole number, at least 1; only the last, cut to fit, may have fewer.
+
+    Raises:
+      ValueError: now, if ``base``, ``short`` or ``least`` is not as described; from the schedule, if ``deviation`` is
+        negative.
+
+    Reference: Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*, section 4.1.
     """
     _at_least("base", base, 1)
     check_whole("least", least)
@@ -72,6 +95,12 @@ def constant_tail(base: float) -> Schedule:
     Each backward edge that survives weighs 1/(1 - c), with c the probability that it would have been cut; with
     ``truncate()`` between windows the gradient at fixed parameters is then unbiased.
 
+    Args:
+      base: mean window length, in steps, at least 1.
+
+    Raises:
+      ValueError: if ``base`` is below 1.
+
     Reference: Tallec & Ollivier 2017, *Unbiasing truncated backpropagation through time*, section 4.
     """
     _at_least("base", base, 1)
@@ -85,8 +114,11 @@ def polynomial_tail(base: float, alpha: float = 4.0) -> Schedule:
     of it, not exponentially, which keeps the variance in bounds.
 
     Args:
-      base: mean window length, in steps.
+      base: mean window length, in steps, at least 1.
       alpha: exponent of the tail, above 2.
+
+    Raises:
+      ValueError: if ``base`` is below 1 or ``alpha`` not above 2.
 
     Reference: Tallec & Ollivier 2017, *Unbiasing truncated backpropagation through time*, section 4, equation 17.
     """
@@ -117,7 +149,13 @@ def cut(window: Window, cuts: Cuts, *, unit: int | None = None) -> list[Window]:
         over them compiles once for each of these lengths that occurs: :func:`compilations` of them.
 
     Returns:
-      Consecutive windows ``[lanes, padded length, ...]``, with resets and ``valid`` in all of them.
+      Consecutive windows ``[lanes, padded length, ...]``, with resets and ``valid`` in all of them, and with ``edges``
+      where the cuts or the window have them.
+
+    Raises:
+      ValueError: if the window's shapes, data or weights are not as :class:`tbptt_jax.Window` describes, no step is scored,
+        ``cuts`` is no Cuts, its lengths are not positive or do not add up to time, or ``unit`` is not a whole number, at
+        least 1.
     """
     check(window)
     lanes, time = time_shape(window)
@@ -155,7 +193,14 @@ def scale_by_length(base: float) -> optax.GradientTransformationExtraArgs:
     ``optax.chain(optax.sgd(30.0), scale_by_length(70))`` steps as far for each step of the stream whatever the window.
     :func:`tbptt_jax.train_step` hands the window to the optimiser.
 
-    Reference: Merity, Keskar & Socher 2018, section 5.
+    Args:
+      base: the length, in steps, at which updates stay as they are; at least 1. A step counts if any lane is valid there.
+
+    Raises:
+      ValueError: now, if ``base`` is below 1; from ``update``, if the window's arrays do not share ``[lanes, time]``.
+      TypeError: from ``update``, if it is not handed the window.
+
+    Reference: Merity, Keskar & Socher 2018, section 4.1.
     """
     _at_least("base", base, 1)
 

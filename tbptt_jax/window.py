@@ -143,6 +143,10 @@ def sequences(inputs: PyTree, targets: PyTree = None, lengths: Array | None = No
 
     Returns:
       A window ``[n, time, ...]``.
+
+    Raises:
+      ValueError: if there are no inputs, the arrays do not share ``[n, time]`` or are empty, the lengths are not as
+        described, or data in the host's memory is not finite at a valid step.
     """
     whole = Window(inputs, targets)
     n, time = time_shape(whole, ("sequences", "time"))
@@ -170,6 +174,10 @@ def lanes(inputs: PyTree, targets: PyTree = None, *, lanes: int) -> Window:
     Returns:
       A window ``[lanes, ceil(time / lanes), ...]``, reset at each lane's start. Every step of the corpus is in it
       once; where the corpus does not fill the lanes, the end is padding (``valid`` is False).
+
+    Raises:
+      ValueError: if there are no inputs, the arrays do not share ``[time]`` or are empty, ``lanes`` is not a whole number
+        from 1 to time, or data in the host's memory is not finite.
     """
     (time,) = time_shape(Window(inputs, targets), ("time",))
     check_whole("lanes", lanes)
@@ -203,6 +211,10 @@ def slide(window: Window, length: int, stride: int = 1) -> Window:
       A window ``[n * cuts, length, ...]`` with ``cuts = (time - length) // stride + 1``, sequence by sequence, each
       row reset at its first step: rows are sequences of their own, since row i of one batch of overlapping cuts does
       not continue row i of the batch before.
+
+    Raises:
+      ValueError: if the window's shapes, data or weights are not as :class:`Window` describes, ``length`` is not a whole
+        number from 1 to time, ``stride`` not one from 1, or the window has ``valid``.
     """
     n, time = time_shape(window)
     _check_length(length, time)
@@ -228,6 +240,10 @@ def split(window: Window, length: int, *, lanes: int | None = None) -> Window:
     Returns:
       Windows stacked on a leading axis, ``[ceil(n / lanes) * ceil(time / length), lanes, length, ...]``. The rows are
       reset where they start, besides where ``window`` resets them.
+
+    Raises:
+      ValueError: if the window's shapes, data or weights are not as :class:`Window` describes, ``length`` is not a whole
+        number from 1 to time, ``lanes`` not one from 1 to n, or, in the host's memory, no step is scored.
     """
     n, time = time_shape(window)
     _check_length(length, time)
@@ -253,7 +269,11 @@ def split(window: Window, length: int, *, lanes: int | None = None) -> Window:
 
 
 def stateless(window: Window) -> Window:
-    """The same windows, ``[..., lanes, time, ...]``, each begun from the initial carry, with nothing known before."""
+    """The same windows, ``[..., lanes, time, ...]``, each begun from the initial carry, with nothing known before.
+
+    Raises:
+      ValueError: if the window has no ``resets``.
+    """
     if window.resets is None:
         raise ValueError("`stateless` adds to the resets that `split`, `slide` and `lanes` set; this window has none.")
     return window._replace(resets=window.resets | (np.arange(window.resets.shape[-1]) == 0))

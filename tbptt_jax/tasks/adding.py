@@ -21,6 +21,9 @@ def adding(key: jax.Array, n: int, length: int) -> Window:
 
     Raises:
       ValueError: if n is not positive or the length is below 2.
+
+    Reference: Hochreiter & Schmidhuber 1997, experiment 4; numbers and marks as in Arjovsky, Shah & Bengio 2016, *Unitary
+    evolution recurrent neural networks*.
     """
     if n < 1:
         raise ValueError(f"`n` is {n}; at least 1 sequence is needed.")
@@ -44,6 +47,16 @@ def adding_floor(seen: int, length: int) -> float:
     Each number unseen costs the variance of a uniform number, 1/12, for the best to say is its mean. So predicting the
     mean has 1/6 (``seen=0``), and 0 is reached by seeing, or remembering, all. Contiguous stateless windows of k see at
     the end the steps of the last one, ``(length - 1) % k + 1``.
+
+    Args:
+      seen: how many of the last steps are seen, from 0 to ``length``.
+      length: steps in each sequence, at least 2.
+
+    Returns:
+      The mean squared error of a sequence's sum.
+
+    Raises:
+      ValueError: if the length is below 2 or ``seen`` is not from 0 to it.
     """
     _check_length(length)
     if not 0 <= seen <= length:

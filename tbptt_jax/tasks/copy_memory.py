@@ -10,7 +10,12 @@ from tbptt_jax.window import Window, sequences
 
 
 class Floor(NamedTuple):
-    """The best cross-entropy that can be reached, in nats: for a recalled symbol, and for a step if all were scored."""
+    """The best cross-entropy that can be reached, in nats.
+
+    Attributes:
+      recalled: for a recalled symbol.
+      overall: for a step, if all were scored.
+    """
 
     recalled: float
     overall: float
@@ -35,6 +40,8 @@ def copy_memory(key: jax.Array, n: int, lag: int, symbols: int = 8, length: int 
 
     Raises:
       ValueError: if a number is not positive.
+
+    Reference: Arjovsky, Shah & Bengio 2016, *Unitary evolution recurrent neural networks*, there with T = ``lag``.
     """
     _check(n=n, lag=lag, symbols=symbols, length=length)
     blank, delimiter, time = symbols, symbols + 1, lag + 2 * length
@@ -56,6 +63,20 @@ def copy_memory_floor(window: int, lag: int, symbols: int = 8, length: int = 10)
         log(symbols)   and   length * log(symbols) / (lag + 2 * length),
 
     and one that remembers (``window=lag + 2 * length``) has 0.
+
+    Args:
+      window: steps in each window, at least 1.
+      lag: as for :func:`copy_memory`.
+      symbols: likewise.
+      length: likewise.
+
+    Returns:
+      Both floors, in nats.
+
+    Raises:
+      ValueError: if a number is not positive.
+
+    Reference: Arjovsky, Shah & Bengio 2016, for the second of the floors without memory, 10 log 8 / (T + 20).
     """
     _check(window=window, lag=lag, symbols=symbols, length=length)
     covered = min(max(window - lag - length, 0), length)

@@ -10,7 +10,12 @@ from tbptt_jax.window import Window, sequences
 
 
 class Floor(NamedTuple):
-    """The best that can be reached: accuracy, and cross-entropy in nats a scored step."""
+    """The best that can be reached.
+
+    Attributes:
+      accuracy: the share of windows judged right, from 0 to 1.
+      loss: cross-entropy, in nats a scored step.
+    """
 
     accuracy: float
     loss: float
@@ -28,7 +33,9 @@ def first_bit(key: jax.Array, n: int, length: int = 20) -> Window:
       A window with inputs and targets ``[n, length, 1]`` float32; the target is the label at every step.
 
     Raises:
-      ValueError: if n is odd or not positive, or the length is.
+      ValueError: if n is odd or not positive, or the length is not positive.
+
+    Reference: P. Remy 2016, *Stateful LSTM in Keras*, there with 20 steps.
     """
     if n < 2 or n % 2:
         raise ValueError(f"{n} sequences cannot be balanced: `n` needs to be even and at least 2.")
@@ -48,6 +55,15 @@ def first_bit_floor(windows: int) -> Floor:
         accuracy = (n + 1) / 2n,    loss = [(n - 1) ln((2n - 1) / (n - 1)) + n ln((2n - 1) / n)] / 2n.
 
     Contiguous windows of k of 20 steps: n = 20 / k. Sliding ones with stride 1: n = 21 - k. A carried state: n = 1.
+
+    Args:
+      windows: how many windows a sequence gives, at least 1.
+
+    Returns:
+      Accuracy, and loss in nats.
+
+    Raises:
+      ValueError: if ``windows`` is below 1.
     """
     n = windows
     if n < 1:

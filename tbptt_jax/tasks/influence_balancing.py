@@ -26,6 +26,8 @@ def influence_balancing(length: int) -> Window:
 
     Raises:
       ValueError: if the length is not positive.
+
+    Reference: Tallec & Ollivier 2017, *Unbiased online recurrent optimization*, influence balancing.
     """
     if length < 1:
         raise ValueError(f"`length` is {length}; a stream needs at least 1 step.")
@@ -41,12 +43,17 @@ def influence_balancing_model(n: int = 23, positive: int = 10, theta: float = 0.
     last step, and for k ≤ 109 if it is at every step.
 
     Args:
-      n: number of units.
-      positive: how many of the first units have v = +1; for the rest v = -1.
+      n: number of units, at least 1.
+      positive: how many of the first units have v = +1, from 0 to n; for the rest v = -1.
       theta: the initial θ.
 
     Returns:
       A recurrence with params ``{"theta": []}``, carry ``[lanes, n]``, initially ones, and outputs ``[lanes, time]``.
+
+    Raises:
+      ValueError: if n or ``positive`` is not as described.
+
+    Reference: Tallec & Ollivier 2017, *Unbiased online recurrent optimization*, influence balancing.
     """
     v = _signs(n, positive)
 
@@ -64,6 +71,16 @@ def influence_balancing_optimum(n: int = 23, positive: int = 10) -> float:
     """The θ at which s_1 settles at 1: the settled s_1 is θ·Σ 2v (each s_i = s_i+1 + 2θv_i), so θ* = 1 / Σ 2v.
 
     For 10 positive units of 23 it is -1/6, since ds_1/dθ settles at -6.
+
+    Args:
+      n: number of units, at least 1.
+      positive: how many of the first units have v = +1, from 0 to n.
+
+    Returns:
+      θ*, of the system of :func:`influence_balancing_model`.
+
+    Raises:
+      ValueError: if n or ``positive`` is not as described, or half of the units are positive: Σ 2v is then 0.
     """
     total = 2 * int(_signs(n, positive).sum())
     if not total:

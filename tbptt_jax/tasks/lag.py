@@ -27,6 +27,8 @@ def lag(key: jax.Array, lanes: int, length: int) -> Window:
 
     Raises:
       ValueError: if a number is not positive.
+
+    Reference: S. Pitis 2016, *Recurrent neural networks in Tensorflow*.
     """
     if lanes < 1 or length < 1:
         raise ValueError(f"{lanes} streams of {length} steps: at least 1 of each is needed.")
@@ -46,6 +48,12 @@ def lag_floor(window: int | None = None) -> float:
         [min(K, 3)·.66156 + max(0, min(K, 8) - 3)·.51917 + max(0, K - 8)·.45445] / K.
 
     A *stateful* run with short windows may go below it: the carry holds what the gradient never saw.
+
+    Args:
+      window: steps in each window, at least 1; None: all is remembered.
+
+    Raises:
+      ValueError: if ``window`` is below 1.
     """
     nothing = _entropy(0.5 + 0.25 - 0.125)
     short = sum(_entropy(0.5 + x / 2 - 0.125) for x in (0, 1)) / 2
