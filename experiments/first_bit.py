@@ -25,7 +25,7 @@ from rich.table import Table
 import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import sharding
-from tbptt_jax.tasks.first_bit import Floor, first_bit_floor
+from tbptt_jax.tasks.first_bit import Floor, first_bit_floor, score_last
 
 LENGTH, SLIDING = 20, 10
 
@@ -81,13 +81,6 @@ def systems() -> list[System]:
         rows.append(System("stateless contiguous", k, forget, floor, published.get(("stateless", k))))
         rows.append(System("stateful contiguous", k, cut, first_bit_floor(1), published.get(("stateful", k))))
     return rows
-
-
-def score_last(windows: tb.Window) -> tb.Window:
-    """One answer a window, at its last step, as the original study asks."""
-    weights = np.zeros(windows.inputs.shape[:3], np.float32)
-    weights[..., -1] = 1
-    return windows._replace(weights=weights if windows.valid is None else weights * windows.valid)
 
 
 def cross_entropy(logits: jax.Array, window: tb.Window) -> jax.Array:

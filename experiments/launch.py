@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -122,16 +123,14 @@ def influence(name: str, windows: int, flag: str = "influences") -> tb.Influence
       ValueError: if it names none.
     """
     kind, *settings = name.split(":")
-    try:
-        match kind, settings:
-            case (("truncate" | "rtrl" | "uoro"), []):
-                return {"truncate": tb.truncate, "rtrl": tb.rtrl, "uoro": tb.uoro}[kind]()
-            case "replay", [depth]:
-                return tb.replay(windows if depth == "all" else int(depth))
-            case "replay", [depth, survival]:
-                return tb.replay(windows if depth == "all" else int(depth), float(survival))
-    except ValueError as error:
-        raise ValueError(f"--{flag} has {name}: {error} {INFLUENCES}") from error
+    if kind in ("truncate", "rtrl", "uoro") and not settings:
+        return {"truncate": tb.truncate, "rtrl": tb.rtrl, "uoro": tb.uoro}[kind]()
+    if kind == "replay" and re.fullmatch(r"(all|\d+)(:[\d.]+(e-?\d+)?)?", ":".join(settings)):
+        depth, *survival = settings
+        try:
+            return tb.replay(windows if depth == "all" else int(depth), *map(float, survival))
+        except ValueError as error:
+            raise ValueError(f"--{flag} has {name}: {error} {INFLUENCES}") from error
     raise ValueError(f"--{flag} has {name}, which is none. {INFLUENCES}")
 
 

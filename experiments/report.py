@@ -255,7 +255,12 @@ def bias_panels(bias: list[Row], looks: dict[Series, Row], suggested: Row) -> li
         for influence in influences:
             points = sorted((row for row in mine if row["influence"] == influence), key=lambda row: row["window"])
             y = np.maximum(numbers([row["relative_bias"] for row in points]), floor)
-            axes.plot([row["window"] for row in points], y, **{**others["stateful", influence], "label": influence})
+            x, look = [row["window"] for row in points], others["stateful", influence]
+            axes.plot(x, y, **{**look, "label": influence})
+            error = np.nan_to_num(numbers([row.get("standard_error") for row in points]))
+            if error.any():  # of a mean over draws
+                low = np.minimum(error, y - floor)
+                axes.errorbar(x, y, yerr=[low, error], fmt="none", ecolor=look["color"], elinewidth=1, capsize=3)
         if axes.get_xlim()[0] < window < axes.get_xlim()[1]:
             axes.axvline(window, color=MUTED, linestyle=":", linewidth=1.4, label="suggested window")
         scale(axes, np.maximum(numbers([row["relative_bias"] for row in mine]), floor), log=True)
@@ -562,7 +567,9 @@ def gradient_section(results: dict[str, Any], bias: list[Row], grids: dict[str, 
     text = said(
         "The relative bias is the distance of an estimate's mean from the gradient of full backpropagation, over the length of "
         "that gradient: 0.1 is a tenth off, 1 is no better than no gradient at all. Training changes it, since a model that has "
-        "learned to remember has more to lose; judge a window by the trained model. What is below 1e-8 is drawn there."
+        "learned to remember has more to lose; judge a window by the trained model. What is below 1e-8 is drawn there. Of random "
+        "influences the mean of some draws is taken: what is not far beyond its standard error is noise. Measured on whole streams; "
+        "where only a window's last step is scored in training, here every step is."
         if bias
         else "",
         "Where gradients fade with the lag, what lies beyond the window is small; the dotted line is the window that this suggests."
@@ -573,7 +580,9 @@ def gradient_section(results: dict[str, Any], bias: list[Row], grids: dict[str, 
         f"<p><strong>{capital(model)}:</strong> {html.escape(str(reason))}</p>" for model, reason in reasons
     )
     text += grid(charts, "three")
-    return text + folded("Show the figures", bias, ("model", "influence", "window", "relative_bias", "cosine"))
+    return text + folded(
+        "Show the figures", bias, ("model", "influence", "window", "relative_bias", "standard_error", "cosine")
+    )
 
 
 def rates_section(rows: list[Row], best: list[Row], metric: Row) -> str:

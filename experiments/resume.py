@@ -186,7 +186,7 @@ def train(
     if not resume and directory.exists() and jax.process_index() == 0:
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
-    _meet("the old checkpoints are out of the way")
+    meet("the old checkpoints are out of the way")
     settings = {**settings, "updates": updates, "updates in a call": per_call}
     step = watched(step)
     step = tb.skip_not_finite(step) if skip else step
@@ -297,7 +297,8 @@ def _since_reset(resets: Any, before: int) -> int:
     return _largest(int(ago.max()))
 
 
-def _meet(where: str) -> None:
+def meet(where: str) -> None:
+    """Waits until all processes are here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 

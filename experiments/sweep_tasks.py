@@ -59,7 +59,9 @@ class Files(NamedTuple):
 NAMES = ("first_bit", "copy_memory", "adding", "lag", "influence_balancing", "char_lm", "forecast")
 
 
-def make(name: str, hidden: int | None, lanes: int | None, longest: int, files: Files) -> Task:
+def make(
+    name: str, hidden: int | None, lanes: int | None, longest: int, files: Files, lstm: Callable = tb.lstm
+) -> Task:
     """The task of a name.
 
     Args:
@@ -68,24 +70,25 @@ def make(name: str, hidden: int | None, lanes: int | None, longest: int, files: 
       lanes: streams side by side; None: the task's own number.
       longest: the longest window there will be.
       files: those of char_lm and forecast.
+      lstm: ``tb.lstm``, or the same with an implementation chosen.
 
     Raises:
       ValueError: if a file is not as it needs to be, or too short.
     """
     match name:
         case "first_bit":
-            return _first_bit(hidden or 10, lanes or 100)
+            return _first_bit(lstm, hidden or 10, lanes or 100)
         case "copy_memory":
-            return _copy_memory(hidden or 16, lanes or 20)
+            return _copy_memory(lstm, hidden or 16, lanes or 20)
         case "adding":
-            return _adding(hidden or 16, lanes or 50)
+            return _adding(lstm, hidden or 16, lanes or 50)
         case "lag":
-            return _lag(hidden or 16, lanes or 64)
+            return _lag(lstm, hidden or 16, lanes or 64)
         case "influence_balancing":
             return _influence_balancing()
         case "char_lm":
-            return _char_lm(hidden or 64, lanes or 32, longest, files)
-    return _forecast(hidden or 32, lanes or 16, longest, files)
+            return _char_lm(lstm, hidden or 64, lanes or 32, longest, files)
+    return _forecast(lstm, hidden or 32, lanes or 16, longest, files)
 
 
 def _binary(logits: jax.Array, window: tb.Window) -> jax.Array:
@@ -110,11 +113,11 @@ def _both(data: Callable[[jax.Array, int], tb.Window], train: int, test: int) ->
     return draw
 
 
-def _first_bit(hidden: int, lanes: int, steps: int = 20) -> Task:
+def _first_bit(lstm: Callable, hidden: int, lanes: int, steps: int = 20) -> Task:
     def exact(carried: bool, window: int) -> float | None:
         if carried:
             return first_bit_floor(1).accuracy
-        return first_bit_floor(steps // window).accuracy if steps % window == 0 else None
+        return first_bit_floor(-(-steps // window)).accuracy
 
     return Task(
         about=f"Sequences of {steps} steps begin with a one or a zero, all else is zero, and the label is that first value. Cut into "
@@ -124,7 +127,7 @@ def _first_bit(hidden: int, lanes: int, steps: int = 20) -> Task:
         shared=False,
         steps=steps,
         lanes=lanes,
-        model=tb.lstm(hidden, readout=nn.Dense(1)),
+        model=lstm(hidden, readout=nn.Dense(1)),
         loss=_binary,
         score=_correct,
         metric={"name": "test accuracy", "unit": "", "better": "higher"},
@@ -133,7 +136,7 @@ def _first_bit(hidden: int, lanes: int, steps: int = 20) -> Task:
     )
 
 
-def _copy_memory(hidden: int, lanes: int, silence: int = 28, symbols: int = 2) -> Task:
+def _copy_memory(lstm: Callable, hidden: int, lanes: int, silence: int = 28, symbols: int = 2) -> Task:
     loss = optax.softmax_cross_entropy_with_integer_labels
     steps = silence + 2
     return Task(
@@ -143,7 +146,7 @@ def _copy_memory(hidden: int, lanes: int, silence: int = 28, symbols: int = 2) -
         shared=False,
         steps=steps,
         lanes=lanes,
-        model=tb.lstm(hidden, readout=nn.Dense(symbols + 1)),
+        model=lstm(hidden, readout=nn.Dense(symbols + 1)),
         loss=lambda logits, window: loss(logits, window.targets),
         score=lambda logits, window: loss(logits, window.targets),
         metric=_lower("loss of a recalled symbol", "nats"),
@@ -151,7 +154,7 @@ def _copy_memory(hidden: int, lanes: int, silence: int = 28, symbols: int = 2) -
     )
 
 
-def _adding(hidden: int, lanes: int, steps: int = 40) -> Task:
+def _adding(lstm: Callable, hidden: int, lanes: int, steps: int = 40) -> Task:
     def error(outputs: jax.Array, window: tb.Window) -> jax.Array:
         return ((outputs - window.targets) ** 2)[..., 0]
 
@@ -162,7 +165,7 @@ def _adding(hidden: int, lanes: int, steps: int = 40) -> Task:
         shared=False,
         steps=steps,
         lanes=lanes,
-        model=tb.lstm(hidden, readout=nn.Dense(1)),
+        model=lstm(hidden, readout=nn.Dense(1)),
         loss=error,
         score=error,
         metric=_lower("squared error of the sum"),
@@ -170,7 +173,7 @@ def _adding(hidden: int, lanes: int, steps: int = 40) -> Task:
     )
 
 
-def _lag(hidden: int, lanes: int, steps: int = 2000) -> Task:
+def _lag(lstm: Callable, hidden: int, lanes: int, steps: int = 2000) -> Task:
     return Task(
         about="A coin is loaded by what another coin showed 3 and 8 steps ago. A window without the past cannot know it for its "
         "first steps; with the state carried, even a window shorter than the lag may, for what it remembers need not be what "
@@ -179,7 +182,7 @@ def _lag(hidden: int, lanes: int, steps: int = 2000) -> Task:
         shared=False,
         steps=steps,
         lanes=lanes,
-        model=tb.lstm(hidden, readout=nn.Dense(1)),
+        model=lstm(hidden, readout=nn.Dense(1)),
         loss=_binary,
         score=_binary,
         metric=_lower("test loss", "nats a step"),
@@ -206,7 +209,7 @@ def _influence_balancing(steps: int = 1000) -> Task:
     )
 
 
-def _char_lm(hidden: int, lanes: int, longest: int, files: Files) -> Task:
+def _char_lm(lstm: Callable, hidden: int, lanes: int, longest: int, files: Files) -> Task:
     corpus = text.encode(text.read(files.text), lanes, longest)
     train = tb.lanes(corpus.train[:-1], corpus.train[1:], lanes=lanes)
     test = tb.lanes(corpus.held_out[:-1], corpus.held_out[1:], lanes=1)
@@ -217,16 +220,20 @@ def _char_lm(hidden: int, lanes: int, longest: int, files: Files) -> Task:
         shared=True,
         steps=train.inputs.shape[1],
         lanes=lanes,
-        model=tb.lstm(hidden, encoder=nn.Embed(symbols, hidden), readout=nn.Dense(symbols)),
+        model=lstm(hidden, encoder=nn.Embed(symbols, hidden), readout=nn.Dense(symbols)),
         loss=text.loss,
         score=lambda logits, window: text.loss(logits, window) / math.log(2),
         metric=_lower("held-out bits per character"),
     )
 
 
-def _forecast(hidden: int, lanes: int, longest: int, files: Files) -> Task:
+def _forecast(lstm: Callable, hidden: int, lanes: int, longest: int, files: Files) -> Task:
     if (files.train is None) != (files.test is None) or (files.train is None) != (not files.targets):
         raise ValueError("--task=forecast needs --train=FILE, --test=FILE and --targets=COLUMN,…, or none of them.")
+    if both := sorted(set(files.inputs) & set(files.targets)):
+        raise ValueError(
+            f"{both} are among --inputs and --targets: a target cannot be told from itself. Leave --inputs out."
+        )
     if files.train is None:
         data = series.generated()
     else:
@@ -246,7 +253,7 @@ def _forecast(hidden: int, lanes: int, longest: int, files: Files) -> Task:
         shared=True,
         steps=train.inputs.shape[1],
         lanes=lanes,
-        model=tb.lstm(hidden, readout=nn.Dense(x_targets.shape[1])),
+        model=lstm(hidden, readout=nn.Dense(x_targets.shape[1])),
         loss=series.loss,
         score=series.loss,
         metric=_lower("squared error on the test file, standardised"),

@@ -20,6 +20,8 @@ import json
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -42,6 +44,7 @@ import tbptt_jax as tb
 from experiments import launch, report, resume, sweep_tasks
 from experiments.sweep_tasks import Task
 from tbptt_jax import sharding
+from tbptt_jax.tasks.first_bit import score_last
 
 CALL = 500  # updates in a call
 PLACES = 50  # of a learning curve
@@ -90,14 +93,16 @@ class Point(NamedTuple):
 class Program(NamedTuple):
     """Attributes:
     begin: ``() -> (states, data)`` of all runs.
-    advance: ``(states, data, carried, first, last, updates) -> (states, losses, weights, scores)``, each ``[runs, …]``.
-    bytes: what a device needs for it.
-    temp_bytes: of these, what lies between its operations.
+    advance: ``(states, data, carried, first, last, updates) -> (states, losses, weights)``, each ``[runs, …]``.
+    evaluate: ``(params, data, carried) -> scores [runs, 2]``, the loss and the metric.
+    bytes: what a device needs for either.
+    temp_bytes: what lies between the operations of the training.
     seconds: that it took to compile.
     """
 
     begin: Callable
     advance: Callable
+    evaluate: Callable
     bytes: int
     temp_bytes: int
     seconds: float
@@ -117,12 +122,21 @@ def settings() -> dict[str, Any]:
     if not FLAGS.carry or set(FLAGS.carry) - set(CARRIES):
         raise ValueError(f"--carry has {','.join(FLAGS.carry) or 'nothing'}: give stateful, stateless or both.")
     for rate in FLAGS.learning_rates:
-        if not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", rate.strip()) or not 0 < float(rate) < float("inf"):
+        number = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+        if not re.fullmatch(number, rate.strip().lower()) or not 0 < float(rate) < float("inf"):
             raise ValueError(
                 f"--learning_rates has {rate!r}: give positive numbers, such as --learning_rates=0.01,0.003."
             )
     if not FLAGS.learning_rates:
         raise ValueError("--learning_rates is empty: give at least one, such as --learning_rates=0.01.")
+    of_others = {
+        "text": FLAGS.task == "char_lm",
+        **dict.fromkeys(("train", "test", "inputs", "targets"), FLAGS.task == "forecast"),
+        **dict.fromkeys(("hidden", "lanes"), FLAGS.task != "influence_balancing"),
+    }
+    for name, has in of_others.items():
+        if FLAGS[name].value and not has:
+            raise ValueError(f"--{name} was given, and --task={FLAGS.task} has no use for it: leave it out.")
     named: dict[str, list[Any]] = {name: [FLAGS[name].value] for name in ("train", "test")}
     named["text"] = FLAGS.text
     files = {
@@ -152,7 +166,7 @@ def all_points(chosen: dict[str, Any]) -> list[Point]:
 
 
 def share(points: list[Point], wanted: str | None) -> list[Point]:
-    """The I-th of N shares, every N-th point, so that each has of all windows.
+    """The I-th of N shares: every N-th of what is trained, so that each has of all windows, in all its budgets.
 
     Raises:
       ValueError: if there is no such share.
@@ -163,7 +177,8 @@ def share(points: list[Point], wanted: str | None) -> list[Point]:
     i, n = (int(part) for part in parts.groups()) if parts else (0, 0)
     if not 1 <= i <= n:
         raise ValueError(f"--points={wanted}: give I/N with I from 1 to N, such as --points=2/5.")
-    return points[i - 1 :: n]
+    mine = list(dict.fromkeys(point[1:] for point in points))[i - 1 :: n]
+    return [point for point in points if point[1:] in mine]
 
 
 def check_same_sweep(directory: pathlib.Path, chosen: dict[str, Any]) -> None:
@@ -180,7 +195,7 @@ def check_same_sweep(directory: pathlib.Path, chosen: dict[str, Any]) -> None:
         )
 
 
-def updates_of(task: Task, point: Point, count: int, longest_count: int, chosen: dict[str, Any]) -> int:
+def updates_of(point: Point, count: int, longest_count: int, chosen: dict[str, Any]) -> int:
     """Updates of a point whose window cuts the data into ``count``, and the longest into ``longest_count``."""
     if point.budget == "updates":
         return chosen["updates"]
@@ -192,10 +207,7 @@ def updates_of(task: Task, point: Point, count: int, longest_count: int, chosen:
 
 def cut(task: Task, streams: tb.Window, window: int, lanes: int) -> tb.Window:
     windows = tb.split(streams, window, lanes=min(lanes, len(jax.tree.leaves(streams.inputs)[0])))
-    if task.last:
-        answers = jnp.zeros(windows.inputs.shape[:3]).at[..., -1].set(1)
-        windows = windows._replace(weights=answers if windows.valid is None else answers * windows.valid)
-    return windows
+    return score_last(windows) if task.last else windows
 
 
 def windows_of(task: Task, window: int) -> tuple[int, int]:
@@ -208,10 +220,7 @@ def windows_of(task: Task, window: int) -> tuple[int, int]:
 def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], mesh: Mesh) -> Callable[[], Program]:
     """A window's program, traced now and compiled when it is asked for: compiling leaves Python to others."""
     each_rate, each_seed = np.meshgrid(chosen["learning_rates"], np.arange(chosen["seeds"]), indexing="ij")
-    fill = (
-        0,
-        -each_rate.size % mesh.shape[sharding.RUN],
-    )  # every device has as many runs, so that none waits for another
+    fill = 0, -each_rate.size % mesh.shape[sharding.RUN]  # every device has as many runs: none waits for another
     rates, seeds = (np.pad(each.ravel(), fill, "edge") for each in (each_rate.astype(np.float32), each_seed))
     count, _ = windows_of(task, window)
     past = launch.influence(influence, max(1, -(-task.steps // window) - 1))
@@ -247,9 +256,7 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
         def one(
             shared: Any, carried: Any, first: Any, last: Any, updates: Any, state: Any, rate: Any, own: Any
         ) -> tuple:
-            train, test = shared or own
-            train, test = windows_anew(train, carried), windows_anew(test, carried | task.free)
-            step = train_step(rate, updates)
+            train, step = windows_anew((shared or own)[0], carried), train_step(rate, updates)
 
             def update(done: jax.Array, before: tuple) -> tuple:
                 state, losses, weights = before
@@ -258,43 +265,47 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
                 return state, losses.at[done - first].set(loss), weights.at[done - first].set(weight)
 
             empty = jnp.zeros(CALL)
-            state, losses, weights = lax.fori_loop(first, last, update, (state, empty, empty))
-
-            def figures(outputs: Any, window: tb.Window) -> tuple:
-                return task.loss(outputs, window), task.score(outputs, window)
-
-            def evaluate() -> jax.Array:
-                return jnp.stack(tb.evaluate(task.model, figures, state.params, test).loss).astype(jnp.float32)
-
-            scores = lax.cond(last == updates, evaluate, lambda: jnp.zeros(2))
-            return state, losses, weights, scores
+            return lax.fori_loop(first, last, update, (state, empty, empty))
 
         shared, own = (data, None) if task.shared else (None, data)
         return sharding.over_runs(one, mesh, (shared, *numbers))(states, rates, own)
 
+    def evaluate(params: Any, data: Any, carried: jax.Array) -> jax.Array:
+        def figures(outputs: Any, window: tb.Window) -> tuple:
+            return task.loss(outputs, window), task.score(outputs, window)
+
+        def one(shared: Any, carried: Any, params: Any, own: Any) -> jax.Array:
+            test = windows_anew((shared or own)[1], carried | task.free)
+            return jnp.stack(tb.evaluate(task.model, figures, params, test).loss).astype(jnp.float32)
+
+        shared, own = (data, None) if task.shared else (None, data)
+        return sharding.over_runs(one, mesh, (shared, carried))(params, own)
+
     start = jax.jit(begin)  # by each process for itself: it is short, and what it draws is the same everywhere
     placed = (by_run, of_data, by_run, *[everywhere] * 4)
     go = jax.jit(advance, in_shardings=placed, out_shardings=by_run, donate_argnums=0)
-    shapes = jax.eval_shape(start, seeds)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
+    judge = jax.jit(evaluate, in_shardings=(by_run, of_data, everywhere), out_shardings=by_run)
+    states, of_all = jax.eval_shape(start, seeds)
+    number, carried = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)
+    each = jax.ShapeDtypeStruct(rates.shape, rates.dtype)
     lowered = (
         start.lower(seeds),
-        go.lower(
-            *shapes,
-            jax.ShapeDtypeStruct(rates.shape, rates.dtype),
-            jax.ShapeDtypeStruct((), bool),
-            number,
-            number,
-            number,
-        ),
+        go.lower(states, of_all, each, carried, number, number, number),
+        judge.lower(states.params, of_all, carried),
     )
 
-    def compile_both() -> Program:
+    def needs(program: Any) -> tuple[int, int]:
+        """All bytes, and of these the temporary ones; what is donated is not there twice."""
+        found = program.memory_analysis()
+        if not found:
+            return 0, 0
+        kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return found.temp_size_in_bytes + kept, found.temp_size_in_bytes
+
+    def compile_all() -> Program:
         began = time.perf_counter()
-        first, then = (each.compile() for each in lowered)
-        needs = then.memory_analysis()
-        temp = needs.temp_size_in_bytes if needs else 0
-        inputs = needs.argument_size_in_bytes + needs.output_size_in_bytes if needs else 0
+        first, then, last = (each.compile() for each in lowered)
+        (training, temporary), (judging, _) = needs(then), needs(last)
 
         def begin() -> tuple:
             states, data = first(seeds)
@@ -303,9 +314,9 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
         def advance(states: Any, data: Any, *numbers: Any) -> tuple:
             return then(states, data, place(rates, by_run), *numbers)
 
-        return Program(begin, advance, temp + inputs, temp, time.perf_counter() - began)
+        return Program(begin, advance, last, max(training, judging), temporary, time.perf_counter() - began)
 
-    return compile_both
+    return compile_all
 
 
 def windows_anew(windows: tb.Window, carried: jax.Array) -> tb.Window:
@@ -318,16 +329,17 @@ def train(point: Point, program: Program, runs: int, updates: int, tell: Callabl
     """All runs of a point: losses and weights ``[runs, updates]``, scores ``[runs, 2]``, params, and the seconds."""
     began = time.perf_counter()
     states, data = program.begin()
-    parts, scores = [], jnp.zeros(0)
+    parts, carried = [], np.bool_(point.carry == "stateful")
     for first in range(0, updates, CALL):
         last = min(first + CALL, updates)
         numbers = (np.int32(n) for n in (first, last, updates))
-        states, losses, weights, scores = program.advance(states, data, np.bool_(point.carry == "stateful"), *numbers)
+        states, losses, weights = program.advance(states, data, carried, *numbers)
         losses, weights = (fetch(x, runs)[:, : last - first] for x in (losses, weights))  # waits for the call
         parts.append((losses, weights))
         scored = weights > 0
         tell(last, float(losses[scored].mean()) if scored.any() else float("nan"))
     losses, weights = (np.concatenate(each, 1).astype(np.float64) for each in zip(*parts, strict=True))
+    scores = program.evaluate(states.params, data, carried)
     params = jax.tree.map(lambda x: fetch(x, runs), states.params)
     return losses, weights, fetch(scores, runs).astype(np.float64), params, time.perf_counter() - began
 
@@ -402,6 +414,33 @@ def keep(directory: pathlib.Path, point: Point, rows: list, params: Any, chosen:
         np.savez(file, *leaves)
     with launch.whole(directory / f"{point.name}.json") as path:
         path.write_text(json.dumps(launch.finite(rows)) + "\n")
+    (directory / f"{point.name}.failed.json").unlink(missing_ok=True)
+    if FLAGS.tensorboard:
+        write_events(directory.parent / "tensorboard", launch.finite(rows))
+
+
+def keep_failed(directory: pathlib.Path, point: Point, error: Exception) -> str:
+    """Why a point failed, on disk until it is done."""
+    why = f"{type(error).__name__}: {error}".splitlines()[0]
+    if jax.process_index() == 0:
+        with launch.whole(directory / f"{point.name}.failed.json") as path:
+            path.write_text(json.dumps({**point._asdict(), "error": why}) + "\n")
+    return why
+
+
+def mark(directory: pathlib.Path, chosen: dict[str, Any]) -> None:
+    """Says which sweep the directory holds."""
+    if jax.process_index() == 0:
+        with launch.whole(directory / "sweep.json") as path:
+            path.write_text(json.dumps(chosen, indent=1) + "\n")
+
+
+def found_in(kept: list[pathlib.Path], points: list[Point], ending: str) -> dict[Point, pathlib.Path]:
+    """Those points of which one of the directories has the file."""
+    places = {p: [d / "points" / f"{p.name}{ending}" for d in kept] for p in points}
+    return {
+        p: next(path for path in each if path.exists()) for p, each in places.items() if any(x.exists() for x in each)
+    }
 
 
 # What it tells
@@ -444,9 +483,13 @@ def gradients(task: Task, chosen: dict[str, Any], params: dict[str, Any]) -> dic
             for window in chosen["windows"]:
                 past = launch.influence(influence, max(1, -(-steps // window) - 1))
                 draws = 1 if influence.startswith(("truncate", "rtrl")) or influence.count(":") == 1 else 16
-                bias = tb.horizon.bias(task.model, task.loss, at, probe, window, past, draws=draws)
-                where = {"model": name, "influence": influence, "window": window}
-                found["bias"].append({**where, "relative_bias": bias.relative_bias, "cosine": bias.cosine})
+                try:
+                    bias = tb.horizon.bias(task.model, task.loss, at, probe, window, past, draws=draws)
+                except ValueError:  # what cannot be trained cannot be measured: its points say why
+                    continue
+                noise = float(bias.relative_std) / draws**0.5 if draws > 1 else 0.0  # of the mean of so many draws
+                told = {"relative_bias": bias.relative_bias, "standard_error": noise, "cosine": bias.cosine}
+                found["bias"].append({"model": name, "influence": influence, "window": window, **told})
         try:
             fading = tb.horizon.decay(task.model, task.loss, at, probe, lags=min(steps, 2 * longest))
         except ValueError:  # no probe is scored, or the gradient explodes: there is no decay to tell of
@@ -481,11 +524,11 @@ def recommend(rows: list[dict[str, Any]], metric: dict[str, str], blind: float |
     def good(budget: dict[tuple, dict]) -> dict[tuple, dict]:
         top = max(budget.values(), key=lambda row: sign * row["final_metric"])
         worst = min(sign * row["final_metric"] for row in budget.values())
-        slack = max(np.std(top["metrics"]), 0.02 * (sign * top["final_metric"] - worst))
+        # The best mean's own standard error, and no row's: where only some seeds learned, a spread would excuse the others.
+        error = np.std(top["metrics"]) / np.sqrt(len(top["metrics"]))
+        slack = max(error, 0.02 * (sign * top["final_metric"] - worst))
         return {
-            place: row
-            for place, row in budget.items()
-            if sign * (top["final_metric"] - row["final_metric"]) <= slack + np.std(row["metrics"])
+            place: row for place, row in budget.items() if sign * (top["final_metric"] - row["final_metric"]) <= slack
         }
 
     as_good = {name: good(budget) for name, budget in best.items()}
@@ -530,33 +573,34 @@ def write_events(directory: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
     for row in rows:
         name = f"{Point(*(row[field] for field in Point._fields)).name}-{row['learning_rate']:g}"
+        shutil.rmtree(directory / name, ignore_errors=True)  # or its curves would be drawn twice
         with SummaryWriter(str(directory / name)) as writer:
-            for update, loss in zip(row["curve"]["updates"], row["curve"]["loss"], strict=True):
-                writer.add_scalar("loss", loss, update)
-            writer.add_scalar("final_metric", row["final_metric"], row["updates"])
+            told = [("loss", *at) for at in zip(row["curve"]["updates"], row["curve"]["loss"], strict=True)]
+            for name, update, value in [*told, ("final_metric", row["updates"], row["final_metric"])]:
+                if value is not None:  # it diverged
+                    writer.add_scalar(name, value, update)
 
 
-def finish(
-    task: Task, chosen: dict[str, Any], points: list[Point], kept: list[pathlib.Path], failed: list[dict]
-) -> None:
+def finish(task: Task, chosen: dict[str, Any], points: list[Point], kept: list[pathlib.Path]) -> None:
     """The report of all points that are done, found in the directories ``kept``."""
-    at = {p: d / "points" for p in points for d in kept if (d / "points" / f"{p.name}.json").exists()}
-    rows = [row for p in points if p in at for row in json.loads((at[p] / f"{p.name}.json").read_text())]
+    resume.meet("all points are kept")
+    at = found_in(kept, points, ".json")
+    failures = found_in(kept, [p for p in points if p not in at], ".failed.json")
+    rows = [row for path in at.values() for row in json.loads(path.read_text())]
     if not rows:
         raise ValueError("No point is done: there is nothing to report.")
     directory = launch.workdir(FLAGS.workdir)
     init = jax.jit(lambda key: task.model.init(key, task.data(key)[0].inputs[: task.lanes, :1]))
     params = {"untrained": init(jax.random.fold_in(jax.random.key(0), 0))}
     sign = 1 if task.metric["better"] == "higher" else -1
-    trained = [row for row in rows if row["carry"] == "stateful" and row["final_metric"] is not None] or rows
-    best = max(trained, key=lambda row: sign * (row["final_metric"] or 0))
-    point, which = (
-        Point(*(best[field] for field in Point._fields)),
-        chosen["learning_rates"].index(best["learning_rate"]),
-    )
-    with np.load(at[point] / f"{point.name}.npz") as leaves:
-        like, tree = jax.tree.flatten(params["untrained"])
-        params["trained"] = jax.tree.unflatten(tree, [leaves[f"arr_{i}"][which] for i in range(len(like))])
+    done = [row for row in rows if None not in row["metrics"]]
+    if done:  # the best of those that carry their state, if there are any
+        best = max(done, key=lambda row: (row["carry"] == "stateful", sign * row["final_metric"]))
+        point = Point(*(best[field] for field in Point._fields))
+        which = chosen["learning_rates"].index(best["learning_rate"])
+        with np.load(at[point].with_suffix(".npz")) as leaves:
+            like, tree = jax.tree.flatten(params["untrained"])
+            params["trained"] = jax.tree.unflatten(tree, [leaves[f"arr_{i}"][which] for i in range(len(like))])
     launch.console.print("Measuring the bias of each window, untrained and trained.", soft_wrap=True)
     results = {
         "task": chosen["task"],
@@ -564,11 +608,9 @@ def finish(
         "metric": task.metric,
         "rows": rows,
         **gradients(task, chosen, params),
-        "failed": failed,
-        "recommendation": recommend(
-            [row for row in rows if None not in row["metrics"]], task.metric, task.exact(False, 1)
-        ),
-        "command": " ".join(["python -m experiments.truncation_sweep", *sys.argv[1:]]),
+        "failed": [json.loads(path.read_text()) for path in failures.values()],
+        "recommendation": recommend(done, task.metric, task.exact(False, 1)),
+        "command": shlex.join(["python", "-m", "experiments.truncation_sweep", *sys.argv[1:]]),
         "git": git_revision(),
         "settings": chosen,
     }
@@ -586,9 +628,11 @@ def main() -> None:
     chosen = settings()
     points = all_points(chosen)
     mine = share(points, FLAGS.points)
-    resume.join_processes(FLAGS.lanes or 0)
+    resume.join_processes(0)  # they share the trainings, not the lanes
     files = sweep_tasks.Files(FLAGS.text, FLAGS.train, FLAGS.test, FLAGS.inputs, FLAGS.targets)
-    task = sweep_tasks.make(FLAGS.task, FLAGS.hidden, FLAGS.lanes, max(chosen["windows"]), files)
+    # cuDNN's LSTM, the default on a GPU, has no transpose, by which uoro moves forward.
+    lstm = functools.partial(tb.lstm, implementation="fused" if "uoro" in chosen["influences"] else None)
+    task = sweep_tasks.make(FLAGS.task, FLAGS.hidden, FLAGS.lanes, max(chosen["windows"]), files, lstm)
     if max(chosen["windows"]) > task.steps:
         raise ValueError(
             f"--windows has {max(chosen['windows'])}, and a stream of {FLAGS.task} has {task.steps} steps: choose from 1 to "
@@ -599,27 +643,34 @@ def main() -> None:
         check_same_sweep(each, chosen)
     if FLAGS.merge:
         kept = [directory, *map(pathlib.Path, FLAGS.merge)]
-        missing = [str(p) for p in points if not any((d / "points" / f"{p.name}.json").exists() for d in kept)]
+        there = {**found_in(kept, points, ".json"), **found_in(kept, points, ".failed.json")}
+        missing = [str(p) for p in points if p not in there]
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(points)} points are in none of {', '.join(map(str, kept))}, first {missing[0]}: "
                 "do them first, with --points or without."
             )
-        finish(task, chosen, points, kept, [])
+        mark(launch.workdir(FLAGS.workdir), chosen)
+        finish(task, chosen, points, kept)
         return
 
     counts = {window: windows_of(task, window) for window in chosen["windows"]}
     longest_count, _ = counts[max(counts)]
-    updates = {p: updates_of(task, p, counts[p.window][0], longest_count, chosen) for p in mine}
+    updates = {p: updates_of(p, counts[p.window][0], longest_count, chosen) for p in mine}
     done = {p for p in mine if (directory / "points" / f"{p.name}.json").exists()}
     programs: dict[tuple[int, str], Program | Exception] = {}
     runs = len(chosen["learning_rates"]) * chosen["seeds"]
     mesh = launch.mesh(runs=runs)
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(launch.cores()) as pool:
         asked: dict[tuple[int, str], Any] = {}
         for p in mine:
-            if p not in done and (p.window, p.influence) not in asked:
-                asked[p.window, p.influence] = pool.submit(compiled(task, p.window, p.influence, chosen, mesh))
+            kind = p.window, p.influence
+            if p in done or kind in asked or kind in programs:
+                continue
+            try:
+                asked[kind] = pool.submit(compiled(task, *kind, chosen, mesh))
+            except Exception as error:  # as where a matrix of rtrl would be too large: the others go on
+                programs[kind] = error
         for place, future in asked.items():
             programs[place] = future.exception() or future.result()
     launch.console.print(plan(mine, done, updates, programs, chosen))
@@ -633,10 +684,8 @@ def main() -> None:
             )
 
     kept_in = launch.workdir(str(launch.workdir(FLAGS.workdir) / "points"))
-    if jax.process_index() == 0:
-        with launch.whole(directory / "sweep.json") as path:
-            path.write_text(json.dumps(chosen, indent=1) + "\n")
-    failed: list[dict[str, Any]] = []
+    mark(directory, chosen)
+    failed = False
     same: dict[tuple, list] = {}  # equal data and equal updates are one training where the updates are as many
     with launch.progress(len(mine) - len(done), "points") as tell:
         for number, point in enumerate(p for p in mine if p not in done):
@@ -662,10 +711,11 @@ def main() -> None:
                 keep(kept_in, point, [{**row, "budget": point.budget} for row in rows], params, chosen)
                 tell(number + 1, str(point))
             except Exception as error:  # whatever it is, the others go on
-                failed.append({**point._asdict(), "error": f"{type(error).__name__}: {error}".splitlines()[0]})
-                launch.console.print(f"{point} failed: {failed[-1]['error']}", markup=False, soft_wrap=True)
+                failed = True
+                why = keep_failed(kept_in, point, error)
+                launch.console.print(f"{point} failed: {why}", markup=False, soft_wrap=True)
     if FLAGS.points is None:
-        finish(task, chosen, points, [directory], failed)
+        finish(task, chosen, points, [directory])
     else:
         launch.console.print(
             f"Share {FLAGS.points} is in {directory}. When all are done: --merge with their directories.",

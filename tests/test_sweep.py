@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from programs import program_of
 
+import tbptt_jax as tb
 from experiments import sweep_tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,6 +49,11 @@ def numbers(workdir):
     for row in told["rows"]:
         del row["seconds"], row["compile_seconds"]
     return {name: told[name] for name in ("rows", "bias", "decay", "suggested", "recommendation", "metric", "failed")}
+
+
+@pytest.fixture(scope="module")
+def program():
+    yield from program_of("truncation_sweep")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +156,7 @@ def test_shares_done_apart_join_to_the_whole(whole, tmp_path):
     assert numbers(tmp_path / "both") == numbers(whole)
 
 
-def test_a_point_that_fails_is_told_and_the_others_go_on(tmp_path):
+def test_a_point_that_fails_is_told_and_the_others_go_on(program, tmp_path):
     broken = (
         "import experiments.truncation_sweep as s\n"
         "train = s.train\n"
@@ -172,29 +179,58 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(tmp_path):
     ]
     assert "&lt;says&gt;" in (tmp_path / "report.html").read_text()
 
-
-@pytest.mark.parametrize("name", sweep_tasks.NAMES)
-def test_every_task_has_data_that_fits_its_model(name):
-    import jax
-
-    task = sweep_tasks.make(name, None, None, 4, sweep_tasks.Files([], None, None, [], []))
-
-    def run(key):
-        train, test = task.data(key)
-        train = jax.tree.map(lambda x: x[:2, :4], train)
-        params = task.model.init(key, train.inputs)
-        _, outputs = task.model.unroll(
-            params, task.model.initial_carry(params, len(train.inputs)), train.inputs, None, None
-        )
-        return task.loss(outputs, train), task.score(outputs, train), test.inputs
-
-    loss, score, _ = jax.eval_shape(run, jax.random.key(0))
-    assert loss.shape == score.shape == (min(2, task.lanes), 4)
+    joined = tmp_path / "joined"  # what failed is no reason not to join what did not, and the result is this sweep's
+    assert sweep(joined, *arguments, f"--merge={tmp_path}").returncode == 0
+    assert numbers(joined) == told
+    refused(program, joined, [*arguments, "--updates=6"], "updates 5, here 6")
 
 
-@pytest.fixture(scope="module")
-def program():
-    yield from program_of("truncation_sweep")
+def test_an_influence_too_large_is_told_and_the_others_go_on(tmp_path):
+    large = ["--task=lag", "--hidden=400", "--lanes=64", "--influences=truncate,rtrl", "--windows=50"]
+    ran = sweep(tmp_path, *large, "--carry=stateful", "--seeds=1", "--budget=data", "--updates=1")
+    assert ran.returncode == 1 and "rtrl would carry a matrix of 64 lanes" in ran.stdout, ran.stderr
+    told = numbers(tmp_path)
+    assert [row["influence"] for row in told["rows"]] == ["truncate"]
+    assert [point["influence"] for point in told["failed"]] == ["rtrl"]
+
+
+def test_what_diverged_is_never_the_best_and_curves_are_there_once(tmp_path):
+    tiny = [
+        "--task=influence_balancing",
+        "--windows=1,10",
+        "--carry=stateful",
+        "--seeds=1",
+        "--updates=3",
+        "--budget=data",
+    ]
+    for _ in range(2):
+        ran = sweep(tmp_path, *tiny, "--learning_rates=0.001,1e38", "--tensorboard")
+        assert ran.returncode == 0, ran.stderr
+    told = numbers(tmp_path)
+    assert sorted(row["final_metric"] is None for row in told["rows"]) == [False, False, True, True]
+    assert all(row["relative_bias"] is not None for row in told["bias"])
+    assert {len(list(run.iterdir())) for run in (tmp_path / "tensorboard").iterdir()} == {1}
+
+
+def test_every_task_trains_and_is_evaluated(tmp_path):
+    script = """
+import sys, numpy as np
+from absl import flags
+import experiments.truncation_sweep as s
+s.FLAGS(sys.argv)
+s.launch.prepare(1)
+chosen = {"learning_rates": [0.01], "seeds": 1}
+for name in s.sweep_tasks.NAMES:
+    small = (None, None) if name == "influence_balancing" else (3, 4)
+    task = s.sweep_tasks.make(name, *small, 20, s.sweep_tasks.Files([], None, None, [], []))
+    program = s.compiled(task, 20, "truncate", chosen, s.launch.mesh(runs=1))()
+    losses, weights, scores, params, _ = s.train(s.Point("data", "stateful", "truncate", 20), program, 1, 3, print)
+    assert np.isfinite(losses).all() and np.isfinite(scores).all() and weights.sum() > 0, name
+    assert 0 < program.temp_bytes < program.bytes, name
+    print(name, "ok")
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert ran.returncode == 0 and ran.stdout.count("ok") == len(sweep_tasks.NAMES), ran.stderr
 
 
 WRONG = {
@@ -203,6 +239,13 @@ WRONG = {
     "an influence": (["--influences=truncate,uroo"], "truncate, replay"),
     "a negative rate": (["--learning_rates=-0.1"], "positive numbers"),
     "a rate that is none": (["--learning_rates=fast"], "positive numbers"),
+    "a rate with two points": (["--learning_rates=1.2.3"], "positive numbers"),
+    "a depth": (["--influences=replay:x"], "replay:x, which is none"),
+    "a flag of another task": (["--text=mine.txt"], "--task=first_bit has no use for it"),
+    "a target told from itself": (
+        ["--task=forecast", "--train=x", "--test=x", "--inputs=a", "--targets=a"],
+        "told from itself",
+    ),
     "a carry": (["--carry=statefull"], "stateful, stateless or both"),
     "a share": (["--points=3/2"], "from 1 to N"),
     "files that do not go together": (["--task=forecast", "--train=x.csv"], "--test=FILE"),
@@ -214,6 +257,29 @@ WRONG = {
 def test_what_is_wrong_is_refused_before_anything_is_done(program, tmp_path, arguments, said):
     refused(program, tmp_path / "run", arguments, said)
     assert not (tmp_path / "run").exists()
+
+
+def row(window, metrics, budget="data"):
+    mean = sum(metrics) / len(metrics)
+    point = {"budget": budget, "carry": "stateful", "influence": "truncate", "window": window, "temp_bytes": window}
+    return {**point, "metrics": metrics, "final_metric": mean, "seeds": len(metrics)}
+
+
+def test_what_is_recommended_is_as_good_in_every_seed(program):
+    metric = {"name": "test accuracy", "better": "higher"}
+    some_learned = [row(2, [1, 1, 1, 0.5, 0.5]), row(10, [0.99, 1, 1, 1, 1]), row(20, [1] * 5)]
+    assert program.recommend(some_learned, metric, 0.5)["window"] == 10
+    assert program.recommend([row(k, [1] * 5) for k in (1, 5, 20)], metric, 0.5)["window"] == 1
+    lower = [row(4, [0.40, 0.42]), row(8, [0.30, 0.31]), row(16, [0.30, 0.32])]
+    assert program.recommend(lower, {"name": "loss", "better": "lower"}, 0.7)["window"] == 8
+
+
+def test_a_shorter_last_window_counts_and_theory_counts_it(program):
+    task = sweep_tasks.make("first_bit", 3, 10, 15, sweep_tasks.Files([], None, None, [], []))
+    windows = program.cut(task, tb.tasks.first_bit(jax.random.key(0), 20), 15, 10)  # of 15 steps and of 5
+    assert windows.weights.sum((1, 2)).tolist() == [10, 10, 10, 10]
+    assert windows.weights[0, :, 14].all() and windows.weights[1, :, 4].all()
+    assert task.exact(False, 15) == 0.75 and task.exact(True, 15) == 1
 
 
 def test_the_workdir_of_another_sweep_is_refused(program, tmp_path):

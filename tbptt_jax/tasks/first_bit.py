@@ -46,6 +46,17 @@ def first_bit(key: jax.Array, n: int, length: int = 20) -> Window:
     return sequences(inputs, jnp.broadcast_to(label, (n, length, 1)))
 
 
+def score_last(windows: Window) -> Window:
+    """One answer a window, as the study asks: the weight is 1 at each window's last valid step, and 0 elsewhere.
+
+    Args:
+      windows: ``[windows, lanes, time, ...]``, as ``split`` and ``slide`` cut them; also shorter windows at a sequence's end.
+    """
+    valid = jnp.ones(windows.inputs.shape[:3], bool) if windows.valid is None else jnp.asarray(windows.valid)
+    from_here = jnp.cumsum(valid[..., ::-1], -1)[..., ::-1]  # valid steps from each on
+    return windows._replace(weights=(valid & (from_here == 1)).astype(jnp.float32))
+
+
 def first_bit_floor(windows: int) -> Floor:
     """The Bayes optimum where a sequence gives ``windows`` windows, each judged alone, and one of them holds the bit.
 
