@@ -204,8 +204,10 @@ side by side, spread over the devices. Keras, on its backend that is faster abov
             if name == fastest:
                 heights[-1] = one_by_one
             bars = axes.bar(np.arange(len(groups)) + 0.27 * i, heights, 0.27, label=name)
-            axes.bar_label(bars, ["" if np.isnan(h) else f"{h:.2g}" for h in heights], fontsize=8)
-        axes.set_xticks(np.arange(len(groups)) + 0.27, [g.replace(" of", "\nof").replace(", ", ",\n") for g in groups])
+            axes.bar_label(
+                bars, ["" if np.isnan(h) else f"{h:.0f}" if h >= 10 else f"{h:.2g}" for h in heights], fontsize=8
+            )
+        axes.set_xticks(np.arange(len(groups)) + 0.27, [g.replace(" ", "\n", 1).replace(", ", ",\n") for g in groups])
         axes.set(yscale="log", ylabel="s, warm")
         axes.set_title(f"The first-bit study; its sweep of {len(WINDOWS) * SEEDS} trainings")
         axes.legend(frameon=False, fontsize=8)

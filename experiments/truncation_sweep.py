@@ -497,6 +497,9 @@ def gradients(task: Task, chosen: dict[str, Any], params: dict[str, Any]) -> dic
         choice = tb.horizon.suggest(fading)
         found["decay"][name] = {"norms": fading.norms.tolist(), "rate": fading.rate}
         found["suggested"][name] = {"window": choice.window, "reason": choice.reason}
+        if choice.window >= task.steps:
+            why = f"No window shorter than a stream, {task.steps} steps, bounds the relative bias by a tenth. β̂ is {fading.rate:.4f}."
+            found["suggested"][name] = {"window": task.steps, "reason": why}
     return found
 
 
