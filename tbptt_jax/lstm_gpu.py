@@ -146,7 +146,12 @@ def _backward(
         d_cells[...], d_before[...] = lax.fori_loop(0, time, step, (d_c[...], d_h[...]))
 
     layout = _Layout(lanes, time, features, by_cell.dtype)
-    steps = layout.by_unit(d_hs), layout.by_gate(jnp.concatenate(by_gate, -1)), layout.by_unit(by_cell), layout.by_unit(kept)
+    steps = (
+        layout.by_unit(d_hs),
+        layout.by_gate(jnp.concatenate(by_gate, -1)),
+        layout.by_unit(by_cell),
+        layout.by_unit(kept),
+    )
     matrices = layout.matrices(dtype, weights.recurrent, transposed=True)
     masks = layout.mask(resets, False), layout.mask(valid, True)
     own = *steps, matrices, *map(layout.lanes_only, d_carry), *masks
