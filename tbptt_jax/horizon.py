@@ -1,8 +1,10 @@
 """How long should a window be? What a truncation leaves out, measured.
 
-fading = horizon.decay(model, loss, params, window, lags=200)       how fast gradients fade: φ_k
-choice = horizon.suggest(fading, tolerance=0.1)                     the window that leaves out little enough
-report = horizon.bias(model, loss, params, window, 20, tb.replay(1)) windows of 20 against full BPTT
+In three calls:
+
+    fading = horizon.decay(model, loss, params, window, lags=200)         how fast gradients fade: φ_k
+    choice = horizon.suggest(fading, tolerance=0.1)                       the window that leaves out little enough
+    report = horizon.bias(model, loss, params, window, 20, tb.replay(1))  windows of 20 against full BPTT
 """
 
 import functools
