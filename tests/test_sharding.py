@@ -67,7 +67,7 @@ def over(devices, influence, model):
     return tb.train_step(sharding.over_lanes(estimate, sharding.mesh(lane=devices)), optax.adam(1e-2))
 
 
-@pytest.mark.parametrize("name", [*INFLUENCES, "replay of lstm"])
+@pytest.mark.parametrize("name", ["truncate", "random replay", "rtrl", "replay of lstm"])
 def test_a_checkpoint_goes_on_with_another_number_of_devices(tmp_path, name):
     fused = tb.lstm(UNITS, readout=nn.Dense(2, **F64))
     influence, model = INFLUENCES[name.removesuffix(" of lstm")], fused if name.endswith("of lstm") else lstm()
