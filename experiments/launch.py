@@ -84,7 +84,7 @@ def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
 
     Several processes take all their devices. A CPU's cores each hold a copy of the weights and meet at every window's end,
     so lanes are spread over them only where the products are large enough to pay for that, and the copies small enough to
-    stay in the cache (``python -m benchmarks.window``).
+    stay in the cache (``python -m benchmarks.speed --parts=window``).
     """
     devices = jax.device_count()
     if jax.process_count() > 1:

@@ -51,6 +51,11 @@ def score_last(windows: Window) -> Window:
 
     Args:
       windows: ``[windows, lanes, time, ...]``, as ``split`` and ``slide`` cut them; also shorter windows at a sequence's end.
+
+    Returns:
+      The windows with weights ``[windows, lanes, time]`` float32; a row that is all padding has none.
+
+    Reference: P. Remy 2016, *Stateful LSTM in Keras*.
     """
     valid = jnp.ones(windows.inputs.shape[:3], bool) if windows.valid is None else jnp.asarray(windows.valid)
     from_here = jnp.cumsum(valid[..., ::-1], -1)[..., ::-1]  # valid steps from each on
