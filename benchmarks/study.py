@@ -72,7 +72,7 @@ def ours(systems: list[tuple[int, int, int, bool]], seeds: int) -> Side:
             first = jax.jit(sharding.over_runs(begin, mesh))
             each = [jax.jit(sharding.over_runs(functools.partial(train, *system), mesh)) for system in systems]
             lowered = [first.lower(keys), *(program.lower(*jax.eval_shape(first, keys)) for program in each)]
-            with concurrent.futures.ThreadPoolExecutor() as pool:
+            with concurrent.futures.ThreadPoolExecutor(jax.device_count()) as pool:
                 made, *rest = pool.map(lambda program: program.compile(), lowered)
             start, programs[:] = made(keys), rest
         jax.block_until_ready([program(*start) for program in programs])

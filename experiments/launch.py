@@ -82,9 +82,7 @@ def prepare(devices: int | None = None) -> None:
 def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
     """The devices that ``runs`` trainings side by side, or else ``lanes`` of an LSTM with ``units``, are worth spreading over.
 
-    Several processes take all their devices. A CPU's cores each hold a copy of the weights and meet at every window's end,
-    so lanes are spread over them only where the products are large enough to pay for that, and the copies small enough to
-    stay in the cache (``python -m benchmarks.speed --parts=window``).
+    Several processes take all their devices, one those that :func:`tbptt_jax.sharding.lane_devices` says are faster.
     """
     devices = jax.device_count()
     if jax.process_count() > 1:
@@ -92,10 +90,7 @@ def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
     devices = min(devices, _DEVICES.value or devices)
     if lanes == 1:
         return sharding.mesh(run=min(runs, devices))
-    spread = next(n for n in range(devices, 0, -1) if lanes % n == 0)
-    if jax.default_backend() == "cpu" and not (64 <= units <= 512 and lanes >= 8 * spread):
-        spread = 1
-    return sharding.mesh(lane=spread)
+    return sharding.mesh(lane=sharding.lane_devices(lanes, units, devices))
 
 
 def workdir(path: str) -> pathlib.Path:

@@ -439,8 +439,8 @@ def _init(key: jax.Array, inputs: int, features: int, projection: int | None) ->
     outputs = features if projection is None else projection
 
     def side_by_side(initial: Any, key: jax.Array, rows: int) -> jax.Array:
-        # One by one: two batched QR factorisations that meet on a CPU can wait for each other for ever (jaxlib 0.10).
-        return jnp.concatenate([initial(each, (rows, features)) for each in jax.random.split(key, 4)], 1)
+        # In a loop: two batched QR factorisations that meet on a CPU can wait for each other for ever (jaxlib 0.10).
+        return jnp.concatenate([*lax.map(lambda key: initial(key, (rows, features)), jax.random.split(key, 4))], 1)
 
     return Weights(
         side_by_side(nn.initializers.lecun_normal(), into, inputs),
