@@ -324,14 +324,15 @@ def _scan_forward(
     dtype: Any, weights: Weights, carry: tuple, gates: jax.Array, resets: jax.Array | None, valid: jax.Array | None
 ) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
     dot = functools.partial(_dot, dtype)
-    recurrent = weights.recurrent if dtype is None else weights.recurrent.astype(dtype)
+    recurrent = _whole_vectors(weights.recurrent if dtype is None else weights.recurrent.astype(dtype))
+    width = gates.shape[-1]
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
         carry, gates, cells, hs = state
         before = c, h = _reset(carry, _at(resets, t))
         # The gates take the place of the products they come from: the largest array of the window exists once. All four
         # are one elementwise pass, and lanes lead as they do outside, so nothing is transposed.
-        activated = _gates(_at(gates, t) + (dot(h, recurrent) + weights.bias))
+        activated = _gates(_at(gates, t) + (dot(h, recurrent)[:, :width] + weights.bias))
         i, f, g, o = jnp.split(activated, 4, -1)
         c = f * c + i * g
         h = o * jnp.tanh(c)
@@ -356,10 +357,7 @@ def _scan_backward(
 ) -> tuple[tuple, jax.Array, jax.Array | None]:
     dot = functools.partial(_dot, dtype)
     outputs = weights.recurrent.shape[0]
-    # Rows of whole vectors: of 1150 floats the product reads a sixth slower than of 1152.
-    transposed = jnp.pad(
-        weights.recurrent.T if dtype is None else weights.recurrent.T.astype(dtype), ((0, 0), (0, -outputs % 16))
-    )
+    transposed = _whole_vectors(weights.recurrent.T if dtype is None else weights.recurrent.T.astype(dtype))
     down = None if weights.projection is None else weights.projection.T
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
@@ -413,6 +411,11 @@ def _dot(dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     if dtype is not None:
         a, b = a.astype(dtype), b.astype(dtype)
     return lax.dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())), preferred_element_type=result)
+
+
+def _whole_vectors(w: jax.Array) -> jax.Array:
+    """``[k, n]`` with n filled up to whole vectors of 16: of rows of 1150 floats a product reads a sixth slower than of 1152."""
+    return jnp.pad(w, ((0, 0), (0, -w.shape[1] % 16)))
 
 
 def _over_steps(dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
