@@ -238,8 +238,8 @@ def test_only_the_recurrent_products_are_inside_the_scan():
     fused, params, carry = model()
     lowered = jax.make_jaxpr(lambda *a: pullback(fused.unroll, *a))(params, carry, window())
     found = products(lowered.jaxpr)
-    whole_rows = FEATURES + -FEATURES % 16  # of the transposed matrix
-    assert sorted(shape for inside, shape in found if inside) == [(LANES, whole_rows), (LANES, 4 * FEATURES)]
+    backward, forward = (columns + -columns % 16 for columns in (FEATURES, 4 * FEATURES))  # rows of whole vectors
+    assert sorted(shape for inside, shape in found if inside) == [(LANES, backward), (LANES, forward)]
     weights = {(INPUTS, 4 * FEATURES), (FEATURES, 4 * FEATURES)}
     assert {shape for inside, shape in found if not inside and len(shape) == 2} == weights
 
