@@ -150,8 +150,8 @@ def sides(shape: Shape, in_torch: Maker) -> dict[str, tuple[Maker, int]]:
 
 def chosen(shape: Shape) -> int:
     """Devices, as the launches choose them."""
-    lanes, _, _, units = shape
-    return sharding.lane_devices(lanes, units)
+    lanes, steps, _, units = shape
+    return sharding.lane_devices(lanes, steps, units)
 
 
 def measure(seconds: float) -> Section:
@@ -225,8 +225,8 @@ Ratios of medians, above 1 where `tb.lstm` is faster; it is the run, on as many 
 {ratios_table}
 
 What spreading the lanes over {jax.device_count()} devices brings, and how many `tb.sharding.lane_devices` chooses, as the launches do: on a
-CPU all of them from 64 to 384 units, with 8 lanes for each device or more, and else one. A wider layer's two copies of the
-weights no longer fit into the cache.
+CPU all of them from 64 to 512 units, with 8 lanes for each device or more and 2 (units / 128)³ steps a window or more, and
+else one. A wider layer's two copies of the weights no longer fit into the cache.
 
 {devices_table}{on_gpus}{could_not_run(failed)}"""
 

@@ -102,7 +102,7 @@ def main() -> None:
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(FLAGS.learning_rate, FLAGS.updates))
     )
-    mesh = launch.mesh(lanes=FLAGS.lanes, units=FLAGS.hidden)
+    mesh = launch.mesh(lanes=FLAGS.lanes, window=FLAGS.window, units=FLAGS.hidden)
     step = tb.train_step(sharding.over_lanes(tb.gradient(model, loss), mesh), optimiser)
     init_key, sample_key = jax.random.split(jax.random.key(FLAGS.seed))
 

@@ -237,7 +237,7 @@ def main() -> None:
     readout = nn.Dense(len(target_names))
     model = tb.lstm(FLAGS.hidden, layers=FLAGS.layers, readout=readout, implementation=implementation)
     influence = launch.influence(FLAGS.influence, count, "influence")
-    mesh = launch.mesh(lanes=FLAGS.lanes, units=FLAGS.hidden)
+    mesh = launch.mesh(lanes=FLAGS.lanes, window=FLAGS.window, units=FLAGS.hidden)
     estimate = sharding.over_lanes(tb.gradient(model, loss, influence=influence), mesh)
     rate = optax.cosine_decay_schedule(FLAGS.learning_rate, updates)
     step = tb.train_step(estimate, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)))

@@ -79,7 +79,7 @@ def prepare(devices: int | None = None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
+def mesh(*, runs: int = 1, lanes: int = 1, window: int = 1, units: int = 1) -> Mesh:
     """The devices that ``runs`` trainings side by side, or else ``lanes`` of an LSTM with ``units``, are worth spreading over.
 
     Several processes take all their devices, one those that :func:`tbptt_jax.sharding.lane_devices` says are faster.
@@ -90,7 +90,7 @@ def mesh(*, runs: int = 1, lanes: int = 1, units: int = 1) -> Mesh:
     devices = min(devices, _DEVICES.value or devices)
     if lanes == 1:
         return sharding.mesh(run=min(runs, devices))
-    return sharding.mesh(lane=sharding.lane_devices(lanes, units, devices))
+    return sharding.mesh(lane=sharding.lane_devices(lanes, window, units, devices))
 
 
 def workdir(path: str) -> pathlib.Path:

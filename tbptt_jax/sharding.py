@@ -1,6 +1,6 @@
 """Lanes over devices: each device reads its own lanes, and the devices speak once a window.
 
-    mesh = sharding.mesh(lane=sharding.lane_devices(lanes, units))
+    mesh = sharding.mesh(lane=sharding.lane_devices(lanes, window, units))
     step = tb.train_step(sharding.over_lanes(estimate, mesh), optimiser)
     state, metrics = tb.train_windows(step, state, sharding.place(windows, mesh))
 
@@ -49,16 +49,17 @@ def mesh(run: int = 1, lane: int = 1) -> Mesh:
     return jax.make_mesh((run, lane), (RUN, LANE), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices)
 
 
-def lane_devices(lanes: int, units: int, at_most: int | None = None) -> int:
+def lane_devices(lanes: int, window: int, units: int, at_most: int | None = None) -> int:
     """How many devices the lanes of an LSTM train faster over, for ``mesh(lane=...)``; 1 where the work is not worth splitting.
 
     A CPU's cores each read their own copy of the weights and meet at every window's end, while on one device they share
-    both. So lanes are spread over them only where the products are large enough to pay for the meeting, from 64 units and
-    with 8 lanes for each, and the copies small enough for the caches, up to 384 units
-    (``python -m benchmarks.speed --parts=window``). Accelerators have memories of their own, and all are used.
+    both. Measured (``python -m benchmarks.speed --parts=window``), lanes are faster spread over the cores where there is
+    enough to do between the meetings, from 64 units, with 8 lanes for each core, and windows of 2 (units / 128)³ steps, and
+    where the copies fit into the caches, up to 512 units. Accelerators have memories of their own, and all are used.
 
     Args:
       lanes: how many there are.
+      window: steps of a window.
       units: of the widest layer.
       at_most: devices to choose from. None: all.
 
@@ -67,7 +68,8 @@ def lane_devices(lanes: int, units: int, at_most: int | None = None) -> int:
     """
     devices = min(at_most or jax.device_count(), jax.device_count())
     devices = next(n for n in range(devices, 0, -1) if lanes % n == 0)
-    if jax.default_backend() == "cpu" and not (64 <= units <= 384 and lanes >= 8 * devices):
+    enough = lanes >= 8 * devices and window >= 2 * (units / 128) ** 3
+    if jax.default_backend() == "cpu" and not (64 <= units <= 512 and enough):
         return 1
     return devices
 

@@ -123,24 +123,25 @@ def test_a_mesh_larger_than_the_machine_is_refused():
 
 
 @pytest.mark.parametrize(
-    "lanes, units, at_most, devices",
+    "lanes, window, units, at_most, devices",
     [
-        (16, 64, None, 2),
-        (16, 384, 1000, 2),
-        (16, 384, 1, 1),
-        (17, 128, None, 1),
-        (14, 128, None, 1),  # too few lanes for each, too small products, too large copies
-        (16, 63, None, 1),
-        (16, 385, None, 1),
+        (16, 1, 64, None, 2),
+        (16, 128, 512, 1000, 2),
+        (16, 128, 512, 1, 1),
+        (17, 128, 128, None, 1),
+        (14, 128, 128, None, 1),  # too few lanes for each, too small products, too short windows, too large copies
+        (16, 128, 63, None, 1),
+        (16, 127, 512, None, 1),
+        (16, 1000, 513, None, 1),
     ],
 )
-def test_a_cpu_spreads_lanes_where_that_is_faster(lanes, units, at_most, devices):
-    assert sharding.lane_devices(lanes, units, at_most) == devices
+def test_a_cpu_spreads_lanes_where_that_is_faster(lanes, window, units, at_most, devices):
+    assert sharding.lane_devices(lanes, window, units, at_most) == devices
 
 
 def test_accelerators_are_all_used(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert [sharding.lane_devices(lanes, 1150) for lanes in (2, 3)] == [2, 1]
+    assert [sharding.lane_devices(lanes, 1, 1150) for lanes in (2, 3)] == [2, 1]
 
 
 def test_each_process_reads_as_many_lanes_as_the_others(monkeypatch):
