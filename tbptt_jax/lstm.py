@@ -9,7 +9,7 @@ What the window keeps for its backward pass is the gates, the cells and, as its 
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -324,15 +324,14 @@ def _scan_forward(
     dtype: Any, weights: Weights, carry: tuple, gates: jax.Array, resets: jax.Array | None, valid: jax.Array | None
 ) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
     dot = functools.partial(_dot, dtype)
-    recurrent = _whole_vectors(weights.recurrent if dtype is None else weights.recurrent.astype(dtype))
-    width = gates.shape[-1]
+    times_recurrent = _times(dtype, weights.recurrent, gates.shape[0])
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
         carry, gates, cells, hs = state
         before = c, h = _reset(carry, _at(resets, t))
         # The gates take the place of the products they come from: the largest array of the window exists once. All four
         # are one elementwise pass, and lanes lead as they do outside, so nothing is transposed.
-        activated = _gates(_at(gates, t) + (dot(h, recurrent)[:, :width] + weights.bias))
+        activated = _gates(_at(gates, t) + (times_recurrent(h) + weights.bias))
         i, f, g, o = jnp.split(activated, 4, -1)
         c = f * c + i * g
         h = o * jnp.tanh(c)
@@ -356,8 +355,7 @@ def _scan_backward(
     valid: jax.Array | None,
 ) -> tuple[tuple, jax.Array, jax.Array | None]:
     dot = functools.partial(_dot, dtype)
-    outputs = weights.recurrent.shape[0]
-    transposed = _whole_vectors(weights.recurrent.T if dtype is None else weights.recurrent.T.astype(dtype))
+    times_transposed = _times(dtype, weights.recurrent.T, d_hs.shape[0])
     down = None if weights.projection is None else weights.projection.T
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
@@ -371,7 +369,7 @@ def _scan_backward(
         d_c = d_c + d_output * _at(by_cell, t)
         of_gates = (d_c, d_c, d_c, d_output)
         d_activated = jnp.concatenate([_at(by, t) * d for by, d in zip(by_gate, of_gates, strict=True)], -1)
-        d_before = dot(d_activated, transposed)[:, :outputs]
+        d_before = times_transposed(d_activated)
         if valid is not None:
             d_before = where_lanes(_at(valid, t), d_before, d_h)
         (d_before,) = _reset((d_before,), _at(resets, t))
@@ -379,7 +377,7 @@ def _scan_backward(
 
     start = (
         d_carry,
-        jnp.zeros((*d_hs.shape[:2], transposed.shape[0]), by_cell.dtype),
+        jnp.zeros((*d_hs.shape[:2], weights.recurrent.shape[1]), by_cell.dtype),
         None if down is None else jnp.zeros_like(d_hs),
     )
     return lax.scan(step, start, jnp.arange(d_hs.shape[1]), reverse=True)[0]
@@ -413,9 +411,42 @@ def _dot(dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())), preferred_element_type=result)
 
 
-def _whole_vectors(w: jax.Array) -> jax.Array:
-    """``[k, n]`` with n filled up to whole vectors of 16: of rows of 1150 floats a product reads a sixth slower than of 1152."""
-    return jnp.pad(w, ((0, 0), (0, -w.shape[1] % 16)))
+def _times(dtype: Any, w: jax.Array, lanes: int) -> Callable[[jax.Array], jax.Array]:
+    """``x [lanes, k] -> x @ w``, for a loop: ``w [k, n]`` is laid out before it, as the products read it fastest.
+
+    The layouts and where they change places are measured on CPUs (``python -m benchmarks.speed --parts=window``).
+    """
+    on_cpu = jax.default_backend() == "cpu" and dtype is None and w.dtype == jnp.float32
+    return _times_tiles(w) if on_cpu and w.nbytes >= 16 << 20 and lanes <= 32 else _times_rows(dtype, w)
+
+
+def _times_rows(dtype: Any, w: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Rows filled up to whole vectors of 16: of rows of 1150 floats a product reads a sixth slower than of 1152."""
+    n = w.shape[1]
+    w = jnp.pad(w if dtype is None else w.astype(dtype), ((0, 0), (0, -n % 16)))
+    return lambda x: _dot(dtype, x, w)[:, :n]
+
+
+def _times_tiles(w: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Tiles of 64 columns, each in one piece of memory.
+
+    A CPU's product of few rows goes through ``w`` 64 columns at a time, from row to row: once ``w`` no longer fits into the
+    caches, each row of a wide ``w`` is a jump that no prefetch foresees, and a tile is a straight line. The tiles are a
+    batch whose every product has the same x; in quarters of k that are then summed, because XLA hands a sum over to the
+    library with the products and the repetition of x before it, and would else write x out again for every tile. Two
+    halves of the columns, so that two cores have as much to do.
+    """
+    k, n = w.shape
+    w = jnp.pad(w, ((0, -k % 4), (0, -n % 128)))
+    tiles = w.reshape(4, w.shape[0] // 4, 2, -1, 64).transpose(2, 3, 0, 1, 4)  # [half, tile, quarter, k / 4, 64]
+
+    def times(x: jax.Array) -> jax.Array:
+        quarters = jnp.pad(x, ((0, 0), (0, -k % 4))).reshape(len(x), 4, -1).swapaxes(0, 1)
+        repeated = jnp.broadcast_to(quarters, (*tiles.shape[:2], *quarters.shape))
+        product = lax.dot_general(repeated, tiles, (((4,), (3,)), ((0, 1, 2), (0, 1, 2)))).sum(2)
+        return product.transpose(2, 0, 1, 3).reshape(len(x), -1)[:, :n]
+
+    return times
 
 
 def _over_steps(dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
