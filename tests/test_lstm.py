@@ -11,7 +11,7 @@ import torch
 from streams import assert_close, loss, stream, summed_gradient
 
 import tbptt_jax as tb
-from tbptt_jax.lstm import from_flax, from_torch, to_flax, to_torch
+from tbptt_jax.lstm import Weights, from_flax, from_torch, to_flax, to_torch
 
 LANES, TIME, INPUTS, FEATURES = 3, 7, 4, 5
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5}
@@ -242,6 +242,24 @@ def test_only_the_recurrent_products_are_inside_the_scan():
     assert sorted(shape for inside, shape in found if inside) == [(LANES, backward), (LANES, forward)]
     weights = {(INPUTS, 4 * FEATURES), (FEATURES, 4 * FEATURES)}
     assert {shape for inside, shape in found if not inside and len(shape) == 2} == weights
+
+
+def test_wide_recurrent_weights_are_read_in_tiles():
+    units = 1025  # neither its columns nor its quarters come out even
+    shapes = Weights((INPUTS, 4 * units), (units, 4 * units), (4 * units,))
+    keys = Weights(*jax.random.split(jax.random.key(1), 3))
+    weights = jax.tree.map(lambda k, shape: 0.03 * jax.random.normal(k, shape, "float32"), keys, shapes)
+    fused, scan = (tb.lstm(units, implementation=kind) for kind in ("fused", "scan"))
+    params = {"cell": (weights,)}
+    args = params, fused.initial_carry(params, LANES), window(dtype="float32")
+    ours = jax.jit(lambda *a: pullback(fused.unroll, *a, resets=FLAGS["resets"]["resets"]))
+    close(ours(*args), pullback(scan.unroll, *args, resets=FLAGS["resets"]["resets"]), 2e-4)
+    inside = sorted(shape for inside, shape in products(jax.make_jaxpr(ours)(*args).jaxpr) if inside)
+    assert inside == [(2, tiles, 4, LANES, 64) for tiles in (9, 33)]
+    text = ours.lower(*args).compile().as_text()
+    if "ynn_fusion" in text:  # what the tiles are for: x is not written out again for every tile
+        repeated = rf"f32\[2,\d+,4,{LANES},({-(-units // 4)}|{units})\]"  # quarters of what each product is given
+        assert re.search(repeated, text) and not re.search(rf"= {repeated}\S* fusion\(", text)
 
 
 def test_resets_and_padding_cost_nothing_when_none():
