@@ -175,7 +175,8 @@ def measure(seconds: float) -> Section:
 
     def ratio(name: str, shape: Shape) -> float:
         times = results[shape].times
-        ours = times[OURS[chosen(shape) == jax.device_count() > 1]]
+        spread = 1 < chosen(shape) == jax.device_count()  # a side has the lanes over all devices, or on one
+        ours = times[OURS[spread]]
         return float(np.median(times[name]) / np.median(ours)) if name in times else np.nan
 
     ratios = {name: [ratio(name, shape) for shape in SHAPES] for name in names if name not in OURS}

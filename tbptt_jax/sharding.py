@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from tbptt_jax.gradient import Estimate, Metrics, StreamState
 from tbptt_jax.influence.influence import LANE, WindowVJP
-from tbptt_jax.window import Window, time_shape
+from tbptt_jax.window import Window, check_whole, time_shape
 
 PyTree = Any
 RUN = "run"
@@ -65,8 +65,14 @@ def lane_devices(lanes: int, window: int, units: int, at_most: int | None = None
 
     Returns:
       A number of devices that divides the lanes.
+
+    Raises:
+      ValueError: if one of these is not a whole number of at least 1.
     """
-    devices = min(at_most or jax.device_count(), jax.device_count())
+    at_most = jax.device_count() if at_most is None else at_most
+    for name, value in {"lanes": lanes, "window": window, "units": units, "at_most": at_most}.items():
+        check_whole(name, value)
+    devices = min(at_most, jax.device_count())
     devices = next(n for n in range(devices, 0, -1) if lanes % n == 0)
     enough = lanes >= 8 * devices and window >= 2 * (units / 128) ** 3
     if jax.default_backend() == "cpu" and not (64 <= units <= 512 and enough):

@@ -139,6 +139,12 @@ def test_a_cpu_spreads_lanes_where_that_is_faster(lanes, window, units, at_most,
     assert sharding.lane_devices(lanes, window, units, at_most) == devices
 
 
+@pytest.mark.parametrize(("sizes", "message"), [((0, 9, 128), "`lanes` is 0"), ((16, 9, 128, 0), "`at_most` is 0")])
+def test_lane_devices_wants_whole_numbers(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.lane_devices(*sizes)
+
+
 def test_accelerators_are_all_used(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert [sharding.lane_devices(lanes, 1, 1150) for lanes in (2, 3)] == [2, 1]
