@@ -15,7 +15,7 @@ from tbptt_jax.recurrence import Segment
 
 LENGTHS = (10**3, 10**4, 10**5, 10**6)
 LANES, WINDOW, HIDDEN, VOCABULARY = 32, 50, 128, 96
-STREAM_LANES, STREAM_HIDDEN = 4, 16  # small, for a million steps
+STREAM_LANES, STREAM_HIDDEN = 4, 64  # small, for a million steps
 WIDTHS, BATCHES = (16, 32, 64, 128, 256, 512, 1024), (1, 4, 16, 64, 256)
 
 

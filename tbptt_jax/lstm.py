@@ -309,7 +309,7 @@ def _backward(loops: Loops, dtype: Any, residuals: tuple, cotangents: tuple) -> 
         kept = where_lanes(valid, kept, jnp.ones_like(kept))
     (kept,) = _reset((kept,), resets)
 
-    d_carry, d_gates, d_outputs = loops.backward(dtype, weights, after, d_hs, by_gate, by_cell, kept, resets, valid)
+    d_carry, d_gates, d_outputs = loops.backward(dtype, weights, after, d_hs, gates, by_gate, by_cell, kept, resets, valid)
     d_projection = None if d_outputs is None else _over_steps(dtype, o * squashed, d_outputs)
     d_weights = Weights(
         _over_steps(dtype, x, d_gates), _over_steps(dtype, h_before, d_gates), d_gates.sum((0, 1)), d_projection
@@ -348,6 +348,7 @@ def _scan_backward(
     weights: Weights,
     d_carry: tuple,
     d_hs: jax.Array,
+    gates: jax.Array,
     by_gate: tuple,
     by_cell: jax.Array,
     kept: jax.Array,
@@ -375,11 +376,8 @@ def _scan_backward(
         (d_before,) = _reset((d_before,), _at(resets, t))
         return ((d_c * _at(kept, t), d_before), _put(d_gates, d_activated, t), d_outputs), None
 
-    start = (
-        d_carry,
-        jnp.zeros((*d_hs.shape[:2], weights.recurrent.shape[1]), by_cell.dtype),
-        None if down is None else jnp.zeros_like(d_hs),
-    )
+    # The cotangents of the gates take the place of the gates, whose derivatives are all there is left to know of them.
+    start = d_carry, gates, None if down is None else jnp.zeros_like(d_hs)
     return lax.scan(step, start, jnp.arange(d_hs.shape[1]), reverse=True)[0]
 
 
@@ -439,7 +437,8 @@ def _times_tiles(w: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """
     k, n = w.shape
     w = jnp.pad(w, ((0, -k % 4), (0, -n % 128)))
-    tiles = w.reshape(4, w.shape[0] // 4, 2, -1, 64).transpose(2, 3, 0, 1, 4)  # [half, tile, quarter, k / 4, 64]
+    # In this order one pass over w does it: [half, tile, quarter, k / 4, 64].
+    tiles = w.reshape(len(w), -1, 64).swapaxes(0, 1).reshape(2, -1, 4, len(w) // 4, 64)
 
     def times(x: jax.Array) -> jax.Array:
         quarters = jnp.pad(x, ((0, 0), (0, -k % 4))).reshape(len(x), 4, -1).swapaxes(0, 1)

@@ -26,8 +26,9 @@ class Loops(NamedTuple):
       forward: ``(dtype, weights, carry, gates, resets, valid) -> (carry, gates, cells, hs)``. The gates given are the
         products with the inputs; those returned are activated, ``[lanes, time, 4 * features]``; cells and hs are the carry
         after each step, ``[lanes, time, features]`` and ``[lanes, time, outputs]``.
-      backward: ``(dtype, weights, d_carry, d_hs, by_gate, by_cell, kept, resets, valid) -> (d_carry, d_gates, d_outputs)``,
-        linear in d_carry and d_hs. by_gate, one for each gate, and by_cell, each ``[lanes, time, features]``, are the
+      backward: ``(dtype, weights, d_carry, d_hs, gates, by_gate, by_cell, kept, resets, valid) ->
+        (d_carry, d_gates, d_outputs)``, linear in d_carry and d_hs. gates are the activated ones, not to be read: d_gates
+        may be written over them. by_gate, one for each gate, and by_cell, each ``[lanes, time, features]``, are the
         cell's derivatives, 0 where the step is padding; kept, ``[lanes, time, features]``, is how much of the cell
         before a step is in the one after it. d_outputs, what reaches the projection, is None without one.
     """
@@ -114,12 +115,14 @@ def _backward(
     weights: Any,
     d_carry: tuple,
     d_hs: jax.Array,
+    gates: jax.Array,
     by_gate: tuple,
     by_cell: jax.Array,
     kept: jax.Array,
     resets: jax.Array | None,
     valid: jax.Array | None,
 ) -> tuple[tuple, jax.Array, None]:
+    del gates  # a kernel's outputs are never filled before it
     lanes, time, features = by_cell.shape
 
     def kernel(

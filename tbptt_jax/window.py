@@ -107,12 +107,14 @@ def check(window: Window, axes: tuple[str, ...] = _LANES) -> None:
             raise ValueError(f"`{field}` has dtype {flags.dtype}; it needs bool: True or False for each lane and step.")
     if not all(map(_on_host, jax.tree.leaves(window))):
         return
-    valid = np.ones(shape, bool) if window.valid is None else np.asarray(window.valid)
+    valid = True if window.valid is None else np.asarray(window.valid)
     scored = valid if window.weights is None else valid & (np.asarray(window.weights) != 0)
     for field, matters in (("weights", valid), ("inputs", valid), ("targets", scored)):
         for leaf in jax.tree.leaves(getattr(window, field)):
             if jnp.issubdtype(leaf.dtype, jnp.inexact):
                 finite = np.isfinite(np.asarray(leaf, np.float64 if leaf.dtype == jnp.bfloat16 else None))
+                if finite.all():  # nearly always, and a tenth of the time of finding where
+                    continue
                 bad = np.argwhere(~finite.reshape(*shape, -1).all(-1) & matters)
                 if len(bad):
                     where = ", ".join(f"{name} {i}" for name, i in zip(axes, bad[0], strict=True))
