@@ -309,7 +309,9 @@ def _backward(loops: Loops, dtype: Any, residuals: tuple, cotangents: tuple) -> 
         kept = where_lanes(valid, kept, jnp.ones_like(kept))
     (kept,) = _reset((kept,), resets)
 
-    d_carry, d_gates, d_outputs = loops.backward(dtype, weights, after, d_hs, gates, by_gate, by_cell, kept, resets, valid)
+    d_carry, d_gates, d_outputs = loops.backward(
+        dtype, weights, after, d_hs, gates, by_gate, by_cell, kept, resets, valid
+    )
     d_projection = None if d_outputs is None else _over_steps(dtype, o * squashed, d_outputs)
     d_weights = Weights(
         _over_steps(dtype, x, d_gates), _over_steps(dtype, h_before, d_gates), d_gates.sum((0, 1)), d_projection
