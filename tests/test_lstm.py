@@ -260,6 +260,8 @@ def test_wide_recurrent_weights_are_read_in_tiles():
     if "ynn_fusion" in text:  # what the tiles are for: x is not written out again for every tile
         repeated = rf"f32\[2,\d+,4,{LANES},({-(-units // 4)}|{units})\]"  # quarters of what each product is given
         assert re.search(repeated, text) and not re.search(rf"= {repeated}\S* fusion\(", text)
+        entry = text[text.index("ENTRY") :]  # one pass lays the tiles out, forward and backward
+        assert len(re.findall(r"= f32\[2,\d+,4,\d+,64\]\S* (?:fusion|copy|transpose)\(", entry)) == 2
 
 
 def test_resets_and_padding_cost_nothing_when_none():
@@ -280,6 +282,8 @@ def test_compiled_window_copies_no_buffer_of_the_window_in_its_loops():
     entry = text[text.index("ENTRY") :]
     assert bodies and not any(re.search(whole, body) for body in bodies if not body.strip().startswith("ENTRY"))
     assert "while" in entry
+    # nor is a place for the gates' cotangents made: they take that of the gates
+    assert not re.search(rf"= f32\[{LANES},{TIME},{4 * FEATURES}\]\S* (?:broadcast|fusion\(\S*constant)", entry)
 
 
 @pytest.mark.parametrize(
