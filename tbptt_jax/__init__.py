@@ -8,6 +8,8 @@ from tbptt_jax.window import lanes as lanes
 from tbptt_jax.pack import pack as pack
 from tbptt_jax.window import split as split
 from tbptt_jax.window import slide as slide
+from tbptt_jax.window import overlap as overlap
+from tbptt_jax.window import burn_in as burn_in
 from tbptt_jax.window import stateless as stateless
 from tbptt_jax import streams as streams
 from tbptt_jax.recurrence import Recurrence as Recurrence

@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
+import torch
 from flax import nnx
 from streams import FEATURES, loss, lstm, params_of
 
@@ -139,6 +141,39 @@ MISTAKES = {
         "`step` was given the carry .* the same tree",
     ),
     "lists": (lambda: tb.split(tb.Window([[1.0]]), 1), "`inputs` holds 1.0, a Python float; give arrays"),
+    "a mask that would be lost": (
+        lambda: tb.sequences(np.ma.masked_array(X, X > 0)),
+        r"`inputs` is a masked array.*`x.filled\(0\)`.*`valid`.*`weights`",
+    ),
+    "a torch tensor": (
+        lambda: tb.lanes(torch.zeros(40, 1), lanes=3),
+        "`inputs` holds tensor.*, of torch, a Tensor; give arrays of numbers, as `np.asarray` makes",
+    ),
+    "a table of pandas": (
+        lambda: tb.pack(pd.DataFrame(X[0]), lengths=[10], lanes=1),
+        "of pandas, a DataFrame; .*np.asarray",
+    ),
+    "a column of pandas": (
+        lambda: tb.lanes(np.zeros(9), pd.Series(np.zeros(9)), lanes=1),
+        "`targets` holds .*of pandas, a Series",
+    ),
+    "dates": (
+        lambda: tb.lanes(np.arange("2020-01", "2020-02", dtype="datetime64[D]"), lanes=3),
+        "dtype datetime64.*np.asarray",
+    ),
+    "letters": (lambda: tb.sequences(np.array([list("hello")])), "`inputs` has dtype <U1.*numbers that stand for them"),
+    "objects": (lambda: tb.streams.windows(np.array([1, "a"], object), lanes=1, length=1, per_call=1), "dtype object"),
+    "inputs without time beside masks": (
+        lambda: begin(tb.Window(np.zeros(4), X, resets=ONES > 0)),
+        r"`inputs` has shape \[4\]; it needs the axes \[lanes, time",
+    ),
+    "complex weights": (lambda: begin(tb.Window(X, X, ONES + 0j)), "`weights` has dtype complex128; it needs real"),
+    "burn-in of the whole window": (lambda: tb.burn_in(tb.Window(X), 10), "`steps` is 10.*from 0 to 9"),
+    "burn-in of all that overlaps": (lambda: tb.overlap(tb.Window(X), 5, 5), "`burn_in` is 5.*from 0 to 4"),
+    "padding dropped under jit": (
+        lambda: jax.jit(lambda v: tb.split(tb.Window(X, valid=v), 5, drop_padding=True))(ONES > 0),
+        "`drop_padding` needs `valid` in the host's memory",
+    ),
     "half a step": (lambda: tb.split(tb.Window(X), 2.5), "`length` is 2.5; it needs to be a whole number"),
     "stacked windows for one": (
         lambda: begin(tb.split(tb.Window(X, X), 5)),
