@@ -27,6 +27,7 @@ from tbptt_jax.gradient import Metrics as Metrics
 from tbptt_jax.gradient import gradient as gradient
 from tbptt_jax.training import train_step as train_step
 from tbptt_jax.training import train_windows as train_windows
+from tbptt_jax.training import mean_loss as mean_loss
 from tbptt_jax.training import evaluate as evaluate
 from tbptt_jax.training import skip_not_finite as skip_not_finite
 from tbptt_jax.training import carry_health as carry_health

@@ -63,6 +63,10 @@ def is_scored(window: Window) -> jax.Array:
     return functools.reduce(jnp.logical_or, (w > 0 for w in jax.tree.leaves(step_weights(window))))
 
 
+def same_tree(one: PyTree, other: PyTree) -> bool:
+    return bool(jax.tree.structure(one) == jax.tree.structure(other))  # type: ignore[operator]
+
+
 def at_least_float32(dtype: Any) -> Any:
     """The dtype in which numbers of this one are added up: sums of half precision overflow, or stand still."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -161,7 +165,7 @@ def check(window: Window, axes: tuple[str, ...] = _LANES) -> None:
     valid = True if window.valid is None else np.asarray(window.valid)
     weights = [np.asarray(w) != 0 for w in jax.tree.leaves(window.weights)]
     scored = valid & functools.reduce(np.logical_or, weights) if weights else valid
-    own: bool = jax.tree.structure(window.targets) == jax.tree.structure(window.weights)  # type: ignore[operator]  # each target has weights of its own
+    own = same_tree(window.targets, window.weights)  # each target has weights of its own
     for field, matters in (("weights", valid), ("inputs", valid), ("targets", scored)):
         for i, leaf in enumerate(jax.tree.leaves(getattr(window, field))):
             if field == "targets" and own:
