@@ -14,11 +14,12 @@ from jax import lax
 
 from tbptt_jax.influence import Influence, Linearisation, truncate
 from tbptt_jax.influence.influence import WindowVJP, window_vjp
-from tbptt_jax.recurrence import Recurrence, check_carry, unroll_window
+from tbptt_jax.recurrence import Recurrence, check_carry, some_numbers, unroll_window
 from tbptt_jax.window import (
     Window,
     at_least_float32,
     check,
+    is_leaf,
     is_scored,
     same_tree,
     step_weights,
@@ -67,6 +68,7 @@ class Estimate(NamedTuple):
       update: ``(params, stream_state, window) -> (grads, stream_state, metrics)``; grads have the tree of params.
       model: the recurrence it differentiates.
       loss: the loss of its steps.
+      influence: what it knows of the past.
       normaliser: what the sum of weighted losses is divided by; None: the window's own total weight.
     """
 
@@ -74,6 +76,7 @@ class Estimate(NamedTuple):
     update: Callable[[PyTree, StreamState, Window], tuple[PyTree, StreamState, Metrics]]
     model: Recurrence
     loss: Loss
+    influence: Influence
     normaliser: float | None = None
 
 
@@ -119,7 +122,7 @@ def gradient(
             raise ValueError(f"`initial_carry` made {shapes}; every array of it needs to be [{lanes} lanes, ...].")
         fresh = jnp.ones(lanes, bool)
         vjp = jax.eval_shape(through, params, carry, fresh, window)[1]
-        return StreamState(carry, influence.init(params, _moving(carry), vjp), key, fresh)
+        return StreamState(carry, influence.init(as_real(params), _moving(carry), vjp), key, fresh)
 
     def update(params: PyTree, stream: StreamState, window: Window) -> tuple[PyTree, StreamState, Metrics]:
         check(window)
@@ -128,8 +131,11 @@ def gradient(
         if past is not None:
             grads = _add(grads, past)
         key, draw = jax.random.split(stream.key)
-        linearisation = Linearisation(vjp, functools.partial(lane_vjp, params, stream.carry, stream.fresh, window))
+        linearisation = Linearisation(vjp, functools.partial(lane_vjp, params, stream.carry, stream.fresh, window, vjp))
         state = influence.push(stream.influence, linearisation, draw)
+        grads = jax.tree.map(
+            lambda g: g.conj() if jnp.iscomplexobj(g) else g, of_real(grads, params)
+        )  # as jax.grad has it
         return grads, StreamState(carry, state, key, jnp.zeros_like(stream.fresh)), metrics
 
     @jax.jit  # one trace for `init` and `update`, wherever they are called, so that they agree on the residuals
@@ -138,9 +144,10 @@ def gradient(
     ) -> tuple[tuple, WindowVJP, PyTree, Metrics]:
         """Forward once, and back from the loss: the gradient inside, the way back from the carry, the new carry."""
 
-        def forward(params: PyTree, moving: PyTree) -> tuple[tuple, tuple]:
-            start = _begun(model, params, _still(carry, moving), fresh)
-            end, outputs = unroll_window(model, params, start, window)
+        def forward(numbers: PyTree, moving: PyTree) -> tuple[tuple, tuple]:
+            own = of_real(numbers, params)
+            start = _begun(model, own, of_real(moving, carry), fresh)
+            end, outputs = unroll_window(model, own, start, window)
             losses = step_losses(loss, outputs, window)
             for leaf in jax.tree.leaves(losses):
                 if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -151,29 +158,36 @@ def gradient(
             metrics = weighted_mean(losses, window)
             return (objective(metrics, normaliser), _moving(end)), (end, metrics)
 
-        (total, moving), vjp, (end, metrics) = jax.vjp(forward, params, _moving(carry), has_aux=True)
+        (total, moving), vjp, (end, metrics) = jax.vjp(forward, as_real(params), _moving(carry), has_aux=True)
         no_loss = np.zeros((), total.dtype)
         from_carry = jax.tree_util.Partial(lambda vjp, cotangent: vjp((no_loss, cotangent)), vjp)
         inside = vjp((jnp.ones_like(total), jax.tree.map(jnp.zeros_like, moving)))
         return inside, window_vjp(from_carry, (model, loss, normaliser)), end, metrics
 
     def lane_vjp(
-        params: PyTree, carry: PyTree, fresh: jax.Array, window: Window, carry_cotangent: PyTree
+        params: PyTree, carry: PyTree, fresh: jax.Array, window: Window, vjp: WindowVJP, carry_cotangent: PyTree
     ) -> tuple[PyTree, PyTree]:
         """The way back from the carry, with parameters of its own for each lane."""
         lanes, _ = time_shape(window)
+        if not lanes_read_alone(model, params, window):
+            # The whole window once more for each lane: its draws are those that were made.
+            zeros = jax.tree.map(jnp.zeros_like, carry_cotangent)
+            each = jax.vmap(lambda lane: vjp(where_lanes(lane == jnp.arange(lanes), carry_cotangent, zeros)))
+            of_params, of_carry = each(jnp.arange(lanes))
+            return of_params, jax.tree.map(lambda h: h.sum(0), of_carry)
 
-        def one_lane(params: PyTree, moving: PyTree, *rest: PyTree) -> PyTree:
+        def one_lane(numbers: PyTree, moving: PyTree, *rest: PyTree) -> PyTree:
             moving, carry, fresh, window = jax.tree.map(lambda x: x[None], (moving, *rest))
-            start = _begun(model, params, _still(carry, moving), fresh)
-            end, _ = unroll_window(model, params, start, window)
+            own = of_real(numbers, params)
+            start = _begun(model, own, of_real(moving, carry), fresh)
+            end, _ = unroll_window(model, own, start, window)
             return jax.tree.map(lambda h: h[0], _moving(end))
 
-        each = jax.tree.map(lambda p: jnp.broadcast_to(p, (lanes, *p.shape)), params)
-        _, vjp = jax.vjp(lambda p, h: jax.vmap(one_lane)(p, h, carry, fresh, window), each, _moving(carry))
-        return vjp(carry_cotangent)
+        copies = jax.tree.map(lambda p: jnp.broadcast_to(p, (lanes, *p.shape)), as_real(params))
+        _, back = jax.vjp(lambda p, h: jax.vmap(one_lane)(p, h, carry, fresh, window), copies, _moving(carry))
+        return back(carry_cotangent)
 
-    return Estimate(init, update, model, loss, normaliser)
+    return Estimate(init, update, model, loss, influence, normaliser)
 
 
 def objective(metrics: Metrics, normaliser: float | None) -> jax.Array:
@@ -208,14 +222,73 @@ def _begun(model: Recurrence, params: PyTree, carry: PyTree, fresh: jax.Array) -
     return where_lanes(same, start, carry)
 
 
+def as_real(tree: PyTree) -> PyTree:
+    """Complex leaves ``[...]`` as pairs of real numbers, ``[..., 2]``: what influences see and add up."""
+    return jax.tree.map(lambda x: jnp.stack([x.real, x.imag], -1) if jnp.iscomplexobj(x) else x, tree)
+
+
+def of_real(numbers: PyTree, like: PyTree) -> PyTree:
+    """A tree from its real view; where that is None, the leaf of ``like``."""
+
+    def leaf(n: jax.Array | None, x: jax.Array) -> jax.Array:
+        if n is None:
+            return x
+        return lax.complex(n[..., 0], n[..., 1]) if jnp.iscomplexobj(x) else n
+
+    return jax.tree.map(leaf, numbers, like, is_leaf=lambda x: x is None)
+
+
 def _moving(carry: PyTree) -> PyTree:
-    """The leaves that can be differentiated; a step counter cannot, and is None."""
-    return jax.tree.map(lambda h: h if jnp.issubdtype(h.dtype, jnp.inexact) else None, carry)
+    """The leaves that can be differentiated, as real numbers; a step counter cannot, and is None."""
+    return as_real(jax.tree.map(lambda h: h if jnp.issubdtype(h.dtype, jnp.inexact) else None, carry))
 
 
-def _still(carry: PyTree, moving: PyTree) -> PyTree:
-    """``carry`` with its moving leaves replaced."""
-    return jax.tree.map(lambda m, h: h if m is None else m, moving, carry, is_leaf=lambda x: x is None)
+def lanes_read_alone(model: Recurrence, params: PyTree, window: Window) -> bool:
+    """Whether a lane that is read alone goes the way it goes beside others; found out on a few numbers.
+
+    Not so where a model makes one draw for all lanes, or where a lane's initial carry depends on its number.
+
+    Raises:
+      ValueError: if what a lane does depends on what another reads.
+    """
+    leaves, tree = jax.tree.flatten((params, window.inputs))
+    return _read_alone(model, tree, tuple((jnp.shape(x), x.dtype) for x in leaves))
+
+
+@functools.lru_cache(maxsize=256)
+def _read_alone(model: Recurrence, tree: Any, shapes: tuple) -> bool:
+    rng = np.random.default_rng(0)
+    params, inputs = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    resets = np.array([[False, False, False], [False, True, False]])
+
+    @jax.jit
+    def end(params: PyTree, carry: PyTree, inputs: PyTree, resets: jax.Array) -> PyTree:
+        return _moving(model.unroll(params, carry, inputs, resets, None)[0])
+
+    def same(one: PyTree, other: PyTree) -> bool:
+        pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        return all(np.allclose(a[-1].astype(float), b[-1].astype(float), 1e-3, 1e-5, equal_nan=True) for a, b in pairs)
+
+    with jax.ensure_compile_time_eval():
+        some = functools.partial(jax.tree.map, lambda x: some_numbers(rng, x.shape, x.dtype))
+        params = some(params)
+        first, others = (
+            some(jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, 3, *x.shape[2:]), x.dtype), inputs)) for _ in "ab"
+        )
+        start = model.initial_carry(params, 2)
+        carry = of_real(
+            jax.tree.map(lambda h: h + rng.uniform(-0.5, 0.5, h.shape).astype(h.dtype), _moving(start)), start
+        )
+        another = of_real(jax.tree.map(lambda h: h.at[0].add(1), _moving(carry)), start)
+        beside = jax.tree.map(lambda x, y: jnp.concatenate([y[:1], x[1:]]), first, others)
+        last = functools.partial(jax.tree.map, lambda x: x[1:])
+        whole = end(params, carry, first, resets)
+        if not same(whole, end(params, another, beside, resets)):
+            raise ValueError(
+                "What a lane carries changes with what another lane reads, as where a model takes a mean over its lanes. This "
+                "influence needs what each lane knows by itself: use `truncate()` or `replay(m)`, or keep the lanes apart."
+            )
+        return same(whole, end(params, last(carry), last(first), resets[1:]))
 
 
 def _add(grads: PyTree, past: PyTree) -> PyTree:
@@ -259,7 +332,7 @@ def step_losses(loss: Loss, outputs: PyTree, window: Window) -> PyTree:
             )
     if not jax.tree.leaves(losses):
         raise ValueError("The loss is a tree without an array; it needs one number for each lane and step.")
-    if not (window.weights is None or _is_leaf(window.weights) or same_tree(window.weights, losses)):
+    if not (window.weights is None or is_leaf(window.weights) or same_tree(window.weights, losses)):
         raise ValueError(
             f"`weights` is the tree {jax.tree.structure(window.weights)}, and the loss {jax.tree.structure(losses)}: give "
             "weights in the shape of the loss, or one array for all of it."
@@ -269,11 +342,7 @@ def step_losses(loss: Loss, outputs: PyTree, window: Window) -> PyTree:
 
 def of_each(weight: PyTree, losses: PyTree) -> PyTree:
     """The weights of each loss, in the tree of the losses."""
-    return jax.tree.map(lambda _: weight, losses) if _is_leaf(weight) else weight
-
-
-def _is_leaf(tree: PyTree) -> bool:
-    return jax.tree_util.treedef_is_leaf(jax.tree.structure(tree))
+    return jax.tree.map(lambda _: weight, losses) if is_leaf(weight) else weight
 
 
 def weighted_mean(losses: PyTree, window: Window) -> Metrics:

@@ -173,25 +173,15 @@ def check_step_by_step(name: str, module: Callable[[PyTree, PyTree], PyTree], pa
     )
     rng = np.random.default_rng(0)
 
-    def some(shape: tuple, dtype: Any) -> Any:
-        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-            return jnp.zeros(shape, dtype)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            return rng.integers(0, 2, shape).astype(dtype)
-        numbers = rng.uniform(-1, 1, shape)
-        return (
-            numbers + 1j * rng.uniform(-1, 1, shape) if jnp.issubdtype(dtype, jnp.complexfloating) else numbers
-        ).astype(dtype)
-
     def read(params: PyTree, x: PyTree, steps: int) -> tuple[PyTree, PyTree]:
-        of_one_lane = jax.tree.map(lambda leaf: some((1, steps, *leaf.shape[2:]), leaf.dtype), x)
+        of_one_lane = jax.tree.map(lambda leaf: some_numbers(rng, (1, steps, *leaf.shape[2:]), leaf.dtype), x)
         of_one_step = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), of_one_lane)
         return module(params, of_one_lane), jax.tree.map(lambda y: y.swapaxes(0, 1), module(params, of_one_step))
 
     size = max(1, sum(math.prod(leaf.shape[2:]) for leaf in jax.tree.leaves(x)))
     many = max(8, min(max(time, 256), 200_000 // size))  # a look far back is seen in long windows only
     with jax.ensure_compile_time_eval():
-        params_now = jax.tree.map(lambda leaf: some(leaf.shape, leaf.dtype), params)
+        params_now = jax.tree.map(lambda leaf: some_numbers(rng, leaf.shape, leaf.dtype), params)
         try:
             try:
                 whole, by_step = read(params_now, x, many)
@@ -214,6 +204,18 @@ def check_step_by_step(name: str, module: Callable[[PyTree, PyTree], PyTree], pa
                 f"alone, so a result would depend on where the stream is cut. {remedy}"
             )
     return jax.eval_shape(module, params, x)
+
+
+def some_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Numbers to find out by what a model does: from -1 to 1, complex too; 0 and 1 of whole ones; keys all alike."""
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jnp.zeros(shape, dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return rng.integers(0, 2, shape).astype(dtype)
+    numbers = rng.uniform(-1, 1, shape)
+    return (numbers + 1j * rng.uniform(-1, 1, shape) if jnp.issubdtype(dtype, jnp.complexfloating) else numbers).astype(
+        dtype
+    )
 
 
 def from_linen(

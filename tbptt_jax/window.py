@@ -67,6 +67,10 @@ def same_tree(one: PyTree, other: PyTree) -> bool:
     return bool(jax.tree.structure(one) == jax.tree.structure(other))  # type: ignore[operator]
 
 
+def is_leaf(tree: PyTree) -> bool:
+    return jax.tree_util.treedef_is_leaf(jax.tree.structure(tree))
+
+
 def at_least_float32(dtype: Any) -> Any:
     """The dtype in which numbers of this one are added up: sums of half precision overflow, or stand still."""
     return jnp.promote_types(dtype, jnp.float32)
