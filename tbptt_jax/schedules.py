@@ -3,7 +3,7 @@
     lengths = schedules.polynomial_tail(base=20)(key, time)        where to cut
     windows = schedules.cut(sequences, lengths)                    a list: the lengths differ
 
-Each cut window is padded to one of few lengths, so that a jitted update compiles few times.
+Each cut window is padded to one of few lengths, the same in every epoch, so that a jitted update compiles few times.
 """
 
 import math
@@ -24,10 +24,13 @@ class Cuts(NamedTuple):
     """Attributes:
     lengths: ``[windows]`` int, in order; they add up to the stream.
     edges: ``[time]`` float, the weight of the backward edge into each step, or None: all 1.
+    unit: what padded lengths are multiples of, in steps. It belongs to the law that lengths are drawn from, and not to the
+      draw, so that every epoch has windows of the same few lengths. None: 8.
     """
 
     lengths: np.ndarray
     edges: np.ndarray | None = None
+    unit: int | None = None
 
 
 Schedule = Callable[[jax.Array, int], Cuts]
@@ -52,7 +55,7 @@ def fixed(length: int) -> Schedule:
 
     def draw(key: jax.Array, time: int) -> Cuts:
         del key
-        return Cuts(_fill(np.full(-(-time // length), length), time))
+        return Cuts(_fill(np.full(-(-time // length), length), time), unit=length)
 
     return draw
 
@@ -84,7 +87,9 @@ def random_length(base: int, *, short: float = 0.05, deviation: float = 5.0, lea
         rng = _host_rng(key)
         most = -(-time // least)
         middle = np.where(rng.random(most) < short, base / 2, base)
-        return Cuts(_fill(np.maximum(least, rng.normal(middle, deviation).astype(int)), time))
+        # Half a unit is lost on each window: less than the law's own spread, and a tenth of the usual mean.
+        unit = max(1, round(min(1.6 * deviation, base / 4)))
+        return Cuts(_fill(np.maximum(least, rng.normal(middle, deviation).astype(int)), time), unit=unit)
 
     return draw
 
@@ -104,7 +109,7 @@ def constant_tail(base: float) -> Schedule:
     Reference: Tallec & Ollivier 2017, *Unbiasing truncated backpropagation through time*, section 4.
     """
     _at_least("base", base, 1)
-    return _artbp(lambda steps: np.full(steps.shape, 1 / base))
+    return _artbp(base, lambda steps: np.full(steps.shape, 1 / base))
 
 
 def polynomial_tail(base: float, alpha: float = 4.0) -> Schedule:
@@ -125,7 +130,7 @@ def polynomial_tail(base: float, alpha: float = 4.0) -> Schedule:
     _at_least("base", base, 1)
     if not alpha > 2:
         raise ValueError(f"`alpha` is {alpha}; the mean window is finite only above 2.")
-    return _artbp(lambda steps: (alpha - 1) / ((alpha - 2) * base + steps))
+    return _artbp(base, lambda steps: (alpha - 1) / ((alpha - 2) * base + steps))
 
 
 def edge_weights(lengths: np.ndarray, cut_probability: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -145,12 +150,14 @@ def cut(window: Window, cuts: Cuts, *, unit: int | None = None) -> list[Window]:
     Args:
       window: ``[lanes, time, ...]``.
       cuts: from a schedule, for the same time.
-      unit: windows are padded to ``unit``, 2·unit, 4·unit, … steps; default a quarter of the mean length. What runs
-        over them compiles once for each of these lengths that occurs: :func:`compilations` of them.
+      unit: windows are padded to multiples of so many steps; from 16 units on to four lengths in each doubling. None: the
+        schedule's own. What runs over them compiles once for each of these lengths that occurs: :func:`compilations` of
+        them.
 
     Returns:
       Consecutive windows ``[lanes, padded length, ...]``, with resets and ``valid`` in all of them, and with ``edges``
-      where the cuts or the window have them.
+      where the cuts or the window have them. Resets are those of the window; rows of one without any begin at their first
+      step.
 
     Raises:
       ValueError: if the window's shapes, data or weights are not as :class:`tbptt_jax.Window` describes, no step is scored,
@@ -164,7 +171,7 @@ def cut(window: Window, cuts: Cuts, *, unit: int | None = None) -> list[Window]:
     lengths = np.asarray(cuts.lengths)
     if (lengths < 1).any() or lengths.sum() != time:
         raise ValueError(f"The lengths need to be at least 1 and add up to the stream's {time} steps; got {lengths}.")
-    unit = max(1, round(lengths.mean() / 4)) if unit is None else unit
+    unit = (cuts.unit or 8) if unit is None else unit
     check_whole("unit", unit)
     whole = jax.tree.map(lambda x: x[0], split(window, time))
     valid = np.ones((lanes, time), bool) if whole.valid is None else whole.valid
@@ -174,10 +181,10 @@ def cut(window: Window, cuts: Cuts, *, unit: int | None = None) -> list[Window]:
     whole = whole._replace(valid=valid)
     windows = []
     for end, length in zip(np.cumsum(lengths), lengths, strict=True):
-        padded = unit * 2 ** max(0, math.ceil(math.log2(length / unit)))
+        step = unit * 2 ** max(0, math.floor(math.log2(length / unit)) - 3) if length >= 16 * unit else unit
         part = jax.tree.map(lambda x, end=end, length=length: x[:, end - length : end], whole)
-        edges = None if part.edges is None else pad(part.edges, 1, int(padded - length), 1)
-        part = jax.tree.map(lambda x, more=int(padded - length): pad(x, 1, more), part)
+        edges = None if part.edges is None else pad(part.edges, 1, int(-length % step), 1)
+        part = jax.tree.map(lambda x, more=int(-length % step): pad(x, 1, more), part)
         windows.append(part._replace(edges=edges))
     return windows
 
@@ -213,12 +220,12 @@ def scale_by_length(base: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _artbp(cut_probability: Callable[[np.ndarray], np.ndarray]) -> Schedule:
+def _artbp(base: float, cut_probability: Callable[[np.ndarray], np.ndarray]) -> Schedule:
     def draw(key: jax.Array, time: int) -> Cuts:
         rng = _host_rng(key)
         survival = np.cumprod(1 - cut_probability(np.arange(1, time + 1)))  # P(a window is longer than d)
         lengths = _fill(1 + np.searchsorted(-survival, -rng.random(time)), time)
-        return Cuts(lengths, edge_weights(lengths, cut_probability))
+        return Cuts(lengths, edge_weights(lengths, cut_probability), unit=max(1, round(base / 3)))
 
     return draw
 
