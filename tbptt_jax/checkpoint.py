@@ -27,6 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from tbptt_jax.window import quoted
+
 PyTree = Any
 
 
@@ -45,9 +47,12 @@ class Saved(NamedTuple):
 class Store(NamedTuple):
     """Attributes:
     save: ``(update, state, data)``: begins to write, once the save before it is done. The state is copied first, so it
-      may be donated at once. ``data`` is anything JSON can hold. OSError: this or the one before could not be written.
+      may be donated at once; its leaves are arrays or single numbers. ``data`` is anything JSON can hold. ValueError: a leaf
+      is something else, or was donated. OSError: this or the one before could not be written.
     restore: ``(like) -> Saved | None``: the newest that is whole, None if there is none at all. ``like`` has the state's
-      tree; its leaves are arrays or ``jax.ShapeDtypeStruct``, and where they have shardings, the state is placed so.
+      tree; its leaves are arrays, numbers or ``jax.ShapeDtypeStruct``, and where they have shardings, the state is placed
+      so. What is a NumPy array or a Python number in ``like`` is one in the state; a JAX array of a dtype that JAX does not
+      hold now (64 bits without ``jax_enable_x64``) is a NumPy array, bit for bit.
     """
 
     save: Callable[[int, PyTree, Any], None]
@@ -95,9 +100,10 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
     def save(update: int, state: PyTree, data: Any) -> None:
         arrays, leaves = _pack(state)
         # By way of text: what is written later, in another thread, is what `data` is now.
-        content = json.loads(json.dumps({"settings": settings, "leaves": leaves, "data": data}))
+        content = json.loads(json.dumps({"update": update, "settings": settings, "leaves": leaves, "data": data}))
         run = {"content": content, "checksum": _checksum_of_json(content)}
-        args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
+        stored = {"arrays": ocp.args.StandardSave(arrays)} if arrays else {}  # Orbax refuses a tree of nothing
+        args = ocp.args.Composite(**stored, run=ocp.args.JsonSave(run))
         written(manager.save, update, args=args, force=True)
 
     def restore(like: PyTree) -> Saved | None:
@@ -138,10 +144,10 @@ def save(directory: str | pathlib.Path, state: PyTree) -> None:
 
     Args:
       directory: where to; made if missing.
-      state: a tree of arrays.
+      state: a tree of arrays or numbers.
 
     Raises:
-      ValueError: if what is there is another state, such as a training run's: it is not written over.
+      ValueError: if a leaf is neither, or what is there is another state, such as a training run's: it is not written over.
       OSError: if it could not be written; the one before is intact.
     """
     with open(directory, {}, keep=2) as store:
@@ -154,10 +160,11 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
 
     Args:
       directory: where it is.
-      like: the state's tree, of arrays or ``jax.ShapeDtypeStruct``, as ``jax.eval_shape`` makes them.
+      like: the state's tree, of arrays, numbers or ``jax.ShapeDtypeStruct``, as ``jax.eval_shape`` makes them.
 
     Returns:
-      The state, bit for bit. If it is broken, a warning says so, and it is the one before, which ``save`` keeps.
+      The state, bit for bit: NumPy arrays and Python numbers where ``like`` has them, and NumPy arrays where JAX does not
+      hold the dtype now (64 bits without ``jax_enable_x64``). If it is broken, a warning says so, and it is the one before, which ``save`` keeps.
 
     Raises:
       ValueError: if there is none, all are broken, or it is another.
@@ -165,7 +172,9 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
     directory = pathlib.Path(directory).absolute()
     if not directory.is_dir():
         raise ValueError(f"There is no directory {directory}: give one that `checkpoint.save` has written.")
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, save_interval_steps=0, create=False
+    )  # as it would set them, and say so
     with _quiet(), ocp.CheckpointManager(directory, options=options) as manager:
         found, broken = _newest(manager, directory, bool)  # whichever process asks
     if found is None:
@@ -207,12 +216,18 @@ def _pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     """The leaves as host arrays that are copies, and what is to be known of each."""
     arrays, leaves = {}, []
     for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        kind = _kind(path, leaf)
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(
+                f"`{kind['path']}` was given to a function that wrote into it, as `train_windows` does: save the state that it "
+                "returned, or a copy made before, `jax.tree.map(jnp.copy, state)`."
+            )
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) if isinstance(leaf, jax.Array) else False
         array = _whole(jax.random.key_data(leaf) if is_key else leaf)
         leaf_of = {"key": str(jax.random.key_impl(leaf)) if is_key else None, "checksum": zlib.crc32(array.tobytes())}
-        leaves.append({**_kind(path, leaf), **leaf_of, "stored": [list(array.shape), str(array.dtype)]})
-        if array.size:  # Orbax refuses those without
-            arrays[str(i)] = array
+        leaves.append({**kind, **leaf_of, "stored": [list(array.shape), str(array.dtype)]})
+        if array.size:  # Orbax refuses those without; as bytes, since it has not all of the dtypes
+            arrays[str(i)] = np.frombuffer(array.tobytes(), np.uint8)
     return arrays, leaves
 
 
@@ -229,20 +244,39 @@ def _read(manager: ocp.CheckpointManager, update: int) -> tuple[dict[str, Any], 
     content = run["content"]
     if _checksum_of_json(content) != run["checksum"]:
         raise ValueError("its JSON does not have its checksum")
-    arrays = [
-        np.empty(shape, jax.numpy.dtype(dtype)) for shape, dtype in (leaf["stored"] for leaf in content["leaves"])
-    ]
-    wanted = ocp.args.StandardRestore({str(i): array for i, array in enumerate(arrays) if array.size})
-    stored = manager.restore(update, args=ocp.args.Composite(arrays=wanted)).arrays
-    arrays = [stored.get(str(i), array) for i, array in enumerate(arrays)]
-    for leaf, array in zip(content["leaves"], arrays, strict=True):
-        if zlib.crc32(array.tobytes()) != leaf["checksum"]:
+    if content["update"] != update:
+        raise ValueError(f"it is that of update {content['update']}, moved here")
+    well_formed = isinstance(content["settings"], dict) and all(
+        isinstance(leaf["path"], str)
+        and (isinstance(leaf["key"], str) or (leaf["key"] is None and leaf["stored"] == [leaf["shape"], leaf["dtype"]]))
+        for leaf in content["leaves"]
+    )
+    if not well_formed or "data" not in content:
+        raise ValueError("its JSON is not of the form that `save` writes")
+    like = [np.empty(shape, jax.numpy.dtype(dtype)) for shape, dtype in (leaf["stored"] for leaf in content["leaves"])]
+    wanted = {str(i): np.empty(array.nbytes, np.uint8) for i, array in enumerate(like) if array.size}
+    stored = {}
+    if wanted:
+        stored = manager.restore(update, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))).arrays
+    arrays = []
+    for i, (leaf, array) in enumerate(zip(content["leaves"], like, strict=True)):
+        data = np.asarray(stored.get(str(i), np.empty(0, np.uint8))).tobytes()
+        if zlib.crc32(data) != leaf["checksum"]:
             raise ValueError(f"`{leaf['path']}` does not have its checksum")
+        arrays.append(np.frombuffer(data, array.dtype).reshape(array.shape).copy())
+        if leaf["key"] is not None:
+            jax.random.wrap_key_data(jax.numpy.array(arrays[-1]), impl=leaf["key"])  # raises if it is none
     return content, arrays
 
 
 def _unpack(arrays: list[np.ndarray], leaves: list[dict[str, Any]], like: PyTree) -> PyTree:
-    def place(array: np.ndarray, leaf: dict[str, Any], like: Any) -> jax.Array:
+    def place(array: np.ndarray, leaf: dict[str, Any], like: Any) -> Any:
+        if isinstance(like, bool | int | float | complex):  # np.float64 is a float, and np.bool is no bool
+            return array[()] if isinstance(like, np.generic) else type(like)(array[()])
+        if isinstance(like, np.ndarray | np.generic):
+            return array if isinstance(like, np.ndarray) else array[()]
+        if not leaf["key"] and jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            return array
         own = jax.numpy.array(array)  # not the host's memory: a train step may be given it to write into
         value = jax.random.wrap_key_data(own, impl=leaf["key"]) if leaf["key"] else own
         return jax.device_put(value, getattr(like, "sharding", None))
@@ -288,17 +322,24 @@ def _devices(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> tuple[int
     pairs = [(a, b) for a, b in zip(then, now, strict=True) if (a["dtype"], a["shape"]) != (b["dtype"], b["shape"])]
     numbers = {(a["shape"][0], b["shape"][0]) for a, b in pairs if a["shape"] and b["shape"]}
     same = all(
-        ".influence." in a["path"] and (a["dtype"], a["shape"][1:]) == (b["dtype"], b["shape"][1:]) for a, b in pairs
+        ".influence" in a["path"] and (a["dtype"], a["shape"][1:]) == (b["dtype"], b["shape"][1:]) for a, b in pairs
     )
     return numbers.pop() if same and len(numbers) == 1 else None
 
 
 def _kind(path: tuple, leaf: Any) -> dict[str, Any]:
-    return {
-        "path": jax.tree_util.keystr(path, simple=True, separator="."),
-        "dtype": str(leaf.dtype),
-        "shape": list(leaf.shape),
-    }
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    array = leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else np.asarray(leaf)
+    number = isinstance(leaf, bool | int | float | complex | np.generic | np.ndarray | jax.Array | jax.ShapeDtypeStruct)
+    kept = jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key) or (
+        jax.numpy.issubdtype(array.dtype, jax.numpy.number) or array.dtype == bool
+    )
+    if not number or not kept or isinstance(leaf, np.ma.MaskedArray):
+        raise ValueError(
+            f"`{name}` is {quoted(leaf)}, a {type(leaf).__name__} of {array.dtype}; a checkpoint holds arrays of numbers, numbers "
+            "and keys: give `np.asarray(x)` of one of these, and what is none beside the state, in `data` or a file of its own."
+        )
+    return {"path": name, "dtype": str(array.dtype), "shape": list(array.shape)}
 
 
 def _checksum_of_json(content: Any) -> int:

@@ -1,9 +1,13 @@
 """A checkpoint is whole or it is not there, and what goes on from it is what would have been."""
 
+import json
+import os
 import pathlib
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -108,6 +112,109 @@ def test_kinds_of_leaves_and_the_number_kept(tmp_path):
     assert bits(again) == bits({**state, "update": jnp.int32(20)}) and (update, data) == (20, {"history": [20, 0.1]})
     assert jax.tree.map(lambda x: x.dtype, again) == jax.tree.map(lambda x: x.dtype, like)
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [10, 15, 20]
+
+
+def numbers():
+    """State of every kind, and what is kept of each without 64 bits in JAX."""
+    return {
+        "whole": 2**60 + np.arange(3),
+        "real": np.array(0.1),
+        "other order": np.arange(6, dtype=">i4")[::2],
+        "eighth": np.ones(3, jnp.float8_e4m3fn),
+        "half": jnp.full(3, 0.1, jnp.bfloat16),
+        "empty": np.zeros((0, 3)),
+        "number": 3,
+        "fraction": 0.1,
+        "yes": True,
+        "turn": 1 + 2j,
+        "scalar": np.float64(0.1),
+        "nothing": None,
+    }
+
+
+def test_state_is_kept_bit_for_bit_and_of_its_kind_whatever_jax_holds(tmp_path):
+    checkpoint.save(tmp_path, {**numbers(), "jax": jnp.array(0.1, jnp.float64)})
+    with jax.enable_x64(False):
+        like = numbers()
+        got = checkpoint.load(tmp_path, {**like, "jax": jax.ShapeDtypeStruct((), np.float64)})
+    assert isinstance(got["jax"], np.ndarray) and got.pop("jax") == np.float64(0.1)
+    for name, value in like.items():
+        assert type(got[name]) is type(value) and np.asarray(got[name]).dtype == np.asarray(value).dtype, name
+        assert np.asarray(got[name]).tobytes() == np.asarray(value).tobytes(), name
+
+
+@pytest.mark.parametrize(
+    "leaf", ["text", np.array([None]), np.array(["2020"], "datetime64[D]"), np.ma.masked_array([1.0]), print]
+)
+def test_what_is_no_number_is_refused_before_anything_is_written(tmp_path, leaf):
+    with pytest.raises(ValueError, match=r"`bad` is .*; a checkpoint holds arrays of numbers, numbers and keys: give"):
+        checkpoint.save(tmp_path, {"good": jnp.zeros(3), "bad": leaf})
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_an_empty_state_is_a_state_and_a_donated_one_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "empty", {})
+    assert checkpoint.load(tmp_path / "empty", {}) == {}
+    step = tb.train_step(tb.gradient(lstm(), loss), optax.sgd(0.1))
+    state = step.init(jax.random.key(0), first(WINDOWS))
+    tb.train_windows(step, state, WINDOWS)
+    with pytest.raises(ValueError, match=r"`stream.carry.* was given to a function that wrote into it.*jnp\.copy"):
+        checkpoint.save(tmp_path / "donated", state)
+    checkpoint.save(tmp_path / "params", state.params)
+
+
+def test_a_checkpoint_under_another_s_number_is_not_taken_for_it(tmp_path):
+    like = saved(tmp_path, 1, 2)
+    (tmp_path / "2").rename(tmp_path / "3")
+    with pytest.warns(UserWarning, match=r"/3 is broken: it is that of update 2, moved here"):
+        assert restored(tmp_path, like).update == 1
+
+
+def test_json_of_another_form_is_a_broken_checkpoint_whatever_its_checksum(tmp_path):
+    like = saved(tmp_path / "whole", 1)
+    path = next(path for path in (tmp_path / "whole" / "1" / "run").rglob("*") if b"checksum" in path.read_bytes())
+    run = json.loads(path.read_text())
+    places = [
+        (),
+        ("update",),
+        ("settings",),
+        ("leaves",),
+        ("leaves", 0),
+        *(("leaves", i, name) for i in (0, 1) for name in run["content"]["leaves"][0]),
+    ]
+    for i, place in enumerate(places):
+        for j, value in enumerate((None, [], {}, "no", -1, [[3], "nonsense"])):
+            content = json.loads(json.dumps(run["content"]))
+            at = content
+            for name in place[:-1]:
+                at = at[name]
+            if place and at[place[-1]] == value:
+                continue
+            if place:
+                at[place[-1]] = value
+            else:
+                content = value
+            directory = tmp_path / f"{i}-{j}"
+            shutil.copytree(tmp_path / "whole", directory)
+            broken = {"content": content, "checksum": checkpoint._checksum_of_json(content)}
+            (directory / path.relative_to(tmp_path / "whole")).write_text(json.dumps(broken))
+            with pytest.raises(ValueError, match=r"is broken: |of another run: ") as told:
+                restored(directory, like)
+            assert str(told.value).endswith(".")
+
+
+def test_nothing_is_said_in_a_program_that_has_not_set_absl_up(tmp_path):
+    program = (
+        "import sys, numpy as np, tbptt_jax as tb\n"
+        "for _ in range(2): tb.checkpoint.save(sys.argv[1], {'x': np.ones(3)})\n"
+        "tb.checkpoint.load(sys.argv[1], {'x': np.ones(3)})\n"
+        "with tb.checkpoint.open(sys.argv[2], {}) as store: store.save(1, {'x': np.ones(3)}, None)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a"), str(tmp_path / "b")],
+        capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=pathlib.Path(__file__).parents[1],
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 def truncate(path):
