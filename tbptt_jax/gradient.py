@@ -14,6 +14,7 @@ from jax import lax
 
 from tbptt_jax.influence import Influence, Linearisation, truncate
 from tbptt_jax.influence.influence import WindowVJP, window_vjp
+from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, check_carry, some_numbers, unroll_window
 from tbptt_jax.window import (
     Window,
@@ -126,6 +127,7 @@ def gradient(
 
     def update(params: PyTree, stream: StreamState, window: Window) -> tuple[PyTree, StreamState, Metrics]:
         check(window)
+        check_ranges(model, loss, params, window, ("lanes", "time"))
         (grads, at_left_edge), vjp, carry, metrics = through(params, stream.carry, stream.fresh, window)
         past = influence.pullback(stream.influence, at_left_edge)
         if past is not None:

@@ -21,6 +21,7 @@ from tbptt_jax.gradient import (
     weighted_mean,
     window_objective,
 )
+from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, unroll_window
 from tbptt_jax.window import Window, check, check_scored, time_shape, where_lanes
 
@@ -206,7 +207,8 @@ def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[
       The state after the last window, and metrics of shape ``[windows]``; :func:`mean_loss` is their mean.
 
     Raises:
-      ValueError: before any compute, if the windows' shapes or data are not as described, or the state was donated before.
+      ValueError: before any compute, if the windows' shapes or data are not as described, the state was donated before, or, in
+        the host's memory, a token is not in the model's table or a label none of the classes.
     """
     check(windows, ("windows", "lanes", "time"))
     if not isinstance(step, TrainStep) or not isinstance(state, TrainState):
@@ -222,6 +224,7 @@ def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[
             "`state` was given to `train_windows` before, which wrote into its optimiser and stream: go on with the state that "
             "it returned. Of an earlier state the parameters may be kept; of all of it a copy, `jax.tree.map(jnp.copy, state)`."
         )
+    check_ranges(step.estimate.model, step.estimate.loss, state.params, windows, ("windows", "lanes", "time"))
     return _train_windows(step, state.params, state._replace(params=()), windows)
 
 
@@ -260,10 +263,12 @@ def evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) -> 
       The means, in the tree of the loss, and the total weight.
 
     Raises:
-      ValueError: before any compute, if the windows' shapes or data are not as described or no step is scored.
+      ValueError: before any compute, if the windows' shapes or data are not as described, no step is scored, or, in the
+        host's memory, a token is not in the model's table or a label none of the classes.
     """
     check(windows, ("windows", "lanes", "time"))
     check_scored(windows)
+    check_ranges(model, loss, params, windows, ("windows", "lanes", "time"))
     return _evaluate(model, loss, params, windows)
 
 
