@@ -37,7 +37,7 @@ flags.DEFINE_multi_string(
 flags.DEFINE_integer("window", 16, "Steps of a window.", lower_bound=1)
 flags.DEFINE_integer("lanes", 32, "Places of the text read side by side.", lower_bound=1)
 flags.DEFINE_integer("hidden", 128, "Units of a layer.", lower_bound=1)
-flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1)
+flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1, upper_bound=1000)
 flags.DEFINE_float(
     "learning_rate", 0.005, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0
 )
@@ -96,6 +96,16 @@ def picture(curve: list[tuple[int, float]], held_out: float) -> Figure:
 def main() -> None:
     resume.join_processes(FLAGS.lanes)
     corpus = text.encode(text.read(FLAGS.text), FLAGS.lanes, FLAGS.window)
+    sizes = FLAGS.hidden, FLAGS.layers, FLAGS.hidden, len(corpus.characters), FLAGS.lanes, FLAGS.window
+    params, window = launch.lstm_bytes(*sizes)
+    per_call = min(FLAGS.windows_per_call, FLAGS.updates)
+    launch.check_fits(
+        {
+            "the model's (--hidden, --layers)": params,
+            "a window's (--hidden, --layers, --lanes, --window)": window,
+            "the data of a call (--windows_per_call, --lanes, --window)": 40.0 * per_call * FLAGS.lanes * FLAGS.window,
+        }
+    )
     directory = launch.workdir(FLAGS.workdir)
     train_windows, held_out = cut(corpus.train, FLAGS.lanes), cut(corpus.held_out, 1)
     model = language_model(len(corpus.characters))
@@ -155,16 +165,16 @@ def main() -> None:
     }
     launch.write_results(directory, results, picture(curve, held_out_bits))
     launch.console.rule("read", align="left")
-    launch.console.print(prompt, markup=False, highlight=False)
+    launch.say(prompt)
     launch.console.rule("and went on", align="left")
-    launch.console.print(told, markup=False, highlight=False)
+    launch.say(told)
     launch.console.rule()
     kind = "stateless" if FLAGS.stateless else "stateful"
-    launch.console.print(
+    launch.say(
         f"Held-out text, {kind}, windows of {FLAGS.window}: {held_out_bits:.4f} bits per character. "
         f"{speed(calls):,.0f} characters/s, {seconds:.0f} s in all."
     )
-    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

@@ -122,6 +122,26 @@ def main() -> None:
         raise ValueError(
             f"--window={FLAGS.window} is longer than a sequence of {FLAGS.lag + 2 * FLAGS.length} steps: choose less."
         )
+    steps = FLAGS.lag + 2 * FLAGS.length
+    params, window = launch.lstm_bytes(
+        FLAGS.hidden,
+        1,
+        FLAGS.symbols + 2,
+        FLAGS.symbols + 1,
+        FLAGS.lanes,
+        FLAGS.window,
+        launch.past_of(*FLAGS.influences),
+    )
+    per_lane = FLAGS.lanes if "uoro" in FLAGS.influences else 1
+    data = float(max(FLAGS.updates * FLAGS.window, 16 * steps)) * FLAGS.lanes * (FLAGS.symbols + 5) * 4
+    launch.check_fits(
+        {
+            "the models (--hidden, --symbols, --seeds)": params * FLAGS.seeds * per_lane,
+            "what influences keep of windows (--hidden, --symbols, --lanes, --window, --influences, --seeds)": window
+            * FLAGS.seeds,
+            "the sequences (--updates, --window, --lag, --length, --symbols, --lanes, --seeds)": data * FLAGS.seeds,
+        }
+    )
     directory = launch.workdir(FLAGS.workdir)
     floor = copy_memory_floor(1, FLAGS.lag, FLAGS.symbols, FLAGS.length).recalled
     rows = []
@@ -131,7 +151,7 @@ def main() -> None:
             report(done, f"{name}: {np.mean(rows[-1]['loss']):.4f} nats")
     launch.console.print(table(rows, floor))
     launch.write_results(directory, {"rows": rows, "memoryless_floor": floor}, picture(rows, floor))
-    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

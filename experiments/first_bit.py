@@ -228,6 +228,15 @@ def main() -> None:
         raise ValueError(
             f"--lanes={FLAGS.lanes} is more than --train={FLAGS.train}: choose at most one lane a sequence."
         )
+    params, window = launch.lstm_bytes(FLAGS.hidden, 1, 1, 1, max(FLAGS.lanes, FLAGS.test), LENGTH)
+    launch.check_fits(
+        {
+            "the models (--hidden, --seeds)": params * FLAGS.seeds,
+            "a window's (--hidden, --lanes, --test, --seeds)": window * FLAGS.seeds,
+            "the sequences (--train, --test, --seeds)": 16.0 * LENGTH * 11 * (FLAGS.train + FLAGS.test) * FLAGS.seeds,
+            "the order of the updates (--updates, --seeds)": 16.0 * FLAGS.updates * FLAGS.seeds,
+        }
+    )
     directory = launch.workdir(FLAGS.workdir)
     rows: list[dict[str, Any]] = []
     chosen = systems()
@@ -240,7 +249,7 @@ def main() -> None:
             rows.append(study(system, tell))
     launch.console.print(table(rows))
     launch.write_results(directory, {"rows": rows}, what_happened(rows))
-    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

@@ -170,6 +170,20 @@ def main() -> None:
     launch.check_influences(FLAGS.influences)
     if FLAGS.lags > FLAGS.steps:
         raise ValueError(f"--lags={FLAGS.lags} is more than --steps={FLAGS.steps}: trace at most the probe's length.")
+    params, window = launch.lstm_bytes(
+        FLAGS.hidden, 1, 8, 8, FLAGS.lanes, max(windows), launch.past_of(*FLAGS.influences)
+    )
+    per_lane = FLAGS.lanes if "uoro" in FLAGS.influences else 1
+    launch.check_fits(
+        {
+            "the model's (--hidden)": params * (1 + min(FLAGS.draws, 16) * per_lane),
+            "what influences keep of windows (--hidden, --lanes, --windows, --influences, --draws)": window
+            * min(FLAGS.draws, 16),
+            "the estimates (--hidden, --draws)": params / 5 * FLAGS.draws,
+            "the data (--lanes, --steps, --updates)": 80.0 * FLAGS.lanes * (FLAGS.steps + 10 * FLAGS.updates),
+            "the gradients traced back (--hidden, --lanes, --lags)": 40.0 * FLAGS.hidden * FLAGS.lanes * FLAGS.lags,
+        }
+    )
     directory = launch.workdir(FLAGS.workdir)
     chosen = task()
     model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(chosen.outputs))
@@ -185,7 +199,7 @@ def main() -> None:
             rows.append(measure(model, chosen, params, probe, name, window, draw_key))
             report(3 + done, f"{name}, window {window}: relative bias {rows[-1]['relative_bias']:.2e}")
     launch.console.print(table(rows))
-    launch.console.print(choice.reason)
+    launch.say(choice.reason)
     results = {
         "rows": rows,
         "suggested_window": choice.window,
@@ -197,7 +211,7 @@ def main() -> None:
         "probes": fading.probes,
     }
     launch.write_results(directory, results, picture(rows, fading, choice))
-    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

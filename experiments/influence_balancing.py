@@ -83,6 +83,13 @@ def main() -> None:
         launch.influence(influence, 1)
         (steps,) = launch.positive_integers("runs", [window], at_most=FLAGS.steps)
         runs.append((run, influence, steps))
+    kept = launch.past_of(*(influence for _, influence, _ in runs)) * max(steps for _, _, steps in runs) * 8.0
+    launch.check_fits(
+        {
+            "the stream and the path (--steps, --seeds)": FLAGS.steps * (40.0 + 8 * FLAGS.seeds),
+            "what influences keep of windows (--runs, --seeds)": 23 * kept * FLAGS.seeds,
+        }
+    )
     directory = launch.workdir(FLAGS.workdir)
     rows, paths = [], {}
     with launch.progress(len(runs), "runs") as report:
@@ -101,12 +108,10 @@ def main() -> None:
             report(
                 done, f"{influence}, windows of {window}: θ {np.array2string(final, precision=4)} in {seconds:.1f} s"
             )
-            launch.console.print(
-                f"{influence}, windows of {window}: θ = {np.array2string(final, precision=4)}", markup=False
-            )
+            launch.say(f"{influence}, windows of {window}: θ = {np.array2string(final, precision=4)}")
     launch.console.print(f"The optimum is {influence_balancing_optimum():.4f}; θ began at 0.5.")
     launch.write_results(directory, {"rows": rows, "optimum": influence_balancing_optimum()}, picture(paths))
-    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

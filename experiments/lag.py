@@ -83,6 +83,17 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     windows = launch.positive_integers("windows", FLAGS.windows, at_most=min(FLAGS.steps, FLAGS.test_steps))
+    params, window = launch.lstm_bytes(FLAGS.hidden, 1, 1, 1, FLAGS.lanes, max(windows))
+    launch.check_fits(
+        {
+            "the models (--hidden, --seeds)": params * FLAGS.seeds,
+            "a window's (--hidden, --lanes, --windows, --seeds)": window * FLAGS.seeds,
+            "the streams (--lanes, --steps, --test_steps, --seeds)": 48.0
+            * FLAGS.lanes
+            * (FLAGS.steps + FLAGS.test_steps)
+            * FLAGS.seeds,
+        }
+    )
     directory = launch.workdir(FLAGS.workdir)
     points = [(window, stateful) for window in windows for stateful in (False, True)]
     rows = []
@@ -98,7 +109,7 @@ def main() -> None:
         out.add_row(row["carry"], str(row["window"]), f"{row['exact_loss']:.4f}", by_seed, f"{row['seconds']:.0f}")
     launch.console.print(out)
     launch.write_results(directory, {"rows": rows}, picture(rows))
-    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

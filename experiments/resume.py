@@ -1,15 +1,10 @@
 """What launches that train share: checkpoints to go on from, a stop when asked to, and one where a number is not finite."""
 
-import contextlib
-import os
 import pathlib
 import shutil
-import signal
-import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +18,8 @@ import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import checkpoint, sharding
 from tbptt_jax.recurrence import unroll_window
-from tbptt_jax.training import TrainState, TrainStep, all_finite
-from tbptt_jax.window import step_weights
+from tbptt_jax.training import TrainState, TrainStep, all_finite, stays_finite
+from tbptt_jax.window import is_scored
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -40,8 +35,6 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_integer("processes", None, "How many processes there are, each with lanes of its own.", lower_bound=1)
 flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
-
-STOP = signal.SIGTERM, signal.SIGINT
 
 
 class Call(NamedTuple):
@@ -113,7 +106,7 @@ def watched(step: TrainStep) -> TrainStep:
 
     def update(state: TrainState, window: tb.Window) -> tuple[TrainState, Any]:
         new, metrics = step.update(state, window)
-        return new, Watched(*metrics, all_finite((new, metrics.loss)))
+        return new, Watched(*metrics, stays_finite(state, new, metrics))
 
     return step._replace(update=update)
 
@@ -224,7 +217,10 @@ def train(
             done = last
         return kept, state
 
-    with stop_asked() as asked, checkpoint.open(directory, settings) as store:
+    with (
+        launch.stop_asked("stopping after this call, saved. Again: at once.") as asked,
+        checkpoint.open(directory, settings) as store,
+    ):
         try:
             saved = store.restore(jax.eval_shape(init))
         except ValueError as error:
@@ -235,8 +231,8 @@ def train(
             (saved.update, saved.state, [Call(*c) for c in saved.data["calls"]]) if saved else (0, init(), [])
         )
         if saved:
-            launch.console.print(f"Going on from update {done} of {updates}, saved in {directory}.", soft_wrap=True)
-        stop = _largest(asked())
+            launch.say(f"Going on from update {done} of {updates}, saved in {directory}.")
+        stop = largest(asked())
         while done < updates and not stop:
             began, last = time.perf_counter(), end_of(done)
             cut = windows(done, last)
@@ -259,7 +255,7 @@ def train(
                 wrong += f" The state before it is saved, as update {bad} in {directory}." if bad else ""
                 break
             calls.append(call_of(cut, told, state, last, began))
-            stop = _largest(asked())  # once, and for all processes: what ends the loop is what saved
+            stop = largest(asked())  # once, and for all processes: what ends the loop is what saved
             due = last == updates or last // every > done // every
             if due and measure is not None:
                 calls[-1] = calls[-1]._replace(measured=measure(state))
@@ -271,7 +267,7 @@ def train(
         raise ValueError(wrong)
     shutil.rmtree(old, ignore_errors=True)
     if stop:
-        launch.console.print(f"Stopped at update {done} of {updates}; the same command goes on.", soft_wrap=True)
+        launch.say(f"Stopped at update {done} of {updates}; the same command goes on.")
         sys.exit(128 + stop)
     return state, calls
 
@@ -294,7 +290,7 @@ def _since_reset(resets: Any, before: int) -> int:
     lanes = np.concatenate([np.asarray(shard.data) for shard in own], 1) if own else np.asarray(resets)
     steps = lanes.swapaxes(0, 1).reshape(lanes.shape[1], -1)
     ago = np.where(steps.any(1), np.argmax(steps[:, ::-1], 1) + 1, before + steps.shape[1])
-    return _largest(int(ago.max()))
+    return largest(int(ago.max()))
 
 
 def meet(where: str) -> None:
@@ -303,7 +299,7 @@ def meet(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-def _largest(number: int) -> int:
+def largest(number: int) -> int:
     """Of the numbers that the processes give."""
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
 
@@ -357,46 +353,10 @@ def first_not_finite(
         bad = ~jnp.isfinite(loss(outputs, window))
         for leaf in jax.tree.leaves(outputs):
             bad |= ~jnp.isfinite(leaf).reshape(*bad.shape, -1).all(-1)
-        return bad & (step_weights(window) > 0)
+        return bad & is_scored(window)
 
     bad = not_finite(params, carry, window)
     if not bad.is_fully_addressable:
         bad = multihost_utils.process_allgather(bad, tiled=True)
     places = np.argwhere(np.asarray(bad).T)  # by time
     return (int(places[0][1]), int(places[0][0])) if len(places) else None
-
-
-@contextlib.contextmanager
-def stop_asked() -> Iterator[Callable[[], int]]:
-    """Yields ``asked() -> int``: the first SIGTERM or SIGINT that has come, or 0. A second one ends the process at once.
-
-    Python runs its handlers between two instructions of the main thread, so not while a call compiles or runs. A thread
-    therefore listens, woken by what the interpreter writes the moment a signal comes.
-    """
-    told: list[int] = []
-    here, there = socket.socketpair()
-    there.setblocking(False)
-
-    def listen() -> None:
-        while number := here.recv(1):
-            if number[0] in STOP:
-                told.append(number[0])
-                if len(told) > 1:
-                    os._exit(128 + told[0])
-                print(
-                    f"{signal.Signals(told[0]).name}: stopping after this call, saved. Again: at once.", file=sys.stderr
-                )
-
-    before = {number: signal.signal(number, lambda *_: None) for number in STOP}
-    waker = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    try:
-        yield lambda: told[0] if told else 0
-    finally:
-        signal.set_wakeup_fd(waker)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        there.close()
-        thread.join()
-        here.close()

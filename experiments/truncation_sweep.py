@@ -17,7 +17,6 @@ import concurrent.futures
 import functools
 import itertools
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -462,12 +461,23 @@ def plan(
     return table
 
 
-def memory_limit() -> int:
-    """Bytes that a device has."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+def check_fits(task: Task, chosen: dict[str, Any], runs: int, updates: int) -> None:
+    """Raises a ``ValueError`` for what can be told before anything is compiled to be too large."""
+    streams = jax.tree.leaves(jax.eval_shape(task.data, jax.random.key(0)))
+    data = float(sum(x.size * x.dtype.itemsize for x in streams))
+    inputs, outputs = streams[0].shape[-1], 2
+    past = launch.past_of(*chosen["influences"])
+    params, window = launch.lstm_bytes(
+        chosen["hidden"] or 1, 1, inputs, outputs, task.lanes, max(chosen["windows"]), past
+    )
+    launch.check_fits(
+        {
+            "the models (--hidden, --seeds, --learning_rates)": params * runs,
+            "what influences keep of windows (--hidden, --lanes, --windows, --influences, --seeds)": window * runs,
+            "the data (--lanes, --seeds)": 2 * data * (1 if task.shared else runs),
+            "the losses (--updates, --seeds, --learning_rates)": 40.0 * updates * runs,
+        }
+    )
 
 
 def gradients(task: Task, chosen: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
@@ -604,7 +614,7 @@ def finish(task: Task, chosen: dict[str, Any], points: list[Point], kept: list[p
         with np.load(at[point].with_suffix(".npz")) as leaves:
             like, tree = jax.tree.flatten(params["untrained"])
             params["trained"] = jax.tree.unflatten(tree, [leaves[f"arr_{i}"][which] for i in range(len(like))])
-    launch.console.print("Measuring the bias of each window, untrained and trained.", soft_wrap=True)
+    launch.say("Measuring the bias of each window, untrained and trained.")
     results = {
         "task": chosen["task"],
         "about": task.about,
@@ -623,8 +633,8 @@ def finish(task: Task, chosen: dict[str, Any], points: list[Point], kept: list[p
         if FLAGS.tensorboard:
             write_events(directory / "tensorboard", rows)
     if results["recommendation"]:
-        launch.console.print(results["recommendation"]["sentence"], soft_wrap=True)
-    launch.console.print(f"Written to {directory}: report.html, its charts, rows.csv, results.json, flags.txt")
+        launch.say(results["recommendation"]["sentence"])
+    launch.say(f"Written to {directory}: report.html, its charts, rows.csv, results.json, flags.txt")
 
 
 def main() -> None:
@@ -641,7 +651,7 @@ def main() -> None:
             f"--windows has {max(chosen['windows'])}, and a stream of {FLAGS.task} has {task.steps} steps: choose from 1 to "
             f"{task.steps}."
         )
-    directory = pathlib.Path(FLAGS.workdir).expanduser()
+    directory = launch.path_of(FLAGS.workdir)
     for each in [directory, *map(pathlib.Path, FLAGS.merge)]:
         check_same_sweep(each, chosen)
     if FLAGS.merge:
@@ -663,6 +673,9 @@ def main() -> None:
     done = {p for p in mine if (directory / "points" / f"{p.name}.json").exists()}
     programs: dict[tuple[int, str], Program | Exception] = {}
     runs = len(chosen["learning_rates"]) * chosen["seeds"]
+    check_fits(task, chosen, runs, max(updates.values(), default=1))
+    if directory.is_dir():
+        launch.workdir(FLAGS.workdir)  # before what takes long
     mesh = launch.mesh(runs=runs)
     with concurrent.futures.ThreadPoolExecutor(launch.cores()) as pool:
         asked: dict[tuple[int, str], Any] = {}
@@ -677,7 +690,7 @@ def main() -> None:
         for place, future in asked.items():
             programs[place] = future.exception() or future.result()
     launch.console.print(plan(mine, done, updates, programs, chosen))
-    limit = memory_limit()
+    limit = launch.memory_limit()
     for (window, influence), program in programs.items():
         if isinstance(program, Program) and program.bytes > limit:
             raise ValueError(
@@ -686,12 +699,17 @@ def main() -> None:
                 "--hidden."
             )
 
-    kept_in = launch.workdir(str(launch.workdir(FLAGS.workdir) / "points"))
+    kept_in = launch.workdir(FLAGS.workdir) / "points"
+    kept_in.mkdir(exist_ok=True)
+    check_same_sweep(directory, chosen)  # now that no other launch writes here
     mark(directory, chosen)
-    failed = False
+    failed = stopped = 0
     same: dict[tuple, list] = {}  # equal data and equal updates are one training where the updates are as many
-    with launch.progress(len(mine) - len(done), "points") as tell:
+    promise = "stopping after this point; what is done is kept, and the same command goes on. Again: at once."
+    with launch.progress(len(mine) - len(done), "points") as tell, launch.stop_asked(promise) as asked_to:
         for number, point in enumerate(p for p in mine if p not in done):
+            if stopped := resume.largest(asked_to()):
+                break
             count, steps = counts[point.window]
             training = (*point[1:], updates[point])
             began = time.perf_counter()
@@ -714,16 +732,15 @@ def main() -> None:
                 keep(kept_in, point, [{**row, "budget": point.budget} for row in rows], params, chosen)
                 tell(number + 1, str(point))
             except Exception as error:  # whatever it is, the others go on
-                failed = True
+                failed = 1
                 why = keep_failed(kept_in, point, error)
-                launch.console.print(f"{point} failed: {why}", markup=False, soft_wrap=True)
+                launch.say(f"{point} failed: {why}")
+    if stopped:
+        sys.exit(128 + stopped)
     if FLAGS.points is None:
         finish(task, chosen, points, [directory])
     else:
-        launch.console.print(
-            f"Share {FLAGS.points} is in {directory}. When all are done: --merge with their directories.",
-            soft_wrap=True,
-        )
+        launch.say(f"Share {FLAGS.points} is in {directory}. When all are done: --merge with their directories.")
     if failed:
         sys.exit(1)
 
