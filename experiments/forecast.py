@@ -44,7 +44,7 @@ flags.DEFINE_string("test", None, "Another, for the forecast.")
 flags.DEFINE_list("inputs", [], "Columns to tell the targets from; none: their own past.")
 flags.DEFINE_list("targets", [], "Columns to be told.")
 flags.DEFINE_integer("hidden", 32, "Units of a layer.", lower_bound=1)
-flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1)
+flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1, upper_bound=1000)
 flags.DEFINE_integer("lanes", 16, "Places of the training file read side by side.", lower_bound=1)
 flags.DEFINE_integer("window", 64, "Steps of a window.", lower_bound=1)
 flags.DEFINE_integer("burn_in", 0, "Steps at the start of a stateless window that are not scored.", lower_bound=0)
@@ -132,7 +132,7 @@ def table(names: list[str], rows: Any) -> bytes:
     """A CSV file."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(names)
+    writer.writerow(map(launch.cell, names))
     writer.writerows(rows)
     return text.getvalue().encode()
 
@@ -213,7 +213,7 @@ def main() -> None:
     generated = {} if FLAGS.train else data
     own = {name: table(names + target_names, np.hstack(each[:2]).tolist()) for name, each in generated.items()}
     for name, content in own.items():
-        there = pathlib.Path(FLAGS.workdir).expanduser() / f"{name}.csv"
+        there = launch.expanded(FLAGS.workdir) / f"{name}.csv"
         if there.exists() and there.read_bytes() != content:
             raise ValueError(
                 f"{there} is not the series that is generated here, which would take its place: give it as --{name}, or "
@@ -306,11 +306,11 @@ def main() -> None:
         f" and {before:.4g} for the row before" if before else ""
     )
     kind = "stateless" if is_stateless() else "stateful"
-    launch.console.print(
+    launch.say(
         f"Test file, {kind}, windows of {FLAGS.window}: squared error {test_mse:.4g}, standardised ({others}); "
         f"root mean square error {of}. {seconds:.0f} s in all."
     )
-    launch.console.print(f"Written to {directory}: predictions.csv, results.json, figure.png, flags.txt")
+    launch.say(f"Written to {directory}: predictions.csv, results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

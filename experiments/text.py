@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import tbptt_jax as tb
+from experiments import launch
 
 HELD_OUT = 0.1
 
@@ -35,18 +36,19 @@ def read(files: list[str]) -> str:
         return "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     parts = []
     for file in files:
+        shown = launch.plain(file, launch.QUOTED)
         try:
             data = pathlib.Path(file).read_bytes()
             parts.append(data.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"--text={file} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Convert it first, for "
+                f"--text={shown} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Convert it first, for "
                 "instance with `iconv -t UTF-8`."
             ) from error
         except OSError as error:
-            raise ValueError(f"--text={file} cannot be read: {error.strerror}.") from error
+            raise ValueError(f"--text={shown} cannot be read: {error.strerror}.") from error
         if not data:
-            raise ValueError(f"--text={file} is empty: give a file with text in it.")
+            raise ValueError(f"--text={shown} is empty: give a file with text in it.")
     return "\n".join(parts)
 
 
