@@ -8,6 +8,9 @@ With inputs, the targets of a row are told from the inputs of that row and all b
 from the targets of the rows before. Everything is standardised with the mean and deviation of the training file, a column
 that never changes there as if its deviation were 1. The test file is read in one go, from the initial carry.
 
+A target that is missing (a blank field, NA, or what --missing names) is a step that is not scored. Where an input is, --fill
+says what is read.
+
 With no files, the data is that of two tanks, one emptying into the other: a pump fills the first, and the level of the
 second is to be told from the pump alone, as it has been working for hundreds of steps.
 """
@@ -47,7 +50,15 @@ flags.DEFINE_integer("hidden", 32, "Units of a layer.", lower_bound=1)
 flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1)
 flags.DEFINE_integer("lanes", 16, "Places of the training file read side by side.", lower_bound=1)
 flags.DEFINE_integer("window", 64, "Steps of a window.", lower_bound=1)
-flags.DEFINE_integer("burn_in", 0, "Steps at the start of a stateless window that are not scored.", lower_bound=0)
+flags.DEFINE_list("missing", [], "What stands for a missing number, such as -9999, besides blank fields, NA and NaN.")
+flags.DEFINE_enum("fill", None, series.FILLS, "What is read where an input is missing; none: such a file is refused.")
+flags.DEFINE_integer(
+    "burn_in",
+    0,
+    "Steps that a stateless window reads to find its state, before those it scores: windows overlap by so many, every step is "
+    "scored once, and no gradient flows into the burn-in.",
+    lower_bound=0,
+)
 flags.DEFINE_bool("stateful", None, "Carry the state from window to window; the default.")
 flags.DEFINE_bool("stateless", None, "Begin each window from the initial carry, for comparison.")
 flags.DEFINE_string("influence", "truncate", launch.INFLUENCES)
@@ -104,16 +115,15 @@ def columns() -> tuple[list[str], list[str]]:
 
 def cut(inputs: np.ndarray, targets: np.ndarray) -> tb.Window:
     """The training windows."""
-    windows = tb.split(tb.lanes(inputs, targets, lanes=FLAGS.lanes), FLAGS.window)
-    if not is_stateless():
-        return windows
-    scored = np.broadcast_to(np.arange(FLAGS.window) >= FLAGS.burn_in, windows.inputs.shape[:3])
-    return tb.stateless(windows)._replace(weights=scored.astype(np.float32))
+    laid = series.lanes(inputs, targets, FLAGS.lanes)
+    if is_stateless():
+        return tb.overlap(laid, FLAGS.window, FLAGS.burn_in)
+    return tb.split(laid, FLAGS.window)
 
 
 def whole(inputs: np.ndarray, targets: np.ndarray) -> tb.Window:
     """A file as one lane, in long windows ``[windows, 1, time, ...]``."""
-    return tb.split(tb.lanes(inputs, targets, lanes=1), min(STRETCH, len(inputs)))
+    return tb.split(series.lanes(inputs, targets, 1), min(STRETCH, len(inputs)))
 
 
 def free_run(model: tb.Recurrence, params: Any, inputs: np.ndarray) -> np.ndarray:
@@ -124,7 +134,7 @@ def free_run(model: tb.Recurrence, params: Any, inputs: np.ndarray) -> np.ndarra
         start = model.initial_carry(params, 1)
         return jax.lax.scan(lambda carry, window: unroll_window(model, params, carry, window), start, windows)[1]
 
-    outputs = np.asarray(read(params, whole(inputs, inputs)), np.float64)
+    outputs = np.asarray(read(params, whole(inputs, np.zeros_like(inputs[:, :1]))), np.float64)
     return outputs.reshape(-1, outputs.shape[-1])[: len(inputs)]
 
 
@@ -132,8 +142,8 @@ def table(names: list[str], rows: Any) -> bytes:
     """A CSV file."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(names)
-    writer.writerows(rows)
+    writer.writerow([launch.no_formula(name) for name in names])
+    writer.writerows([["" if value != value else value for value in row] for row in rows])  # a gap is blank
     return text.getvalue().encode()
 
 
@@ -171,7 +181,7 @@ def picture(
         if long:
             left = axes[f"whole {name}"]
             for values, colour in ((test.targets[:, i], "0.6"), (predicted[:, i], "C0")):
-                low, high = (f.reduceat(values, starts) for f in (np.minimum, np.maximum))  # a line would be a block
+                low, high = (f.reduceat(values, starts) for f in (np.fmin, np.fmax))  # a line would be a block
                 left.fill_between(steps[starts], low, high, color=colour, alpha=0.5, linewidth=0.5)
             left.axvline(steps[end][0], color="k", linestyle=":", linewidth=1)
             left.set(xlabel="row of the test file", ylabel=label, xmargin=0.01)
@@ -200,10 +210,17 @@ def main() -> None:
     names, target_names = columns()
     if FLAGS.train:
         data = series.read(
-            {n: path for n in ("train", "valid", "test") if (path := FLAGS[n].value)}, names, target_names
+            {n: path for n in ("train", "valid", "test") if (path := FLAGS[n].value)},
+            names,
+            target_names,
+            FLAGS.missing,
+            FLAGS.fill,
         )
     else:
         data = series.generated()
+    for name, each in data.items():
+        if np.isnan(each.targets).all():
+            raise ValueError(f"--{name}={FLAGS[name].value} has no target that is there: there is nothing to score.")
     steps, needed = len(data["train"].inputs), FLAGS.lanes * FLAGS.window
     if steps < needed:
         raise ValueError(
@@ -274,11 +291,12 @@ def main() -> None:
     began = time.perf_counter()
     test = data["test"]
     outputs = free_run(model, jax.device_get(state.params), scaled["test"][0])
-    test_mse = float(((outputs - scaled["test"][1]) ** 2).mean())
+    exact = (test.targets - targets.mean) / targets.deviation
+    test_mse = float(np.nanmean((outputs - exact) ** 2))
     predicted = outputs * targets.deviation + targets.mean
-    rmse = np.sqrt(((predicted - test.targets) ** 2).mean(0))
+    rmse = np.sqrt(np.nanmean((predicted - test.targets) ** 2, 0))
     seconds = sum(call.seconds for call in calls) + time.perf_counter() - began
-    before = None if names else float((((test.inputs - test.targets) / targets.deviation) ** 2).mean())
+    before = None if names else float(np.nanmean(((test.inputs - test.targets) / targets.deviation) ** 2))
     results = {
         "window": FLAGS.window,
         "stateless": bool(is_stateless()),
@@ -286,7 +304,7 @@ def main() -> None:
         "seed": FLAGS.seed,
         "test_mse": test_mse,
         "test_rmse": dict(zip(target_names, rmse.tolist(), strict=True)),
-        "test_mse_of_the_mean": float((scaled["test"][1] ** 2).mean()),
+        "test_mse_of_the_mean": float(np.nanmean(exact**2)),
         "test_mse_of_the_row_before": before,
         "valid_mse": calls[-1].measured,
         "updates": updates,
@@ -294,6 +312,8 @@ def main() -> None:
         "seconds": seconds,
         **resume.health_of(calls),
         "steps": {name: len(each.inputs) for name, each in data.items()},
+        "targets_missing": {name: int(np.isnan(each.targets).sum()) for name, each in data.items()},
+        "fill": FLAGS.fill,
         "curve": curve,
     }
     interleaved = np.stack([test.targets, predicted], -1).reshape(len(predicted), -1)
@@ -306,11 +326,11 @@ def main() -> None:
         f" and {before:.4g} for the row before" if before else ""
     )
     kind = "stateless" if is_stateless() else "stateful"
-    launch.console.print(
+    launch.say(
         f"Test file, {kind}, windows of {FLAGS.window}: squared error {test_mse:.4g}, standardised ({others}); "
         f"root mean square error {of}. {seconds:.0f} s in all."
     )
-    launch.console.print(f"Written to {directory}: predictions.csv, results.json, figure.png, flags.txt")
+    launch.say(f"Written to {directory}: predictions.csv, results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,22 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded)
 
 
+def plain(text: str) -> str:
+    """``text`` as a terminal shows it, and no more: what would move its cursor or turn its writing is shown escaped."""
+    shown = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return "".join(shown).encode("utf-8", "backslashreplace").decode()
+
+
+def say(text: str) -> None:
+    """Prints a sentence as it is; what it has from a file, a flag or a path is no markup."""
+    console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def no_formula(text: str) -> str:
+    """A name for a table, such that no spreadsheet takes it for a formula (OWASP, *CSV injection*)."""
+    return f"'{text}" if text[:1] in "=+-@\t\r" and text[:1] else text
+
+
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

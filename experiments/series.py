@@ -4,17 +4,19 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import tbptt_jax as tb
+from tbptt_jax.window import quoted
 
 GENERATED = {"train": 20_000, "valid": 4_000, "test": 4_000}
 
 
 class Series(NamedTuple):
     """Attributes:
-    inputs: ``[time, inputs]`` float32, in the data's units.
-    targets: ``[time, targets]``, those of the same step.
+    inputs: ``[time, inputs]`` float64, in the data's units.
+    targets: ``[time, targets]``, those of the same step; NaN where one is missing.
     first: the row of the file, from 0, that ``targets[0]`` stands in.
     """
 
@@ -48,22 +50,64 @@ def tanks(seed: int, steps: int) -> np.ndarray:
     return np.stack([pump, levels + rng.normal(0, 0.01, steps)], 1)
 
 
-def read(files: dict[str, str], inputs: list[str], targets: list[str]) -> dict[str, Series]:
+FILLS = ("forward", "mean", "zero")
+
+
+def read(
+    files: dict[str, str], inputs: list[str], targets: list[str], missing: list[str], fill: str | None
+) -> dict[str, Series]:
     """The series of CSV files, by name; with no ``inputs``, the targets of a row are told from those of the row before.
 
+    Args:
+      files: name → path; the training file is ``train``.
+      inputs: columns.
+      targets: columns. Where a number is missing it stays so: such a step is not scored.
+      missing: what stands for a missing number, as for :func:`tbptt_jax.streams.read_csv`.
+      fill: one of ``FILLS``, what is read where an input is missing: the last one before it (the training file's mean where
+        there is none), that mean, or 0. None: it is refused.
+
     Raises:
-      ValueError: with file, line and column, if one is not as :func:`tbptt_jax.streams.read_csv` needs, or too short.
+      ValueError: with file, line and column, if one is not as :func:`tbptt_jax.streams.read_csv` needs, or too short, or an
+        input is missing and there is no ``fill``.
     """
+    tables = {name: tb.streams.read_csv(path, inputs + targets, missing=missing) for name, path in files.items()}
+    for name, table in tables.items():
+        if empty := [
+            column for column, values in zip(inputs + targets, table.T, strict=True) if np.isnan(values).all()
+        ]:
+            raise ValueError(f"{files[name]} has no number in column {quoted(empty[0])}: leave it out.")
+    means = np.nanmean(tables["train"], 0)
     found = {}
-    for name, path in files.items():
-        table = tb.streams.read_csv(path, inputs + targets)
+    for name, table in tables.items():
+        past = table[:, : len(inputs)] if inputs else table
+        gaps = np.isnan(past)
+        if gaps.any() and fill is None:
+            row, column = np.argwhere(gaps)[0]
+            raise ValueError(
+                f"{files[name]} has {gaps.sum()} gaps in what the targets are told from, the first in row {row} (from 0) of column "
+                f"{quoted((inputs or targets)[column])}: choose with --fill={'|'.join(FILLS)} what is read there."
+            )
+        past = filled(past, fill, means[: past.shape[1]])
         if inputs:
-            found[name] = Series(table[:, : len(inputs)], table[:, len(inputs) :], 0)
+            found[name] = Series(past, table[:, len(inputs) :], 0)
             continue
         if len(table) < 2:
-            raise ValueError(f"{path} has {len(table)} rows; to tell a row from those before it takes at least 2.")
-        found[name] = Series(table[:-1], table[1:], 1)
+            raise ValueError(
+                f"{files[name]} has {len(table)} rows; to tell a row from those before it takes at least 2."
+            )
+        found[name] = Series(past[:-1], table[1:], 1)
     return found
+
+
+def filled(values: np.ndarray, fill: str | None, means: np.ndarray) -> np.ndarray:
+    """``values`` ``[time, columns]`` with a number where one is missing, as ``fill`` of :func:`read` says."""
+    gaps = np.isnan(values)
+    if fill == "forward":
+        last = np.maximum.accumulate(
+            np.where(gaps, -1, np.arange(len(values))[:, None]), 0
+        )  # the row of the last number
+        return np.where(last < 0, means, np.take_along_axis(values, np.maximum(last, 0), 0))
+    return np.where(gaps, 0 if fill == "zero" else means, values)
 
 
 def generated() -> dict[str, Series]:
@@ -73,14 +117,25 @@ def generated() -> dict[str, Series]:
 
 
 def scale_of(values: np.ndarray) -> Scale:
-    deviation = values.std(0, dtype=np.float64)
-    return Scale(values.mean(0, dtype=np.float64), np.where(deviation > 0, deviation, 1))
+    deviation = np.nanstd(values, 0)
+    return Scale(np.nanmean(values, 0), np.where(deviation > 0, deviation, 1))
 
 
 def standardised(values: np.ndarray, scale: Scale) -> np.ndarray:
+    """In float64 from the file to here: of a meter at 1e8, float32 has no decimals left."""
     return ((values - scale.mean) / scale.deviation).astype(np.float32)
 
 
+def lanes(inputs: np.ndarray, targets: np.ndarray, lanes: int) -> tb.Window:
+    """The series as lanes; its targets are ``(values, there)``, and a step weighs as much as of its targets are there."""
+    there = ~np.isnan(targets)
+    values = np.where(there, targets, 0)
+    weights = there.mean(-1, dtype=np.float32)
+    window = tb.lanes(inputs, (values, there, weights), lanes=lanes)
+    return window._replace(targets=window.targets[:2], weights=None if there.all() else window.targets[2])
+
+
 def loss(outputs: jax.Array, window: tb.Window) -> jax.Array:
-    """The squared error, a mean over targets."""
-    return ((outputs - window.targets) ** 2).mean(-1)
+    """The squared error, a mean over the targets that are there."""
+    values, there = window.targets
+    return jnp.where(there, (outputs - values) ** 2, 0).sum(-1) / jnp.maximum(there.sum(-1), 1)

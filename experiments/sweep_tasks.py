@@ -237,7 +237,7 @@ def _forecast(lstm: Callable, hidden: int, lanes: int, longest: int, files: File
     if files.train is None:
         data = series.generated()
     else:
-        data = series.read({"train": files.train, "test": str(files.test)}, files.inputs, files.targets)
+        data = series.read({"train": files.train, "test": str(files.test)}, files.inputs, files.targets, [], None)
     inputs, targets = (series.scale_of(values) for values in data["train"][:2])
     x, y = (series.standardised(data[name].inputs, inputs) for name in ("train", "test"))
     x_targets, y_targets = (series.standardised(data[name].targets, targets) for name in ("train", "test"))
@@ -246,7 +246,7 @@ def _forecast(lstm: Callable, hidden: int, lanes: int, longest: int, files: File
             f"{files.train or 'The series'} has {len(x)} steps; {lanes} lanes with windows of {longest} need at least "
             f"{lanes * longest}. Give a longer file, or fewer --lanes or shorter --windows."
         )
-    train, test = tb.lanes(x, x_targets, lanes=lanes), tb.lanes(y, y_targets, lanes=1)
+    train, test = series.lanes(x, x_targets, lanes), series.lanes(y, y_targets, 1)
     return Task(
         about=f"A time series of {len(x):,} steps, its targets told from what was read so far; scored on {len(y):,} others.",
         data=lambda key: (train, test),

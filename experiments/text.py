@@ -1,6 +1,5 @@
 """A text as numbers of its characters: files of people's own, or the reference manual that ships inside Python."""
 
-import pathlib
 import pydoc_data.topics
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 import optax
 
 import tbptt_jax as tb
+from tbptt_jax.files import read_text
 
 HELD_OUT = 0.1
 
@@ -29,23 +29,17 @@ def read(files: list[str]) -> str:
     """The text of the files, one after another, or the default text.
 
     Raises:
-      ValueError: if a file cannot be read, is empty or is not UTF-8.
+      ValueError: if a file cannot be read, is empty or in an encoding that :func:`tbptt_jax.files.read_text` does not know.
     """
     if not files:
         return "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     parts = []
     for file in files:
         try:
-            data = pathlib.Path(file).read_bytes()
-            parts.append(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"--text={file} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Convert it first, for "
-                "instance with `iconv -t UTF-8`."
-            ) from error
-        except OSError as error:
-            raise ValueError(f"--text={file} cannot be read: {error.strerror}.") from error
-        if not data:
+            parts.append(read_text(file))
+        except ValueError as error:
+            raise ValueError(f"--text={error}") from error
+        if not parts[-1]:
             raise ValueError(f"--text={file} is empty: give a file with text in it.")
     return "\n".join(parts)
 

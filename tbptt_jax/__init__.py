@@ -8,6 +8,8 @@ from tbptt_jax.window import lanes as lanes
 from tbptt_jax.pack import pack as pack
 from tbptt_jax.window import split as split
 from tbptt_jax.window import slide as slide
+from tbptt_jax.window import overlap as overlap
+from tbptt_jax.window import burn_in as burn_in
 from tbptt_jax.window import stateless as stateless
 from tbptt_jax import streams as streams
 from tbptt_jax.recurrence import Recurrence as Recurrence
@@ -25,6 +27,7 @@ from tbptt_jax.gradient import Metrics as Metrics
 from tbptt_jax.gradient import gradient as gradient
 from tbptt_jax.training import train_step as train_step
 from tbptt_jax.training import train_windows as train_windows
+from tbptt_jax.training import mean_loss as mean_loss
 from tbptt_jax.training import evaluate as evaluate
 from tbptt_jax.training import skip_not_finite as skip_not_finite
 from tbptt_jax.training import carry_health as carry_health

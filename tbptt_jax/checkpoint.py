@@ -36,7 +36,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from tbptt_jax.window import check_whole
+from tbptt_jax.window import check_whole, quoted
 
 PyTree = Any
 
@@ -271,7 +271,7 @@ def _whole(path: str, leaf: Any) -> np.ndarray:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     array = np.asarray(leaf)
     if array.dtype != leaf.dtype:  # numbers there are none, as in a `jax.ShapeDtypeStruct`
-        raise ValueError(f"`{path}` is {_short(leaf)}, which has no numbers; {_AS_ARRAY}")
+        raise ValueError(f"`{path}` is {quoted(leaf)}, which has no numbers; {_AS_ARRAY}")
     return array
 
 
@@ -293,7 +293,7 @@ def _read(manager: ocp.CheckpointManager, update: int) -> tuple[dict[str, Any], 
     arrays = [stored.get(str(i), array) for i, array in enumerate(templates)]
     for leaf, array in zip(content["leaves"], arrays, strict=True):
         if "value" not in leaf and zlib.crc32(array.tobytes()) != leaf["checksum"]:
-            raise ValueError(f"`{_short(leaf['path'], str)}` does not have its checksum")
+            raise ValueError(f"`{_cut(str(leaf['path']))}` does not have its checksum")
     return content, arrays
 
 
@@ -384,10 +384,10 @@ def _check_same_run(
     old, nothing = content["settings"], "nothing"
 
     def shown(settings: dict[str, Any], name: str) -> str:
-        return _short(settings[name]) if name in settings else nothing
+        return quoted(settings[name]) if name in settings else nothing
 
     differ = [
-        f"{_short(name, str)} {shown(old, name)}, here {shown(settings, name)}"
+        f"{_cut(str(name))} {shown(old, name)}, here {shown(settings, name)}"
         for name in {**old, **settings}
         if name not in old or name not in settings or not _same(old[name], settings[name])
     ]
@@ -398,7 +398,7 @@ def _check_same_run(
             for leaves in (content["leaves"], kinds)
         )
         differ = [
-            f"`{_short(path, str)}` {then.get(path, nothing)}, here {now.get(path, nothing)}"
+            f"`{_cut(str(path))}` {then.get(path, nothing)}, here {now.get(path, nothing)}"
             for path in {**then, **now}
             if then.get(path) != now.get(path)
         ]
@@ -429,7 +429,7 @@ def _devices(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> tuple[int
     pairs = [(a, b) for a, b in zip(then, now, strict=True) if (a["dtype"], a["shape"]) != (b["dtype"], b["shape"])]
     numbers = {(a["shape"][0], b["shape"][0]) for a, b in pairs if a["shape"] and b["shape"]}
     same = all(
-        ".influence." in a["path"] and (a["dtype"], a["shape"][1:]) == (b["dtype"], b["shape"][1:]) for a, b in pairs
+        ".influence" in a["path"] and (a["dtype"], a["shape"][1:]) == (b["dtype"], b["shape"][1:]) for a, b in pairs
     )
     return numbers.pop() if same and len(numbers) == 1 else None
 
@@ -462,12 +462,12 @@ def _dtype(name: str, leaf: Any) -> str:
     dtype: Any = getattr(leaf, "dtype", None)
     is_key = str(dtype).startswith("key<")
     if not hasattr(leaf, "shape") or not (isinstance(dtype, np.dtype) or is_key):
-        raise ValueError(f"{name} is {_short(leaf)}, a {type(leaf).__name__}; {_AS_ARRAY}")
+        raise ValueError(f"{name} is {quoted(leaf)}, a {type(leaf).__name__}; {_AS_ARRAY}")
     if not is_key and dtype.names is not None:
-        raise ValueError(f"{name} is a structured array of {_short(dtype.names)}: give its fields, one array each.")
+        raise ValueError(f"{name} is a structured array of {quoted(dtype.names)}: give its fields, one array each.")
     if not is_key and dtype.kind in "OT":
         raise ValueError(
-            f"{name} has dtype {_short(dtype, str)}, which only points to what it holds: give numbers or strings, such as "
+            f"{name} has dtype {_cut(str(dtype))}, which only points to what it holds: give numbers or strings, such as "
             "`np.asarray(x.tolist())` makes of them."
         )
     return str(dtype)
@@ -489,7 +489,7 @@ def _update(update: Any) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise ValueError(f"`update` is {_short(update)}; it needs to be a whole number, at least 0.")
+        raise ValueError(f"`update` is {quoted(update)}; it needs to be a whole number, at least 0.")
     return number
 
 
@@ -499,14 +499,13 @@ def _as_json(name: str, value: Any) -> Any:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"`{name}` cannot be written as JSON: {_short(error, str)}. Give dicts, lists, strings and Python numbers, "
+            f"`{name}` cannot be written as JSON: {_cut(str(error))}. Give dicts, lists, strings and Python numbers, "
             "such as `x.tolist()` makes of an array."
         ) from error
 
 
-def _short(x: Any, show: Callable[[Any], str] = repr) -> str:
-    text = " ".join(show(x).split())
-    return text if len(text) <= 80 else f"{text[:79]}…"
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _checksum_of_json(content: Any) -> int:

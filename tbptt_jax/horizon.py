@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tbptt_jax.gradient import Loss, gradient, step_losses, weighted_mean
+from tbptt_jax.gradient import Loss, as_real, gradient, objective, step_losses, weighted_mean
 from tbptt_jax.influence import Influence
 from tbptt_jax.recurrence import Recurrence, rematerialised, unroll_window
-from tbptt_jax.window import Window, check, split, step_weights, time_shape
+from tbptt_jax.window import Window, at_least_float32, check, is_scored, split, time_shape
 
 PyTree = Any
 
@@ -105,7 +105,7 @@ def decay(
         )
     whole = time // lags * lags
 
-    def stretch(x: jax.Array) -> jax.Array:  # as they are: `split` would add a reset, which is an end to the past
+    def stretch(x: jax.Array) -> jax.Array:  # as they are: a reset, as `split` adds where there are none, ends the past
         return x[:, :whole].reshape(lanes, -1, lags, *x.shape[2:]).swapaxes(0, 1)
 
     stretches = jax.tree.map(stretch, window)
@@ -215,6 +215,10 @@ def _sweep(model: Recurrence, loss: Loss, params: PyTree, stretches: Window) -> 
     """Norms ``[probes, lanes, lags]`` and whether each probe is scored, ``[probes, lanes]``."""
     _, lanes, lags = time_shape(stretches, ("stretches", "lanes", "time"))
 
+    def of_carry(cotangent: jax.Array) -> jax.Array:
+        size = jnp.abs(cotangent)
+        return jnp.sum(size.astype(at_least_float32(size.dtype)) ** 2, range(2, size.ndim))
+
     def probe(carry: PyTree, stretch: Window) -> tuple[PyTree, tuple]:
         def last_loss(nudges: PyTree) -> tuple[jax.Array, PyTree]:
             def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, jax.Array]:
@@ -222,7 +226,8 @@ def _sweep(model: Recurrence, loss: Loss, params: PyTree, stretches: Window) -> 
                 carry = jax.tree.map(lambda h, n: h if n is None else h + n, carry, nudge, is_leaf=lambda x: x is None)
                 step = jax.tree.map(lambda x: x[:, None], step)
                 carry, outputs = unroll_window(model, params, carry, step)
-                return carry, step_losses(loss, outputs, step)[:, 0]
+                losses = jax.tree.leaves(step_losses(loss, outputs, step))
+                return carry, sum(x[:, 0].astype(at_least_float32(x.dtype)) for x in losses)
 
             steps = jax.tree.map(lambda x: x.swapaxes(0, 1), stretch)
             end, losses = lax.scan(one_step, carry, (nudges, steps))
@@ -232,8 +237,8 @@ def _sweep(model: Recurrence, loss: Loss, params: PyTree, stretches: Window) -> 
             lambda h: jnp.zeros((lags, *h.shape), h.dtype) if jnp.issubdtype(h.dtype, jnp.inexact) else None, carry
         )
         cotangents, carry = jax.grad(last_loss, has_aux=True)(nudges)  # of the carry before each step
-        square = sum(jnp.sum(c.astype(jnp.float32) ** 2, range(2, c.ndim)) for c in jax.tree.leaves(cotangents))
-        return carry, (jnp.sqrt(square).T[:, ::-1], step_weights(stretch)[:, -1] > 0)
+        square = functools.reduce(jnp.add, map(of_carry, jax.tree.leaves(cotangents)))
+        return carry, (jnp.sqrt(square).T[:, ::-1], is_scored(stretch)[:, -1])
 
     return lax.scan(probe, model.initial_carry(params, lanes), stretches)[1]
 
@@ -274,8 +279,7 @@ def _compare(
     def total_loss(params: PyTree) -> jax.Array:
         lanes, _ = time_shape(window)
         _, outputs = unroll_window(full, params, model.initial_carry(params, lanes), window)
-        mean, weight = weighted_mean(step_losses(loss, outputs, window), window)
-        return mean * weight
+        return objective(weighted_mean(step_losses(loss, outputs, window), window), 1.0)
 
     estimate = gradient(model, loss, influence=influence, normaliser=1.0)
 
@@ -291,13 +295,14 @@ def _compare(
 
     estimates = lax.map(one_draw, jax.random.split(key, draws), batch_size=min(draws, 16))
     mean = jax.tree.map(lambda e: e.mean(0), estimates)
-    spread = jax.tree.map(lambda e, m: jnp.sum((e - m) ** 2, 0) / (draws - 1 or jnp.nan), estimates, mean)
+    spread = jax.tree.map(lambda e, m: jnp.sum(jnp.abs(e - m) ** 2, 0) / (draws - 1 or jnp.nan), estimates, mean)
     return jax.grad(total_loss)(params), mean, spread
 
 
 def _bias(exact: PyTree, mean: PyTree, spread: PyTree, groups: dict[str, Bias]) -> Bias:
     g, e, s = (
-        np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(t)]) for t in (exact, mean, spread)
+        np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(as_real(t))])
+        for t in (exact, mean, spread)
     )
     size = np.linalg.norm(g)
     if size == 0:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tbptt_jax.lstm_gpu import PALLAS, Loops, cudnn
-from tbptt_jax.recurrence import PyTree, Recurrence, Segment, recurrence, scale_cotangent
+from tbptt_jax.recurrence import PyTree, Recurrence, Segment, linen_parts, of_any_lanes, recurrence, scale_cotangent
 from tbptt_jax.window import Window, check_whole, time_shape, where_lanes
 
 GATES = "ifgo"  # the order along the axis of four times the features, as PyTorch has it
@@ -92,18 +92,25 @@ def lstm(
         raise ValueError(f"`implementation` is {implementation!r}, which has no projection: use 'fused', or None.")
     outputs = features if projection is None else projection
 
+    begin, apply = linen_parts(encoder=encoder, readout=readout)
+
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
+        lanes, _ = time_shape(Window(inputs))
         keys = jax.random.split(key, layers + 2)
         params: dict[str, Any] = {}
         x: Any = inputs
         if encoder is not None:
-            x, params["encoder"] = encoder.init_with_output(keys[0], x)
+            x, params = begin("encoder", keys[0], params, x)
+        if jnp.ndim(x) != 3:
+            raise ValueError(
+                f"What reaches the LSTM has shape {list(jnp.shape(x))}; it needs to be [lanes, time, features]: `x[..., None]` "
+                "for a single feature, an `encoder` such as nn.Embed for tokens."
+            )
         widths = [jnp.shape(x)[-1], *[outputs] * (layers - 1)]
-        params["cell"] = tuple(_init(k, width, features, projection) for k, width in zip(keys[2:], widths, strict=True))
+        cell = tuple(_init(k, width, features, projection) for k, width in zip(keys[2:], widths, strict=True))
         if readout is not None:
-            lanes, _ = time_shape(Window(inputs))
-            params["readout"] = readout.init(keys[1], jnp.zeros((lanes, 1, outputs)))
-        return params
+            _, params = begin("readout", keys[1], params, jnp.zeros((lanes, 1, outputs)))
+        return {**params, "cell": cell}
 
     def initial_carry(params: PyTree, lanes: int) -> PyTree:
         def zeros(width: int, weights: Weights) -> jax.Array:
@@ -141,11 +148,11 @@ def lstm(
         return tuple(after), x
 
     return recurrence(
-        init,
+        of_any_lanes(init),
         initial_carry,
         scan,
-        encoder and (lambda params, x: encoder.apply(params["encoder"], x)),
-        readout and (lambda params, y: readout.apply(params["readout"], y)),
+        encoder and apply("encoder"),
+        readout and apply("readout"),
         checkpoint,
     )
 
@@ -487,8 +494,8 @@ def _init(key: jax.Array, inputs: int, features: int, projection: int | None) ->
 
 
 def _check_inputs(x: jax.Array, weights: Weights) -> None:
-    if jnp.ndim(x) != 3 or x.shape[-1] != weights.input.shape[0]:
+    if jnp.ndim(x) != 3 or x.shape[-1] != weights.input.shape[0] or jnp.iscomplexobj(x):
         raise ValueError(
-            f"What reaches the LSTM has shape {list(jnp.shape(x))}; it needs to be [lanes, time, "
+            f"What reaches the LSTM is {x.dtype}{list(jnp.shape(x))}; it needs to be real numbers [lanes, time, "
             f"{weights.input.shape[0]}], as when the parameters were initialised. An `encoder` can bring it there."
         )

@@ -9,13 +9,17 @@ consumed, or skipped; where ``valid`` is False the carry stands still, and what 
 nothing.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -113,6 +117,8 @@ def recurrence(
     ) -> tuple[PyTree, PyTree]:
         lanes, time = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
         check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
+        inputs, edges = jax.tree.map(jnp.asarray, (inputs, edges))
+        resets, valid = jax.tree.map(lambda x: jnp.asarray(x, bool), (resets, valid))
 
         def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
             x, *masks = per_step
@@ -124,7 +130,92 @@ def recurrence(
 
         return in_segments(segment, carry, (inputs, resets, valid, edges), time, checkpoint)
 
-    return Recurrence(init, initial_carry, unroll)
+    @functools.lru_cache(maxsize=16)
+    def check_modules(tree: Any, shapes: tuple) -> None:
+        params, inputs = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+        x = inputs
+        if encoder is not None:
+            x = check_step_by_step("encoder", encoder, params, x)
+        if readout is not None:
+            lanes, _ = time_shape(Window(inputs))
+            carry = jax.eval_shape(lambda p: initial_carry(p, lanes), params)
+            y = jax.eval_shape(lambda p, c, x: scan(p, c, x, None, None, None)[1], params, carry, x)
+            check_step_by_step("readout", readout, params, y)
+
+    def checked_init(key: jax.Array, inputs: PyTree) -> PyTree:
+        params = init(key, inputs)
+        if jax.tree.leaves(inputs) and not encoder is readout is None:
+            leaves, tree = jax.tree.flatten((params, inputs))
+            check_modules(tree, tuple((jnp.shape(x), x.dtype) for x in leaves))
+        return params
+
+    return Recurrence(checked_init, initial_carry, unroll)
+
+
+def check_step_by_step(name: str, module: Callable[[PyTree, PyTree], PyTree], params: PyTree, x: PyTree) -> PyTree:
+    """Raises a ``ValueError`` unless ``module`` reads each step of each lane by itself; returns its outputs' shapes.
+
+    Found out on a few numbers: many steps of one lane must be as many lanes of one step. What looks along time, such as a
+    convolution, attention or a norm over it, makes what is computed depend on where a stream was cut.
+
+    Args:
+      name: what the sentence calls it.
+      module: ``(params, x [lanes, time, ...]) -> [lanes, time, ...]``.
+      params: their shapes.
+      x: its inputs' shapes, ``[lanes, time, ...]``.
+    """
+    lanes, time = jax.tree.leaves(x)[0].shape[:2]
+    kind = getattr(module, "__name__", "<")
+    name = name if kind.startswith("<") else f"{name} {kind}"
+    remedy = (
+        "A recurrence keeps what it knows of other steps in its carry alone: give it the last inputs there (a layer of its own "
+        "under `tb.stack`, made by `tb.from_step`), or compute it before the data is cut."
+    )
+    rng = np.random.default_rng(0)
+
+    def read(params: PyTree, x: PyTree, steps: int) -> tuple[PyTree, PyTree]:
+        of_one_lane = jax.tree.map(lambda leaf: some_numbers(rng, (1, steps, *leaf.shape[2:]), leaf.dtype), x)
+        of_one_step = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), of_one_lane)
+        return module(params, of_one_lane), jax.tree.map(lambda y: y.swapaxes(0, 1), module(params, of_one_step))
+
+    size = max(1, sum(math.prod(leaf.shape[2:]) for leaf in jax.tree.leaves(x)))
+    many = max(8, min(max(time, 256), 200_000 // size))  # a look far back is seen in long windows only
+    with jax.ensure_compile_time_eval():
+        params_now = jax.tree.map(lambda leaf: some_numbers(rng, leaf.shape, leaf.dtype), params)
+        try:
+            try:
+                whole, by_step = read(params_now, x, many)
+            except Exception:  # of a kind that only knows windows of one length
+                whole, by_step = read(params_now, x, time)
+        except Exception as error:
+            raise ValueError(
+                f"The {name} cannot be read step by step: it takes [{lanes} lanes, {time} steps, ...], and of one step it says: "
+                f"{str(error).splitlines()[0] if str(error) else error!r}. {remedy}"
+            ) from error
+
+        def same(a: Any, b: Any) -> bool:
+            a, b = (np.asarray(y.astype(jnp.promote_types(y.dtype, jnp.float32))) for y in (a, b))
+            apart = np.abs(a - b)
+            return a.shape == b.shape and not (apart > 0.02 * np.nanmax(np.abs(a), initial=1e-30)).any()
+
+        if not all(jax.tree.leaves(jax.tree.map(same, whole, by_step))):
+            raise ValueError(
+                f"The {name} does not read each step by itself: its outputs for many steps at once are not those for each step "
+                f"alone, so a result would depend on where the stream is cut. {remedy}"
+            )
+    return jax.eval_shape(module, params, x)
+
+
+def some_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Numbers to find out by what a model does: from -1 to 1, complex too; 0 and 1 of whole ones; keys all alike."""
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jnp.zeros(shape, dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return rng.integers(0, 2, shape).astype(dtype)
+    numbers = rng.uniform(-1, 1, shape)
+    return (numbers + 1j * rng.uniform(-1, 1, shape) if jnp.issubdtype(dtype, jnp.complexfloating) else numbers).astype(
+        dtype
+    )
 
 
 def from_linen(
@@ -157,22 +248,19 @@ def from_linen(
             f"`cell` is {cell!r}; it needs to be an RNN cell of Flax Linen, such as `nn.OptimizedLSTMCell(64)`."
         )
 
+    begin, apply = linen_parts(encoder=encoder, cell=cell, readout=readout)
+
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
         lanes, _ = time_shape(Window(inputs))
         keys = jax.random.split(key, 3)
-        params, x = {}, inputs
+        params: PyTree = {}
+        x = inputs
         if encoder is not None:
-            x, params["encoder"] = encoder.init_with_output(keys[0], x)
+            x, params = begin("encoder", keys[0], params, x)
         x_t = jax.tree.map(lambda x: x[:, 0], x)
-        (_, y_t), params["cell"] = cell.init_with_output(keys[1], initial_carry(params, lanes), x_t)
+        (_, y_t), params = begin("cell", keys[1], params, initial_carry(params, lanes), x_t)
         if readout is not None:
-            params["readout"] = readout.init(keys[2], jax.tree.map(lambda y: y[:, None], y_t))
-        for name, variables in params.items():
-            if others := sorted(set(variables) - {"params"}):
-                raise ValueError(
-                    f"The {name} holds variables besides its parameters: {others}. A recurrence keeps state only in its "
-                    "carry: give a module with parameters alone."
-                )
+            _, params = begin("readout", keys[2], params, jax.tree.map(lambda y: y[:, None], y_t))
         return params
 
     def initial_carry(params: PyTree, lanes: int) -> PyTree:
@@ -180,13 +268,106 @@ def from_linen(
         return cell.initialize_carry(jax.random.key(0), (lanes, *input_shape))
 
     return from_step(
-        lambda params, carry, x: cell.apply(params["cell"], carry, x),
-        init,
+        apply("cell"),
+        of_any_lanes(init),
         initial_carry,
-        encoder=encoder and (lambda params, x: encoder.apply(params["encoder"], x)),
-        readout=readout and (lambda params, y: readout.apply(params["readout"], y)),
+        encoder=encoder and apply("encoder"),
+        readout=readout and apply("readout"),
         checkpoint=checkpoint,
     )
+
+
+def linen_parts(**modules: nn.Module | None) -> tuple[Callable[..., tuple[PyTree, PyTree]], Callable[[str], Callable]]:
+    """``begin(name, key, params, *args) -> (outputs, params)`` and ``apply(name)(params, *args) -> outputs`` of Linen modules.
+
+    ``params[name]`` holds what Flax gives each of them. A module that is a part of several is one: its parameters are with
+    the first.
+    """
+    given = {name: module for name, module in modules.items() if module is not None}
+    reach = [_modules_in(module) for module in given.values()]
+    shared = len(set().union(*reach)) < sum(map(len, reach))
+    together = _Together(**given) if shared else None  # type: ignore[arg-type]
+
+    def whole(params: PyTree) -> PyTree:
+        return {"params": {name: params[name]["params"] for name in given if name in params}}
+
+    def begin(name: str, key: jax.Array, params: PyTree, *args: PyTree) -> tuple[PyTree, PyTree]:
+        if together is None:
+            outputs, variables = given[name].init_with_output(key, *args)
+            params = {**params, name: variables}
+        else:
+            try:
+                outputs, variables = together.apply(whole(params), name, *args, rngs={"params": key}, mutable=True)
+            except flax.errors.ScopeParamShapeError as error:
+                raise ValueError(
+                    f"The {name} is, or holds, a module of another part, and shares its parameters, which do not fit here "
+                    f"({str(error).splitlines()[0]}): make a second module for this part."
+                ) from error
+            of_part = variables.get("params", {})
+            params = {each: {"params": of_part.get(each, {})} for each in {**params, name: None}}
+        if others := sorted(set(variables) - {"params"}):
+            raise ValueError(
+                f"The {name} holds variables besides its parameters: {others}. A recurrence keeps state only in its carry: "
+                "give a module with parameters alone."
+            )
+        return outputs, params
+
+    def apply(name: str) -> Callable[..., PyTree]:
+        def applied(params: PyTree, *args: PyTree) -> PyTree:
+            if together is None:
+                return given[name].apply(params[name], *args)
+            return together.apply(whole(params), name, *args)
+
+        applied.__name__ = type(given[name]).__name__
+        return applied
+
+    return begin, apply
+
+
+class _Together(nn.Module):
+    """Modules that have a module in common: Flax then knows it as one."""
+
+    encoder: nn.Module | None = None
+    cell: nn.Module | None = None
+    readout: nn.Module | None = None
+
+    def __call__(self, name: str, *args: PyTree) -> PyTree:
+        return getattr(self, name)(*args)
+
+
+def _modules_in(module: nn.Module) -> set[int]:
+    """The module and all that are given to it, by identity."""
+    fields = [getattr(module, f.name, None) for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+    parts = [x for x in jax.tree.leaves(fields, is_leaf=lambda x: isinstance(x, nn.Module)) if isinstance(x, nn.Module)]
+    return {id(module)}.union(*map(_modules_in, parts))
+
+
+def of_any_lanes(init: Callable[[jax.Array, PyTree], PyTree]) -> Callable[[jax.Array, PyTree], PyTree]:
+    """``init``, which refuses inputs that make the parameters' shapes depend on how many lanes or steps there are.
+
+    A module takes the last axis of what it is given for its features; where inputs have none, that is lanes, or time.
+    """
+
+    def checked(key: jax.Array, inputs: PyTree) -> PyTree:
+        params = init(key, inputs)
+        lanes, time = time_shape(Window(inputs))
+        more = jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes + 1, time + 1, *x.shape[2:]), x.dtype), inputs)
+        try:
+            others = jax.eval_shape(init, key, more)
+        except Exception:  # of a module that knows one number of steps only; it is refused for that
+            return params
+        for (path, param), other in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(others), strict=True):
+            if jnp.shape(param) != other.shape:
+                shapes = jax.tree.map(lambda x: list(x.shape), inputs)
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(
+                    f"`inputs` has shape {shapes}, and `{name}` is {list(jnp.shape(param))} for these {lanes} lanes of {time} steps "
+                    f"and {list(other.shape)} for {lanes + 1} of {time + 1}: a module takes the last axis for features. Give "
+                    "inputs [lanes, time, features] (`x[..., None]` for a single one), or tokens an `encoder` such as nn.Embed."
+                )
+        return params
+
+    return checked
 
 
 def from_nnx(
@@ -216,21 +397,39 @@ def from_nnx(
         ``checkpoint`` is not as described.
     """
     given = {"encoder": encoder, "cell": cell, "readout": readout}
-    parts = {name: _divide(name, part) for name, part in given.items() if part is not None}
+    parts = {name: part for name, part in given.items() if part is not None}
+    modules = {name: part for name, part in parts.items() if isinstance(part, nnx.Module)}
+    groups: list[dict[str, Any]] = [modules, *({name: part} for name, part in parts.items() if name not in modules)]
+    graphs: dict[str, tuple] = {}
+    begin: dict[str, Callable] = {}
+    for group in groups:  # modules are divided together, so that one that is a part of several is one
+        graph, initial = _divide(group)
+        for name in group:
+            graphs[name] = tuple(group), graph
+            begin[name] = initial
 
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
-        del inputs  # NNX modules are told their sizes
         keys = dict(zip(given, jax.random.split(key, 3), strict=True))
-        return {name: initial(keys[name]) for name, (_, initial) in parts.items()}
+        params = {name: begin[name](keys[name])[name] for name in parts}  # NNX modules are told their sizes
+        if inputs is not None:
+            _check_more_lanes(model.unroll, initial_carry, params, inputs)
+        return params
 
     def initial_carry(params: PyTree, lanes: int) -> PyTree:
-        module = nnx.merge(parts["cell"][0], params["cell"])
-        return module.initialize_carry((lanes, *input_shape), nnx.Rngs(0))
+        return merged("cell", params).initialize_carry((lanes, *input_shape), nnx.Rngs(0))
+
+    def merged(name: str, params: PyTree) -> Any:
+        group, graph = graphs[name]
+        return nnx.merge(graph, nnx.State({each: params[each] for each in group}))[name]
 
     def apply(name: str) -> Callable[..., PyTree]:
-        return lambda params, *args: nnx.merge(parts[name][0], params[name])(*args)
+        def applied(params: PyTree, *args: PyTree) -> PyTree:
+            return merged(name, params)(*args)
 
-    return from_step(
+        applied.__name__ = type(parts[name]).__name__ if name in modules else "module"
+        return applied
+
+    model = from_step(
         apply("cell"),
         init,
         initial_carry,
@@ -238,6 +437,7 @@ def from_nnx(
         readout=apply("readout") if "readout" in parts else None,
         checkpoint=checkpoint,
     )
+    return model
 
 
 def stack(*layers: Recurrence) -> Recurrence:
@@ -295,11 +495,13 @@ def check_carry(carry: PyTree, expected: PyTree, lanes: int) -> None:
     """Raises a ``ValueError`` unless ``carry`` has the tree, shapes and dtypes of the initial carry for ``lanes``."""
 
     def describe(tree: PyTree) -> tuple:
-        return jax.tree.structure(tree), [(x.shape, jnp.dtype(x.dtype)) for x in jax.tree.leaves(tree)]
+        return jax.tree.structure(tree), [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
 
     if describe(carry) == describe(expected):
         return
-    has, needs = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (carry, expected))
+    has, needs = (
+        jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree) for tree in (carry, expected)
+    )
     raise ValueError(
         f"The carry does not fit this window of {lanes} lanes: it is {has}, and needs to be {needs}. A carry belongs to "
         "the lanes it was made for; begin another number of lanes with `initial_carry(params, lanes)`."
@@ -310,13 +512,14 @@ def _as_given(new: PyTree, carry: PyTree) -> PyTree:
     """A step's new carry in the dtypes of the one before: bfloat16 compute, float32 carry."""
 
     def describe(tree: PyTree) -> tuple:
-        kinds = jnp.inexact, jnp.integer, jnp.bool_
-        leaves = [
-            (jnp.shape(x), [jnp.issubdtype(jnp.result_type(x), kind) for kind in kinds]) for x in jax.tree.leaves(tree)
-        ]
-        return jax.tree.structure(tree), leaves
+        return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
 
-    if describe(new) != describe(carry):
+    def fits(new: Any, old: Any) -> bool:
+        kinds = jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_
+        a, b = ([jnp.issubdtype(jnp.result_type(x), kind) for kind in kinds] for x in (new, old))
+        return a == b or (a[0] and b[1])  # a real number is a complex one, and not the other way round
+
+    if describe(new) != describe(carry) or not all(jax.tree.leaves(jax.tree.map(fits, new, carry))):
         returned, given = (
             jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree) for tree in (new, carry)
         )
@@ -387,29 +590,46 @@ def in_segments(segment: Callable, carry: PyTree, per_step: PyTree, time: int, c
     return carry, jax.tree.map(lambda *y: jnp.concatenate(y, 1), *parts)
 
 
-def _divide(name: str, part: Callable[[nnx.Rngs], nnx.Module] | nnx.Module) -> tuple[nnx.GraphDef, Callable]:
-    """An NNX module as its static graph and a function ``key -> params``."""
+def _divide(parts: dict[str, Any]) -> tuple[Any, Callable]:
+    """NNX modules as their static graph and a function ``key -> params``."""
 
-    def split(module: nnx.Module) -> tuple[Any, PyTree]:
-        parts: Any = nnx.split(module, nnx.Param, ...)
-        graph, params, rest = parts
+    def split(modules: dict[str, nnx.Module]) -> tuple[Any, PyTree]:
+        divided: Any = nnx.split(modules, nnx.Param, ...)
+        graph, params, rest = divided
         if jax.tree.leaves(rest):
+            paths = list(nnx.to_flat_state(rest).paths)
             raise ValueError(
-                f"The {name} holds variables besides its parameters: {list(nnx.to_flat_state(rest).paths)}. A recurrence "
-                "keeps state only in its carry: give a module whose variables are all nnx.Param."
+                f"The {paths[0][0]} holds variables besides its parameters: {[path[1:] for path in paths]}. A recurrence keeps "
+                "state only in its carry: give a module whose variables are all nnx.Param."
             )
-        return graph, params
+        return graph, {name: params.get(name, nnx.State({})) for name in modules}
 
-    if isinstance(part, type):
-        raise ValueError(
-            f"The {name} is the class {part.__name__}; give a module, or a function of `rngs` that makes one, such as "
-            f"`lambda rngs: {part.__name__}(2, 64, rngs=rngs)`."
-        )
-    if isinstance(part, nnx.Module):
-        graph, params = split(part)
+    for name, part in parts.items():
+        if isinstance(part, type):
+            raise ValueError(
+                f"The {name} is the class {part.__name__}; give a module, or a function of `rngs` that makes one, such as "
+                f"`lambda rngs: {part.__name__}(2, 64, rngs=rngs)`."
+            )
+    if all(isinstance(part, nnx.Module) for part in parts.values()):
+        graph, params = split(parts)
         return graph, lambda key: jax.tree.map(jnp.copy, params)  # copies: a train step donates what it is given
-    graph, _ = split(nnx.eval_shape(lambda: part(nnx.Rngs(0))))
-    return graph, lambda key: split(part(nnx.Rngs(key)))[1]
+    ((name, make),) = parts.items()
+    graph, _ = split(nnx.eval_shape(lambda: {name: make(nnx.Rngs(0))}))
+    return graph, lambda key: split({name: make(nnx.Rngs(key))})[1]
+
+
+def _check_more_lanes(unroll: Callable, initial_carry: Callable, params: PyTree, inputs: PyTree) -> None:
+    """Raises a ``ValueError`` if one lane more could not be read: then lanes are taken for features."""
+    lanes, _ = time_shape(Window(inputs))
+    more = jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes + 1, *x.shape[1:]), x.dtype), inputs)
+    try:
+        jax.eval_shape(lambda p, x: unroll(p, initial_carry(p, lanes + 1), x), params, more)
+    except TypeError as error:
+        raise ValueError(
+            f"`inputs` has shape {jax.tree.map(lambda x: list(x.shape), inputs)}, and {lanes + 1} lanes of such inputs do not fit "
+            f"the modules ({str(error).splitlines()[0]}). Give inputs [lanes, time, features] with the features that the "
+            "modules were made for (`x[..., None]` for a single one), or tokens an `encoder` such as nnx.Embed."
+        ) from error
 
 
 def _swap(x: jax.Array) -> jax.Array:

@@ -19,9 +19,9 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tbptt_jax.gradient import Estimate, Metrics, StreamState
+from tbptt_jax.gradient import Estimate, Metrics, StreamState, as_real, gradient, of_each, of_real
 from tbptt_jax.influence.influence import LANE, WindowVJP
-from tbptt_jax.window import Window, check_whole, time_shape
+from tbptt_jax.window import Window, check_whole, is_leaf, step_weights, time_shape
 
 PyTree = Any
 RUN = "run"
@@ -85,9 +85,9 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
 
     The stream state looks as on one device, its arrays with an axis of lanes spread along it; so a checkpoint goes on with
     any number of devices. Whole numbers without lanes, such as counters, are the same on every device, and so is what a
-    stored backward pass has of the parameters. Of other numbers without lanes, such as the sketch of ``uoro``, every device
-    has its own, on a leading axis ``[devices, ...]``: they go on with as many devices. All devices draw alike, but for the
-    signs of ``uoro``.
+    stored backward pass has of the parameters. Of other numbers without lanes, which an influence of one's own may have,
+    every device has its own, on a leading axis ``[devices, ...]``: they go on with as many devices. What is drawn for a lane
+    does not depend on the devices.
 
     Args:
       estimate: the estimator, with the default normaliser or a constant one.
@@ -103,6 +103,13 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
     if LANE not in mesh.shape:
         raise ValueError(f"The mesh has the axes {list(mesh.shape)}; lanes are spread over an axis named {LANE!r}.")
     devices = mesh.shape[LANE]
+    summed = gradient(estimate.model, estimate.loss, influence=estimate.influence, normaliser=1.0)
+
+    def separate(window: Window) -> bool:
+        return estimate.normaliser is None and not is_leaf(window.weights) and window.weights is not None
+
+    def of(window: Window) -> Estimate:
+        return summed if separate(window) else estimate
 
     def spread(f: Callable, in_specs: tuple, out_specs: Any) -> Callable:
         spread = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={LANE}, check_vma=False)
@@ -112,7 +119,7 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
         """The stream state of a device, or of one that had so many times its lanes."""
         lanes = time_shape(window)[0] // devices * times
         some = jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape[1:]), x.dtype), window)
-        return jax.eval_shape(estimate.init, jax.random.key(0), params, some)
+        return jax.eval_shape(of(window).init, jax.random.key(0), params, some)
 
     def places(params: PyTree, window: Window) -> list[P | None]:
         """Of each leaf of the stream state, where it is: along its lanes, the same everywhere, or None: each device's own."""
@@ -140,7 +147,7 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
         at = places(params, window)
 
         def on_device(key: jax.Array, params: PyTree, window: Window) -> StreamState:
-            return _with_devices(estimate.init(key, params, window), at)
+            return _with_devices(of(window).init(key, params, window), at)
 
         state = specs(shapes(params, window), at)
         return spread(on_device, (P(), P(), P(LANE)), state)(key, params, window)
@@ -149,17 +156,25 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
         at = places(params, window)
 
         def on_device(params: PyTree, stream: StreamState, window: Window) -> tuple[PyTree, StreamState, Metrics]:
-            grads, own, (loss, weight) = estimate.update(params, _without_devices(stream, at), window)
+            several = separate(window)
+            if several:  # each loss is averaged over a weight of its own: that of all devices, known before
+                weights = step_weights(window)
+                totals = jax.tree.map(lambda w: jax.lax.psum(w.sum(), LANE), weights)
+                shares = jax.tree.map(lambda w, t: w / jnp.where(t > 0, t, 1), weights, totals)
+                window = window._replace(weights=shares)
+            grads, own, (loss, weight) = of(window).update(params, _without_devices(stream, at), window)
             # With the window's own weight as the normaliser, what adds up is the gradient times that weight.
-            scale = weight if estimate.normaliser is None else jnp.ones_like(weight)
-            mine, unravel = ravel_pytree(
-                (jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), loss * weight, weight)
-            )
-            grads, loss, weight = unravel(jax.lax.psum(mine, LANE))  # one all-reduce
-            total = jnp.where(weight > 0, weight, 1)
-            share = 1 / total if estimate.normaliser is None else jnp.ones_like(total)
-            grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
-            return grads, _with_devices(own, at), Metrics(loss / total, weight)
+            by_weight = estimate.normaliser is None and not several
+            scale = weight if by_weight else jnp.ones(())
+            scaled = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+            sums = jax.tree.map(jnp.multiply, loss, of_each(weight, loss))
+            mine, unravel = ravel_pytree((as_real(scaled), sums, weight))
+            numbers, sums, weight = unravel(jax.lax.psum(mine, LANE))  # one all-reduce
+            positive = jax.tree.map(lambda w: jnp.where(w > 0, w, 1), weight)
+            share = 1 / positive if by_weight else jnp.ones(())
+            grads = jax.tree.map(lambda g: g * share.astype(g.dtype), of_real(numbers, grads))
+            loss = jax.tree.map(jnp.divide, sums, of_each(positive, sums))
+            return grads, _with_devices(own, at), Metrics(loss, totals if several else weight)
 
         state = specs(stream, at)
         return spread(on_device, (P(), state, P(LANE)), (P(), state, P()))(params, stream, window)

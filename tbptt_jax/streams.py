@@ -11,14 +11,12 @@ A source is an array, so the targets of a next-step task are the same array one 
 :func:`windows` returns is a Grain dataset; its iterator has ``get_state`` and ``set_state``.
 """
 
-import contextlib
-import csv
 import functools
 import mmap
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -26,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tbptt_jax.files import Path, read_text, reading
+from tbptt_jax.files import read_csv as read_csv
 from tbptt_jax.window import Window, check_whole, time_shape
 
 PyTree = Any
-Path = str | os.PathLike[str]
 
 # One thread reads and places, so that calls are placed in their order on every host.
 _AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -133,12 +132,14 @@ def open_npy(path: Path) -> np.memmap:
       ValueError: if the file cannot be read, is cut short or empty, or holds something else. Whether the numbers are
         finite is seen when they are read.
     """
-    with _reading(path):
+    with reading(path):
+        pathlib.Path(path).open("rb").close()
         try:
             array = np.lib.format.open_memmap(path, mode="r")
-        except ValueError as error:
+        except Exception as error:  # NumPy reads the header as Python, and says of it what Python does
+            said = str(error).partition("\n")[0][:80] or type(error).__name__
             raise ValueError(
-                f"{path} is not a whole .npy file of numbers ({error}): write it again with `np.save`."
+                f"{path} is not a whole .npy file of numbers ({said}): write it again with `np.save`."
             ) from error
     if array.dtype.kind not in "biuf" or not array.dtype.isnative:
         raise ValueError(f"{path} holds {array.dtype}; it needs numbers or bool, in this machine's byte order.")
@@ -159,17 +160,17 @@ def open_bytes(path: Path) -> np.memmap:
     Raises:
       ValueError: if the file cannot be read or is empty.
     """
-    with _reading(path):
+    with reading(path):
         if not os.path.getsize(path):
             raise ValueError(f"{path} is empty: give a file with something in it.")
         return np.memmap(path, np.uint8, "r")
 
 
 def read_characters(path: Path, vocabulary: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
-    """A UTF-8 text as numbers of its characters. It is held in memory; for more text than that, :func:`open_bytes`.
+    """A text as numbers of its characters. It is held in memory; for more text than that, :func:`open_bytes`.
 
     Args:
-      path: the file.
+      path: the file, in an encoding that :func:`tbptt_jax.files.read_text` knows, whose line ends become ``\\n``.
       vocabulary: the characters in the order of their numbers, as a call for the training text returned them. Number 0
         stands for any other. None: those of this text, sorted, after the "�" that is number 0.
 
@@ -177,10 +178,9 @@ def read_characters(path: Path, vocabulary: Sequence[str] | None = None) -> tupl
       The numbers, ``[time]`` int32, and the vocabulary.
 
     Raises:
-      ValueError: if the file cannot be read, is empty or is not UTF-8.
+      ValueError: if the file cannot be read, is empty or is in another encoding.
     """
-    with _reading(path):
-        text = pathlib.Path(path).read_bytes().decode()
+    text = read_text(path)
     if not text:
         raise ValueError(f"{path} is empty: give a file with something in it.")
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -188,89 +188,6 @@ def read_characters(path: Path, vocabulary: Sequence[str] | None = None) -> tupl
     numbers = np.zeros(sys.maxunicode + 1, np.int32)
     numbers[[ord(character) for character in vocabulary[1:]]] = np.arange(1, len(vocabulary))
     return numbers[points], vocabulary
-
-
-def read_csv(path: Path, columns: Sequence[str]) -> np.ndarray:
-    """Columns of a CSV file whose first line names them.
-
-    Args:
-      path: the file, in UTF-8.
-      columns: their names.
-
-    Returns:
-      ``[time, len(columns)]`` float32, in memory, in the order of ``columns``.
-
-    Raises:
-      ValueError: with file, line and column, if the file cannot be read, is not UTF-8 or not CSV, has no rows or not
-        these columns, a row has not the header's number of fields, or a field is not a finite number.
-    """
-    with _reading(path), open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        try:
-            header = next(rows, [])
-            if not header:
-                raise ValueError(
-                    f"{path}, line 1: there is nothing; it needs to name the columns, and each row to be a step."
-                )
-            for name in columns:
-                if header.count(name) != 1:
-                    raise ValueError(
-                        f"{path} has {header.count(name)} columns {name!r}; one is needed. Those there are: {header}."
-                    )
-            places = [(name, header.index(name)) for name in columns]
-            array = np.fromiter(_numbers(path, rows, len(header), places), np.dtype((np.float32, len(places))))
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {rows.line_num}: this is not CSV ({error}).") from error
-    if not len(array):
-        raise ValueError(f"{path} has a header and no rows: give a file with at least one step.")
-    return array
-
-
-def _numbers(path: Path, rows: Any, fields: int, places: list[tuple[str, int]]) -> Iterator[list[float]]:
-    largest = float(np.finfo(np.float32).max)
-    blank = 0
-    for row in rows:
-        if not row:  # at the end of a file it is nothing; before a row it may be a step that is missing
-            blank = blank or rows.line_num
-            continue
-        if blank or len(row) != fields:
-            line, has = (blank, 0) if blank else (rows.line_num, len(row))
-            raise ValueError(f"{path}, line {line}: the row has {has} fields, and the header {fields}.")
-        values = []
-        for name, place in places:
-            try:
-                if "_" in row[place]:  # Python's own way of writing thousands
-                    raise ValueError
-                values.append(float(row[place]))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {rows.line_num}, column {name!r}: {row[place]!r} is not a number."
-                ) from error
-            if not abs(values[-1]) <= largest:
-                raise ValueError(
-                    f"{path}, line {rows.line_num}, column {name!r}: {row[place]!r} is not a finite float32: fill it in, or "
-                    "drop the row."
-                )
-        yield values
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        with open(path, "rb") as file:  # a decoder that reads ahead does not know the line
-            for number, line in enumerate(file, 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as here:
-                    raise ValueError(
-                        f"{path} is not UTF-8: line {number}, byte {here.start + 1} of it, is 0x{line[here.start]:02x}. "
-                        "Convert it first, for instance with `iconv -t UTF-8`."
-                    ) from error
-        raise
 
 
 def _cut(field: str, x: np.ndarray, *, steps: np.ndarray, valid: np.ndarray | None) -> np.ndarray:

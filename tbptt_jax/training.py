@@ -9,9 +9,21 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from tbptt_jax.gradient import Estimate, Loss, Metrics, StreamState, step_losses, weighted_mean
+from tbptt_jax.gradient import (
+    Estimate,
+    Loss,
+    Metrics,
+    StreamState,
+    mean_of,
+    objective,
+    of_each,
+    step_losses,
+    weighted_mean,
+    window_objective,
+)
+from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, unroll_window
-from tbptt_jax.window import Window, check, check_scored, time_shape
+from tbptt_jax.window import Window, check, check_scored, time_shape, where_lanes
 
 PyTree = Any
 
@@ -21,7 +33,7 @@ class TrainState(NamedTuple):
     params: the model's parameters.
     optimiser: the optax state.
     stream: the carry, the influence's state and its key.
-    updates: how many updates have been made, int32.
+    updates: how many updates have been made, int32; a window in which nothing is scored makes none.
     """
 
     params: PyTree
@@ -34,26 +46,38 @@ class TrainStep(NamedTuple):
     """Attributes:
     init: ``(key, window) -> state``; only the window's shapes and dtypes enter the state.
     update: ``(state, window) -> (state, metrics)``: one window, one optimiser update.
+    estimate: the gradient estimator that it steps by.
     """
 
     init: Callable[[jax.Array, Window], TrainState]
     update: Callable[[TrainState, Window], tuple[TrainState, Metrics]]
+    estimate: Estimate
 
 
-def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> TrainStep:
-    """One optimiser update for each window.
+def train_step(estimate: Estimate, optimiser: optax.GradientTransformation | optax.MultiSteps) -> TrainStep:
+    """One optimiser update for each window in which something is scored; the others are read on, and that is all.
+
+    By default each window's gradient is of the window's own mean, so a short last window steps as far as a whole one; with
+    a constant ``normaliser`` in :func:`tbptt_jax.gradient` it weighs what it scores.
 
     Args:
       estimate: the gradient estimator.
       optimiser: an optax transformation; clipping and schedules are its parts. One that takes extra arguments is given
-        the ``window``, as :func:`tbptt_jax.schedules.scale_by_length` needs.
+        ``value`` (the objective), ``grad``, ``value_fn`` (``params -> value``, the same window read from the same carry) and
+        the ``window``, as ``optax.contrib.reduce_on_plateau``, ``optax.polyak_sgd``, ``optax.lbfgs`` and
+        :func:`tbptt_jax.schedules.scale_by_length` need. Gradients of complex parameters reach it conjugated, as
+        directions of steepest ascent: `jax.grad` has them the other way round.
 
     Returns:
       The step's ``init`` and ``update``, for :func:`train_windows` or a loop of one's own.
 
     Raises:
-      ValueError: now, if they are not these; from ``init`` and ``update`` what the estimator's raise.
+      ValueError: now, if they are not these; from ``init`` and ``update`` what the estimator's raise, and if the optimiser
+        needs an argument that is not among these.
     """
+    several = getattr(getattr(optimiser, "update", None), "__self__", None)
+    if isinstance(several, optax.MultiSteps):  # its own `gradient_transformation` keeps the extra arguments from it
+        optimiser = optax.GradientTransformationExtraArgs(several.init, several.update)
     for name, given, needed, like in (
         ("estimate", estimate, Estimate, "`tb.gradient(model, loss)`"),
         ("optimiser", optimiser, optax.GradientTransformation, "`optax.adam(1e-3)`"),
@@ -62,35 +86,56 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation) -> T
             raise ValueError(f"`{name}` is {given!r}; it needs to be such as {like}.")
     optimiser = optax.with_extra_args_support(optimiser)
 
+    @jax.jit  # every leaf a buffer of its own, so that `train_windows` can donate them
+    def start(key: jax.Array, window: Window) -> TrainState:
+        like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), window)
+        params_key, stream_key = jax.random.split(key)
+        # Under vmap one after another: of the factorisations behind orthogonal matrices, two batched ones that meet on
+        # a CPU can wait for each other for ever (jaxlib 0.10).
+        params = jax.custom_batching.sequential_vmap(estimate.model.init)(params_key, like.inputs)
+        stream = estimate.init(stream_key, params, like)
+        state = TrainState(params, optimiser.init(params), stream, jnp.zeros((), jnp.int32))
+        jax.eval_shape(update, state, like)  # raises what it would, before any compute
+        return state
+
     def init(key: jax.Array, window: Window) -> TrainState:
         check(window)
-
-        @jax.jit  # every leaf a buffer of its own, so that `train_windows` can donate them
-        def start(key: jax.Array) -> TrainState:
-            like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), window)
-            params_key, stream_key = jax.random.split(key)
-            # Under vmap one after another: of the factorisations behind orthogonal matrices, two batched ones that meet on
-            # a CPU can wait for each other for ever (jaxlib 0.10).
-            params = jax.custom_batching.sequential_vmap(estimate.model.init)(params_key, like.inputs)
-            stream = estimate.init(stream_key, params, like)
-            return TrainState(params, optimiser.init(params), stream, jnp.zeros((), jnp.int32))
-
-        return start(key)
+        return start(key, window)
 
     def update(state: TrainState, window: Window) -> tuple[TrainState, Metrics]:
         grads, stream, metrics = estimate.update(state.params, state.stream, window)
-        updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params, window=window)
+        grads = jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, grads)
+        extra = {
+            "value": objective(metrics, estimate.normaliser),
+            "grad": grads,
+            "value_fn": lambda params, window=window: window_objective(estimate, params, state.stream, window),
+            "window": window,
+        }
+        try:
+            updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params, **extra)
+        except TypeError as error:
+            if "required keyword-only argument" not in str(error):
+                raise
+            raise ValueError(
+                f"The optimiser asks for an argument that did not reach it ({error}). It is given {sorted(extra)}, and optax hands "
+                "these on to what is a `GradientTransformationExtraArgs` alone. For others write the update with "
+                "`estimate.update`, in a loop of your own."
+            ) from error
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimiser_state, stream, state.updates + 1), metrics
+        new = TrainState(params, optimiser_state, stream, state.updates + 1)
+        if window.weights is None and window.valid is None:
+            return new, metrics
+        scored = functools.reduce(jnp.logical_or, (w > 0 for w in jax.tree.leaves(metrics.weight)))
+        return jax.tree.map(lambda n, o: jnp.where(scored, n, o), new, state)._replace(stream=stream), metrics
 
-    return TrainStep(init, update)
+    return TrainStep(init, update, estimate)
 
 
 def skip_not_finite(step: TrainStep) -> TrainStep:
     """The same step, but a window whose loss, gradient or carry is not finite is as if it had not been there.
 
-    Its metrics tell of it; parameters, optimiser, carry and ``updates`` stay as they were, so that the windows skipped are
-    those made less ``updates``.
+    Its metrics tell of it; parameters, optimiser, carry and ``updates`` stay as they were. Only its resets hold: a lane
+    that was reset in it begins anew at the next window, since what it goes on with is another sequence.
 
     Args:
       step: the train step, as :func:`train_step` makes it.
@@ -98,16 +143,35 @@ def skip_not_finite(step: TrainStep) -> TrainStep:
 
     def update(state: TrainState, window: Window) -> tuple[TrainState, Metrics]:
         new, metrics = step.update(state, window)
-        fine = all_finite((new, metrics.loss))
-        return jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, state), metrics
+        fine = stays_finite(state, new, metrics)
+        kept = state
+        if window.resets is not None:
+            begun = jnp.asarray(window.resets).any(1)
+            carry = where_lanes(begun, step.estimate.model.initial_carry(state.params, len(begun)), state.stream.carry)
+            kept = state._replace(stream=state.stream._replace(carry=carry, fresh=state.stream.fresh | begun))
+        return jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, kept), metrics
 
     return step._replace(update=update)
+
+
+def stays_finite(before: TrainState, after: TrainState, metrics: Metrics) -> jax.Array:
+    """Whether a window's loss, and all that it led to, is finite, a bool of shape ``[]``.
+
+    An optimiser's state may be infinite from the start, as that of ``reduce_on_plateau`` is until it has seen a loss.
+    """
+
+    def stays(old: jax.Array, new: jax.Array) -> jax.Array:
+        inexact = jnp.issubdtype(new.dtype, jnp.inexact)
+        return (jnp.isfinite(new) | ~jnp.isfinite(old)).all() if inexact else jnp.array(True)
+
+    optimiser = jax.tree.leaves(jax.tree.map(stays, before.optimiser, after.optimiser))
+    return all_finite((after.params, after.stream, metrics.loss)) & jnp.array(optimiser, bool).all()
 
 
 def all_finite(tree: PyTree) -> jax.Array:
     """Whether no floating-point number in ``tree`` is infinite or NaN, a bool of shape ``[]``."""
     numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.array([jnp.isfinite(x).all() for x in numbers]).all()
+    return jnp.array([jnp.isfinite(x).all() for x in numbers], bool).all()
 
 
 def carry_health(carry: PyTree) -> tuple[jax.Array, jax.Array]:
@@ -134,15 +198,17 @@ def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[
 
     Args:
       step: the train step.
-      state: its state. It is donated: use the one returned.
+      state: its state. Its optimiser and stream are donated: use those returned. Its parameters stay, and may be kept, as
+        the best so far are.
       windows: consecutive windows ``[windows, lanes, time, ...]``, as :func:`tbptt_jax.split` cuts them. They may be a part
-        of a stream in which nothing is scored: the loss and the weight of such windows are 0, as their gradients are.
+        of a stream in which nothing is scored: the loss and the weight of such windows are 0, and they make no update.
 
     Returns:
-      The state after the last window, and metrics of shape ``[windows]``.
+      The state after the last window, and metrics of shape ``[windows]``; :func:`mean_loss` is their mean.
 
     Raises:
-      ValueError: before any compute, if the windows' shapes or data are not as described.
+      ValueError: before any compute, if the windows' shapes or data are not as described, the state was donated before, or, in
+        the host's memory, a token is not in the model's table or a label none of the classes.
     """
     check(windows, ("windows", "lanes", "time"))
     if not isinstance(step, TrainStep) or not isinstance(state, TrainState):
@@ -150,12 +216,35 @@ def train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[
             f"`step` and `state` are a {type(step).__name__} and a {type(state).__name__}; they need to be "
             "`step = tb.train_step(…)` and `state = step.init(key, window)`."
         )
-    return _train_windows(step, state, windows)
+    if any(
+        isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted()
+        for x in jax.tree.leaves(state)
+    ):
+        raise ValueError(
+            "`state` was given to `train_windows` before, which wrote into its optimiser and stream: go on with the state that "
+            "it returned. Of an earlier state the parameters may be kept; of all of it a copy, `jax.tree.map(jnp.copy, state)`."
+        )
+    check_ranges(step.estimate.model, step.estimate.loss, state.params, windows, ("windows", "lanes", "time"))
+    return _train_windows(step, state.params, state._replace(params=()), windows)
 
 
-@functools.partial(jax.jit, static_argnames="step", donate_argnames="state")
-def _train_windows(step: TrainStep, state: TrainState, windows: Window) -> tuple[TrainState, Metrics]:
-    return lax.scan(step.update, state, windows)
+@functools.partial(jax.jit, static_argnames="step", donate_argnames="rest")
+def _train_windows(step: TrainStep, params: PyTree, rest: TrainState, windows: Window) -> tuple[TrainState, Metrics]:
+    return lax.scan(step.update, rest._replace(params=params), windows)
+
+
+def mean_loss(metrics: Metrics) -> PyTree:
+    """The loss of all windows together, an epoch's for instance: the mean over their scored steps.
+
+    The mean of the windows' means is another number wherever they do not all score as much, as where the last is short.
+
+    Args:
+      metrics: of any number of windows, as :func:`train_windows` returns them.
+
+    Returns:
+      A number of shape ``[]``, or a tree of them for a loss that is a tree; 0 where nothing is scored.
+    """
+    return mean_of(metrics.loss, of_each(metrics.weight, metrics.loss))
 
 
 def evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) -> Metrics:
@@ -174,10 +263,12 @@ def evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) -> 
       The means, in the tree of the loss, and the total weight.
 
     Raises:
-      ValueError: before any compute, if the windows' shapes or data are not as described or no step is scored.
+      ValueError: before any compute, if the windows' shapes or data are not as described, no step is scored, or, in the
+        host's memory, a token is not in the model's table or a label none of the classes.
     """
     check(windows, ("windows", "lanes", "time"))
     check_scored(windows)
+    check_ranges(model, loss, params, windows, ("windows", "lanes", "time"))
     return _evaluate(model, loss, params, windows)
 
 
@@ -189,6 +280,5 @@ def _evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) ->
         carry, outputs = unroll_window(model, params, carry, window)
         return carry, weighted_mean(step_losses(loss, outputs, window), window)
 
-    _, (losses, weights) = lax.scan(read, model.initial_carry(params, lanes), windows)
-    weight = weights.sum()
-    return Metrics(jax.tree.map(lambda x: jnp.sum(x * weights) / jnp.where(weight > 0, weight, 1), losses), weight)
+    _, metrics = lax.scan(read, model.initial_carry(params, lanes), windows)
+    return Metrics(mean_loss(metrics), jax.tree.map(jnp.sum, metrics.weight))

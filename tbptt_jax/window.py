@@ -7,6 +7,7 @@ sequences; :func:`lanes` folds one long corpus into such a batch; :func:`slide` 
 Statelessness is data too: :func:`stateless` asks every window to begin from the initial carry.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,9 @@ class Window(NamedTuple):
     Attributes:
       inputs: pytree of arrays ``[lanes, time, ...]``.
       targets: pytree of arrays ``[lanes, time, ...]``, or None.
-      weights: ``[lanes, time]``, the weight of each step's loss; 0 is not scored. None: every step weighs 1.
+      weights: ``[lanes, time]``, the weight of each step's loss, of any real kind of number; 0 is not scored. A tree of such
+        arrays for a loss that is a tree of this shape: each of its losses then has weights of its own. None: every step
+        weighs 1.
       resets: ``[lanes, time]`` bool; True: this lane's carry returns to the initial carry *before* the step is
         consumed, also where the step is padding. None: never.
       valid: ``[lanes, time]`` bool; False: padding. The carry stands still and the step is not scored. None: all valid.
@@ -41,11 +44,36 @@ class Window(NamedTuple):
     edges: Array | None = None
 
 
-def step_weights(window: Window) -> jax.Array:
-    """The weight of each step's loss, ``[lanes, time]`` float: 0 where it is padding or not scored."""
-    shape = time_shape(window)
-    weights = jnp.ones(shape) if window.weights is None else jnp.asarray(window.weights)
-    return weights if window.valid is None else jnp.where(window.valid, weights, 0)
+def step_weights(window: Window) -> PyTree:
+    """The weight of each step's loss, ``[lanes, time]``, 0 where it is padding or not scored; a tree if the weights are one.
+
+    At least float32: of bool or int8 a sum would have no more room than one step, and of float16 than 65,504.
+    """
+    weights = jnp.ones(time_shape(window)) if window.weights is None else window.weights
+
+    def at_valid(w: Array) -> jax.Array:
+        w = jnp.asarray(w, at_least_float32(w.dtype))
+        return w if window.valid is None else jnp.where(window.valid, w, 0)
+
+    return jax.tree.map(at_valid, weights)
+
+
+def is_scored(window: Window) -> jax.Array:
+    """Whether a step's loss counts, ``[lanes, time]`` bool; with a tree of weights, whether one of its losses does."""
+    return functools.reduce(jnp.logical_or, (w > 0 for w in jax.tree.leaves(step_weights(window))))
+
+
+def same_tree(one: PyTree, other: PyTree) -> bool:
+    return bool(jax.tree.structure(one) == jax.tree.structure(other))  # type: ignore[operator]
+
+
+def is_leaf(tree: PyTree) -> bool:
+    return jax.tree_util.treedef_is_leaf(jax.tree.structure(tree))
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype in which numbers of this one are added up: sums of half precision overflow, or stand still."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 _LANES, _WINDOWS = ("lanes", "time"), ("windows", "lanes", "time")
@@ -59,8 +87,8 @@ def time_shape(window: Window, axes: tuple[str, ...] = _LANES) -> tuple[int, ...
     """The leading shape that every array of ``window`` shares, named by ``axes``.
 
     Raises:
-      ValueError: if it is no window, there are no inputs, an array has too few axes, the arrays disagree, or an axis has
-        length 0.
+      ValueError: if it is no window, there are no inputs, a leaf is no NumPy or JAX array of numbers, bool or keys, or is
+        masked, an array has too few axes, the arrays disagree, or an axis has length 0.
     """
     if not isinstance(window, Window):
         raise ValueError(
@@ -71,27 +99,50 @@ def time_shape(window: Window, axes: tuple[str, ...] = _LANES) -> tuple[int, ...
         raise ValueError(f"The window has no inputs: give at least one array of shape [{', '.join(axes)}, ...].")
     masks = ("resets", "valid", "weights", "edges")  # these have no axes beyond, and so tell most about a mistake
     hint = _HINTS.get(axes, "")
-    for field in (*masks, "inputs", "targets"):
-        for leaf in jax.tree.leaves(getattr(window, field)):
-            if not hasattr(leaf, "shape"):
-                raise ValueError(
-                    f"`{field}` holds {leaf!r}, a Python {type(leaf).__name__}; give arrays, as `np.asarray` makes."
-                )
-            if len(leaf.shape) < len(axes) or (field in masks and len(leaf.shape) != len(axes)):
-                rest = "" if field in masks else ", ..."
-                raise ValueError(
-                    f"`{field}` has shape {list(leaf.shape)}; it needs the axes [{', '.join(axes)}{rest}].{hint}"
-                )
-            if leaf.shape[: len(axes)] != leaves[0].shape[: len(axes)]:
-                raise ValueError(
-                    f"`{field}` has shape {list(leaf.shape)}, but `inputs` begins with {list(leaves[0].shape[: len(axes)])}: "
-                    f"every array of a window needs the same [{', '.join(axes)}].{hint}"
-                )
+    of_fields = [(f, leaf) for f in (*masks, "inputs", "targets") for leaf in jax.tree.leaves(getattr(window, f))]
+    for field, leaf in of_fields:
+        _check_array(field, leaf)
+        if len(leaf.shape) < len(axes) or (field in masks and len(leaf.shape) != len(axes)):
+            rest = "" if field in masks else ", ..."
+            raise ValueError(
+                f"`{field}` has shape {list(leaf.shape)}; it needs the axes [{', '.join(axes)}{rest}].{hint}"
+            )
+    for field, leaf in of_fields:
+        if leaf.shape[: len(axes)] != leaves[0].shape[: len(axes)]:
+            raise ValueError(
+                f"`{field}` has shape {list(leaf.shape)}, but `inputs` begins with {list(leaves[0].shape[: len(axes)])}: "
+                f"every array of a window needs the same [{', '.join(axes)}].{hint}"
+            )
     shape = leaves[0].shape[: len(axes)]
     for name, size in zip(axes, shape, strict=True):
         if size == 0:
             raise ValueError(f"The window has shape {list(shape)}: its `{name}` axis is empty; it needs at least 1.")
     return shape
+
+
+def _check_array(field: str, leaf: Any) -> None:
+    """Raises a ``ValueError`` unless ``leaf`` is an array whose every entry means what it says."""
+    kind, owner = type(leaf).__name__, type(leaf).__module__.partition(".")[0]
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise ValueError(
+            f"`{field}` is a masked array, and its mask would be lost: give `x.filled(0)`, and say with `valid` which steps are "
+            "there, or with `weights` (0 where it is masked) which are scored."
+        )
+    if not isinstance(leaf, np.ndarray | np.generic | jax.Array | jax.ShapeDtypeStruct) or isinstance(leaf, np.matrix):
+        of = "a Python" if owner == "builtins" else f"of {owner}, a"
+        raise ValueError(f"`{field}` holds {quoted(leaf)}, {of} {kind}; give arrays of numbers, as `np.asarray` makes.")
+    key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    if not (key or jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
+        raise ValueError(
+            f"`{field}` has dtype {leaf.dtype}, which nothing can be computed with; give numbers: `np.asarray(x, np.float32)`, "
+            "or, of names or dates, numbers that stand for them."
+        )
+
+
+def quoted(x: Any) -> str:
+    """``repr(x)`` on one line of at most 80 characters."""
+    text = " ".join(repr(x).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check(window: Window, axes: tuple[str, ...] = _LANES) -> None:
@@ -105,14 +156,27 @@ def check(window: Window, axes: tuple[str, ...] = _LANES) -> None:
         flags = getattr(window, field)
         if flags is not None and flags.dtype != bool:
             raise ValueError(f"`{field}` has dtype {flags.dtype}; it needs bool: True or False for each lane and step.")
-    if not all(map(_on_host, jax.tree.leaves(window))):
+    for field in ("weights", "edges"):
+        for leaf in jax.tree.leaves(getattr(window, field)):
+            if not (
+                jnp.issubdtype(leaf.dtype, jnp.integer)
+                or jnp.issubdtype(leaf.dtype, jnp.floating)
+                or leaf.dtype == bool
+            ):
+                raise ValueError(f"`{field}` has dtype {leaf.dtype}; it needs real numbers, such as float32.")
+    if not all(map(on_host, jax.tree.leaves(window))):
         return
     valid = True if window.valid is None else np.asarray(window.valid)
-    scored = valid if window.weights is None else valid & (np.asarray(window.weights) != 0)
+    weights = [np.asarray(w) != 0 for w in jax.tree.leaves(window.weights)]
+    scored = valid & functools.reduce(np.logical_or, weights) if weights else valid
+    own = same_tree(window.targets, window.weights)  # each target has weights of its own
     for field, matters in (("weights", valid), ("inputs", valid), ("targets", scored)):
-        for leaf in jax.tree.leaves(getattr(window, field)):
+        for i, leaf in enumerate(jax.tree.leaves(getattr(window, field))):
+            if field == "targets" and own:
+                matters = valid & weights[i]
             if jnp.issubdtype(leaf.dtype, jnp.inexact):
-                finite = np.isfinite(np.asarray(leaf, np.float64 if leaf.dtype == jnp.bfloat16 else None))
+                native = leaf.dtype.kind in "fc"
+                finite = np.isfinite(np.asarray(leaf, None if native else np.float32))
                 if finite.all():  # nearly always, and a tenth of the time of finding where
                     continue
                 bad = np.argwhere(~finite.reshape(*shape, -1).all(-1) & matters)
@@ -120,18 +184,19 @@ def check(window: Window, axes: tuple[str, ...] = _LANES) -> None:
                     where = ", ".join(f"{name} {i}" for name, i in zip(axes, bad[0], strict=True))
                     raise ValueError(
                         f"`{field}` is not finite at {where} ({len(bad)} such steps): fill or drop it, mark the step as "
-                        "padding with `valid`, or, if it is a target that is missing, give the step weight 0."
+                        "padding with `valid`, or, if it is a target that is missing, give the step weight 0; of several "
+                        "targets some may be missing where `targets` and `weights` are trees of one shape."
                     )
-    if window.weights is not None and (np.where(valid, window.weights, 0) < 0).any():
+    if any((np.where(valid, w, 0) < 0).any() for w in jax.tree.leaves(window.weights)):
         raise ValueError("`weights` holds a negative weight; each needs to be 0 (not scored) or more.")
 
 
 def check_scored(window: Window) -> None:
     """Raises a ``ValueError`` if a whole stream, in the host's memory, has no step to score. One window may have none."""
-    if not all(map(_on_host, jax.tree.leaves((window.weights, window.valid)))):
+    if not all(map(on_host, jax.tree.leaves((window.weights, window.valid)))):
         return
     valid = True if window.valid is None else np.asarray(window.valid)
-    if not np.any(np.where(valid, 1 if window.weights is None else window.weights, 0)):
+    if not any(np.any(np.where(valid, w, 0)) for w in jax.tree.leaves(1 if window.weights is None else window.weights)):
         raise ValueError("`weights` is 0 at every valid step: nothing would be scored. Give one step a weight.")
 
 
@@ -230,22 +295,28 @@ def slide(window: Window, length: int, stride: int = 1) -> Window:
     return cut._replace(resets=starts if cut.resets is None else starts | cut.resets)
 
 
-def split(window: Window, length: int, *, lanes: int | None = None) -> Window:
+def split(window: Window, length: int, *, lanes: int | None = None, drop_padding: bool = False) -> Window:
     """Cuts contiguous windows, so that each continues the one before it: what a carried state needs.
+
+    Resets are data: those of ``window`` go with their steps, and cutting adds none, so that a stream cut in its middle goes
+    on. Only where one row follows another in a lane is the lane reset. Rows of a window without ``resets`` are taken
+    for whole sequences, each reset at its first step.
 
     Args:
       window: whole sequences or lanes ``[n, time, ...]``.
-      length: steps in each cut. The last is padded to it (``valid`` is False there), and so keeps its true weight.
+      length: steps in each cut. The last is padded to it (``valid`` is False there), so that its mean is of its own steps.
       lanes: how many rows run side by side, default all n. The rows then come in groups, one group after another,
         the last one filled up with empty lanes.
+      drop_padding: leave out the windows at the end of a group in which every lane has ended, as there are where
+        sequences are ragged. How many are left then depends on ``valid``, which has to be in the host's memory.
 
     Returns:
-      Windows stacked on a leading axis, ``[ceil(n / lanes) * ceil(time / length), lanes, length, ...]``. The rows are
-      reset where they start, besides where ``window`` resets them.
+      Windows stacked on a leading axis, ``[ceil(n / lanes) * ceil(time / length), lanes, length, ...]``, or fewer.
 
     Raises:
       ValueError: if the window's shapes, data or weights are not as :class:`Window` describes, ``length`` is not a whole
-        number from 1 to time, ``lanes`` not one from 1 to n, or, in the host's memory, no step is scored.
+        number from 1 to time, ``lanes`` not one from 1 to n, in the host's memory no step is scored, or padding is to
+        be dropped and ``valid`` is not there.
     """
     n, time = time_shape(window)
     _check_length(length, time)
@@ -263,11 +334,94 @@ def split(window: Window, length: int, *, lanes: int | None = None) -> Window:
         x = x.reshape(groups, lanes, windows, length, *x.shape[2:])
         return x.swapaxes(1, 2).reshape(groups * windows, lanes, length, *x.shape[4:])
 
-    starts = _first_step(n, time)
-    resets = starts if window.resets is None else starts | window.resets
+    starts: Array = _first_step(n, time)
+    if window.resets is not None:
+        starts = window.resets | (starts & (np.arange(n) >= lanes)[:, None])
     valid = np.ones((n, time), bool) if (more_rows or more_steps) and window.valid is None else window.valid
     edges = None if window.edges is None else cut(window.edges, 1)  # the gradient passes through padding as it is
-    return jax.tree.map(cut, window._replace(resets=resets, valid=valid, edges=None))._replace(edges=edges)
+    windows = jax.tree.map(cut, window._replace(resets=starts, valid=valid, edges=None))._replace(edges=edges)
+    if not drop_padding or windows.valid is None:
+        return windows
+    if not on_host(windows.valid):
+        raise ValueError("`drop_padding` needs `valid` in the host's memory: cut before the data is put on a device.")
+    lives = (np.asarray(windows.valid) | np.asarray(windows.resets)).any((1, 2)).reshape(-1, -(-time // length))
+    lives = np.logical_or.accumulate(lives[:, ::-1], 1)[
+        :, ::-1
+    ].ravel()  # up to the last of its group in which a lane lives
+    return jax.tree.map(lambda x: x[lives], windows)
+
+
+def overlap(window: Window, length: int, burn_in: int) -> Window:
+    """Cuts windows that begin anew and read ``burn_in`` steps before those they score, to find their state.
+
+    Every step is scored once. The steps of a burn-in weigh nothing, and no gradient flows back into them: their weight
+    alone would not keep it out (``edges`` is 0 where they end). The first window begins where the stream does, and has
+    nothing to burn in.
+
+    Args:
+      window: whole sequences or lanes ``[n, time, ...]``.
+      length: steps in each cut, the burn-in among them; the last is padded to it.
+      burn_in: steps from a window's first to the first that it scores, less than ``length``.
+
+    Returns:
+      Windows stacked on a leading axis, ``[windows, n, length, ...]``, ``length - burn_in`` steps apart, each reset at its
+      first step.
+
+    Raises:
+      ValueError: as from :func:`split`, or if ``burn_in`` is not a whole number from 0 to ``length - 1``.
+
+    Reference: Kapturowski et al. 2019, *Recurrent experience replay in distributed reinforcement learning* (R2D2), section 3;
+    for a state that was stored there is :func:`burn_in`.
+    """
+    n, time = time_shape(window)
+    _check_length(length, time)
+    _check_burn_in("burn_in", burn_in, length)
+    check(window)
+    check_scored(window)
+    first = np.arange(1 + max(0, -(-(time - length) // (length - burn_in)))) * (length - burn_in)
+    steps = first[:, None] + np.arange(length)
+    cut = jax.tree.map(lambda x: x[:, np.minimum(steps, time - 1)].swapaxes(0, 1), window)
+    inside = np.broadcast_to((steps < time)[:, None], (len(first), n, length))
+    if not inside.all():
+        cut = cut._replace(valid=inside if cut.valid is None else inside & cut.valid)
+    resets = np.zeros(inside.shape, bool) if cut.resets is None else cut.resets & inside
+    return stateless(_burnt_in(cut._replace(resets=resets), np.where(first > 0, burn_in, 0)[:, None, None]))
+
+
+def burn_in(windows: Window, steps: int) -> Window:
+    """The same windows, their first ``steps`` steps read only to find the state: they weigh nothing, and no gradient
+    flows back into them.
+
+    A weight of 0 alone would let the gradient of later steps flow through them. A state that was stored with the windows
+    is given to the estimator: ``estimate.init(key, params, window)._replace(carry=stored)``.
+
+    Args:
+      windows: ``[lanes, time, ...]``, or stacked on leading axes and with resets, as :func:`split` makes them.
+      steps: a whole number from 0 to ``time - 1``.
+
+    Raises:
+      ValueError: if ``steps`` is not as described.
+
+    Reference: Kapturowski et al. 2019, *Recurrent experience replay in distributed reinforcement learning* (R2D2), section 3.
+    """
+    masks = jax.tree.leaves((windows.resets, windows.valid, windows.weights, windows.edges))
+    time = masks[0].shape[-1] if masks else time_shape(windows)[1]
+    _check_burn_in("steps", steps, time)
+    return _burnt_in(windows, steps)
+
+
+def _burnt_in(windows: Window, steps: int | Array) -> Window:
+    """``steps`` is a number or has the windows' axes."""
+    masks = jax.tree.leaves((windows.resets, windows.valid, windows.weights, windows.edges))
+    shape = masks[0].shape if masks else time_shape(windows)
+    t = np.arange(shape[-1])
+    scored, within = np.broadcast_to(t >= steps, shape), np.broadcast_to((t != steps) | (t == 0), shape)
+    ones = np.ones(shape, np.float32)
+    weights, edges = (ones if x is None else x for x in (windows.weights, windows.edges))
+    return windows._replace(
+        weights=jax.tree.map(lambda w: w * scored.astype(at_least_float32(w.dtype)), weights),
+        edges=edges * within.astype(at_least_float32(edges.dtype)),
+    )
 
 
 def stateless(window: Window) -> Window:
@@ -306,17 +460,25 @@ def check_whole(name: str, value: int, hint: str = "") -> None:
         raise ValueError(f"`{name}` is {value!r}; it needs to be a whole number, at least 1.{hint}")
 
 
+def _check_burn_in(name: str, steps: int, time: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 0 <= steps < time:
+        raise ValueError(
+            f"`{name}` is {steps!r}, and the windows have {time} steps: choose a whole number from 0 to {time - 1}, so that "
+            "some are left to score."
+        )
+
+
 def pad(x: Array, axis: int, amount: int, value: float = 0) -> Array:
-    """``x`` with ``amount`` more entries of ``value`` at the end of ``axis``."""
+    """``x`` with ``amount`` more entries of ``value`` at the end of ``axis``; typed keys are filled up with zeros."""
     if not amount:
         return x
     xp = np if isinstance(x, np.ndarray) else jnp
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, amount)
-    return xp.pad(x, widths, constant_values=value)
+    shape = (*x.shape[:axis], amount, *x.shape[axis + 1 :])
+    more = xp.full(shape, value, x.dtype) if value else xp.zeros(shape, x.dtype)
+    return xp.concatenate([x, more], axis)
 
 
-def _on_host(x: Array) -> bool:
+def on_host(x: Array) -> bool:
     if isinstance(x, jax.core.Tracer):
         return False
     return not isinstance(x, jax.Array) or (

@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
+import torch
 from flax import nnx
 from streams import FEATURES, loss, lstm, params_of
 
@@ -133,12 +135,49 @@ MISTAKES = {
     ),
     "a cell for a model": (lambda: tb.gradient(nn.GRUCell(3), loss), "it needs to be a Recurrence"),
     "a layer for a cell": (lambda: tb.from_linen(nn.Dense(3)), "it needs to be an RNN cell"),
-    "a tree of losses": (lambda: update(tb.Window(X, X), loss=lambda o, w: {"l": loss(o, w)}), "The loss is a tree"),
+    "a complex loss": (
+        lambda: update(tb.Window(X, X), loss=lambda o, w: loss(o, w) + 0j),
+        r"The loss has dtype complex128, which has no gradient to go down by.*`jnp.abs\(e\) \*\* 2`",
+    ),
+    "a loss of nothing": (lambda: update(tb.Window(X, X), loss=lambda o, w: {}), "The loss is a tree without an array"),
     "a carry of another tree": (
         lambda: tb.from_step(lambda p, c, x: ((c, c), x), None, lambda p, n: jnp.zeros(n)).unroll({}, jnp.zeros(4), X),
         "`step` was given the carry .* the same tree",
     ),
     "lists": (lambda: tb.split(tb.Window([[1.0]]), 1), "`inputs` holds 1.0, a Python float; give arrays"),
+    "a mask that would be lost": (
+        lambda: tb.sequences(np.ma.masked_array(X, X > 0)),
+        r"`inputs` is a masked array.*`x.filled\(0\)`.*`valid`.*`weights`",
+    ),
+    "a torch tensor": (
+        lambda: tb.lanes(torch.zeros(40, 1), lanes=3),
+        "`inputs` holds tensor.*, of torch, a Tensor; give arrays of numbers, as `np.asarray` makes",
+    ),
+    "a table of pandas": (
+        lambda: tb.pack(pd.DataFrame(X[0]), lengths=[10], lanes=1),
+        "of pandas, a DataFrame; .*np.asarray",
+    ),
+    "a column of pandas": (
+        lambda: tb.lanes(np.zeros(9), pd.Series(np.zeros(9)), lanes=1),
+        "`targets` holds .*of pandas, a Series",
+    ),
+    "dates": (
+        lambda: tb.lanes(np.arange("2020-01", "2020-02", dtype="datetime64[D]"), lanes=3),
+        "dtype datetime64.*np.asarray",
+    ),
+    "letters": (lambda: tb.sequences(np.array([list("hello")])), "`inputs` has dtype <U1.*numbers that stand for them"),
+    "objects": (lambda: tb.streams.windows(np.array([1, "a"], object), lanes=1, length=1, per_call=1), "dtype object"),
+    "inputs without time beside masks": (
+        lambda: begin(tb.Window(np.zeros(4), X, resets=ONES > 0)),
+        r"`inputs` has shape \[4\]; it needs the axes \[lanes, time",
+    ),
+    "complex weights": (lambda: begin(tb.Window(X, X, ONES + 0j)), "`weights` has dtype complex128; it needs real"),
+    "burn-in of the whole window": (lambda: tb.burn_in(tb.Window(X), 10), "`steps` is 10.*from 0 to 9"),
+    "burn-in of all that overlaps": (lambda: tb.overlap(tb.Window(X), 5, 5), "`burn_in` is 5.*from 0 to 4"),
+    "padding dropped under jit": (
+        lambda: jax.jit(lambda v: tb.split(tb.Window(X, valid=v), 5, drop_padding=True))(ONES > 0),
+        "`drop_padding` needs `valid` in the host's memory",
+    ),
     "half a step": (lambda: tb.split(tb.Window(X), 2.5), "`length` is 2.5; it needs to be a whole number"),
     "stacked windows for one": (
         lambda: begin(tb.split(tb.Window(X, X), 5)),
@@ -178,7 +217,49 @@ MISTAKES = {
     ),
     "a loss of whole numbers": (
         lambda: update(tb.Window(X, X), loss=lambda o, w: jnp.ones((4, 10), int)),
-        "The loss is of whole numbers",
+        "The loss has dtype int64, which has no gradient",
+    ),
+    "batch statistics in an LSTM": (
+        lambda: tb.lstm(3, encoder=nn.BatchNorm(use_running_average=True)).init(jax.random.key(0), X),
+        r"The encoder holds variables besides its parameters: \['batch_stats'\]",
+    ),
+    "no feature axis for a cell": (
+        lambda: tb.from_linen(nn.GRUCell(8)).init(jax.random.key(0), X[..., 0]),
+        r"`inputs` has shape \[4, 10\], and `cell.params.in.kernel` is \[4, 8\] for these 4 lanes of 10 steps and \[5, 8\]",
+    ),
+    "tokens for a cell": (
+        lambda: tb.from_linen(nn.GRUCell(8)).init(jax.random.key(0), X[..., 0].astype(int)),
+        "or tokens an `encoder` such as nn.Embed",
+    ),
+    "no feature axis for an encoder": (
+        lambda: tb.from_linen(nn.GRUCell(8), encoder=nn.Dense(3)).init(jax.random.key(0), X[..., 0]),
+        r"`inputs` has shape \[4, 10\], and `cell.params.in.kernel` is .* a module takes the last axis for features",
+    ),
+    "no feature axis for an LSTM": (
+        lambda: tb.lstm(8).init(jax.random.key(0), X[..., 0]),
+        r"What reaches the LSTM has shape \[4, 10\]; it needs to be \[lanes, time, features\]: `x\[..., None\]`",
+    ),
+    "no feature axis for a cell of as many features as lanes": (
+        lambda: tb.from_nnx(lambda rngs: nnx.GRUCell(4, 8, rngs=rngs)).init(jax.random.key(0), X[..., 0]),
+        r"`inputs` has shape \[4, 10\], and 5 lanes of such inputs do not fit",
+    ),
+    "one module for two places that it does not fit": (
+        lambda: tb.from_linen(nn.GRUCell(8), **dict.fromkeys(("encoder", "readout"), nn.Dense(3))).init(
+            jax.random.key(0), X
+        ),
+        "The readout is, or holds, a module of another part, and shares its parameters.*make a second",
+    ),
+    "complex inputs of a real LSTM": (
+        lambda: tb.lstm(8).unroll(
+            tb.lstm(8).init(jax.random.key(0), X),
+            tb.lstm(8).initial_carry(tb.lstm(8).init(jax.random.key(0), X), 4),
+            X + 0j,
+        ),
+        r"What reaches the LSTM is complex128\[4, 10, 2\]; it needs to be real",
+    ),
+    "a carry that loses its imaginary part": (
+        lambda: tb.from_step(lambda p, c, x: (c * 1j, x), None, lambda p, n: jnp.zeros(n)).unroll({}, jnp.zeros(4), X),
+        r"given the carry float64\[4\] and returned complex128\[4\].*kinds of number",
     ),
     "batch statistics": (
         lambda: tb.from_linen(nn.GRUCell(3), readout=nn.BatchNorm(use_running_average=False)).init(

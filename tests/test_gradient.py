@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,3 +153,86 @@ def test_the_default_normaliser_is_the_windows_own_weight(params):
         by_hand = grads if by_hand is None else jax.tree.map(jnp.add, by_hand, grads)
     assert_close(by_hand, summed)
     assert np.isclose(metrics.weight.sum(), (stream().weights * stream().valid).sum())
+
+
+# Where a stream begins
+
+
+def learned(lanes=LANES):
+    """A recurrence whose initial carry is a function of the parameters."""
+
+    def step(params, h, x):
+        h = jnp.tanh(h * params["w"] + x @ params["u"])
+        return h, h[:, :2]
+
+    def init(key, inputs):
+        keys = jax.random.split(key)
+        return {
+            "h0": jnp.array([0.5, -0.2, 0.9]),
+            "w": jax.random.normal(keys[0], (3,)),
+            "u": jax.random.normal(keys[1], (2, 3)),
+        }
+
+    return tb.from_step(step, init, lambda params, lanes: jnp.broadcast_to(jnp.tanh(params["h0"]), (lanes, 3)))
+
+
+INFLUENCES = {"truncate": tb.truncate(), "replay": tb.replay(4), "rtrl": tb.rtrl()}
+
+
+@pytest.mark.parametrize("name", INFLUENCES)
+def test_a_stream_that_begins_without_a_reset_has_its_gradient_through_a_learned_initial_carry(name):
+    window = stream()._replace(resets=None, valid=None)
+    model = learned()
+    params = model.init(jax.random.key(0), window.inputs)
+
+    def total(params, window):
+        _, outputs = model.unroll(params, model.initial_carry(params, LANES), window.inputs)
+        return jnp.sum(window.weights * loss(outputs, window)) / NORMALISER
+
+    estimate = tb.gradient(model, loss, influence=INFLUENCES[name], normaliser=NORMALISER)
+    windows = jax.tree.map(lambda x: np.stack(np.split(x[:, :20], 4, 1)), window)
+    got, _ = summed_gradient(estimate, params, windows)
+    if name == "truncate":  # the first window's alone
+        expected = jax.grad(total)(params, first(windows))["h0"]
+        np.testing.assert_allclose(got["h0"], expected, atol=1e-12)
+    else:
+        assert_close(got, jax.grad(total)(params, jax.tree.map(lambda x: x[:, :20], window)), rtol=1e-9)
+    assert np.abs(got["h0"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [learned, lstm], ids=["learned", "constant"])
+def test_a_carry_that_was_stored_is_read_from_and_no_gradient_goes_into_it(make):
+    window, model = stream()._replace(resets=None), make()
+    params = model.init(jax.random.key(0), window.inputs)
+    stored = jax.tree.map(lambda h: h + 0.3, model.initial_carry(params, LANES))
+
+    def total(params):
+        _, outputs = model.unroll(params, stored, window.inputs, None, window.valid)
+        return jnp.sum(window.weights * window.valid * loss(outputs, window)) / NORMALISER
+
+    estimate = tb.gradient(model, loss, normaliser=NORMALISER)
+    state = estimate.init(jax.random.key(0), params, window)._replace(carry=stored)
+    grads, state, _ = estimate.update(params, state, window)
+    assert_close(grads, jax.grad(total)(params))
+    assert not state.fresh.any()
+
+
+@pytest.mark.parametrize("model", [lstm(), tb.lstm(3, readout=nn.Dense(2))], ids=["linen", "lstm"])
+def test_no_gradient_flows_into_a_burn_in(model):
+    window, steps = stream()._replace(resets=None), 6
+    params = model.init(jax.random.key(0), window.inputs)
+    stored = jax.tree.map(lambda h: h + 0.3, model.initial_carry(params, LANES))
+    head, tail = (jax.tree.map(lambda x, at=at: x[:, at], window) for at in (slice(steps), slice(steps, None)))
+
+    def total(params):
+        warm, _ = model.unroll(jax.lax.stop_gradient(params), stored, head.inputs, None, head.valid)
+        _, outputs = model.unroll(params, warm, tail.inputs, None, tail.valid)
+        return jnp.sum(tail.weights * tail.valid * loss(outputs, tail)) / NORMALISER
+
+    estimate = tb.gradient(model, loss, normaliser=NORMALISER)
+    burnt = tb.burn_in(window, steps)
+    state = estimate.init(jax.random.key(0), params, burnt)._replace(carry=stored)
+    expected = jax.grad(total)(params)
+    assert_close(estimate.update(params, state, burnt)[0], expected, rtol=1e-9)
+    only_weights, _, _ = estimate.update(params, state, burnt._replace(edges=None))
+    assert np.abs(ravel_pytree(only_weights)[0] - ravel_pytree(expected)[0]).max() > 1e-4

@@ -101,3 +101,42 @@ def test_a_hundred_thousand_steps_fit():
 def test_a_mistake_is_told_in_a_sentence(mistake, sentence):
     with pytest.raises(ValueError, match=sentence):
         mistake()
+
+
+def test_a_complex_model_is_measured_whole():
+    """A turning unit: φ_k = |a|^k whatever its phase, and full BPTT from one window has no bias."""
+    a = 0.9 * np.exp(2j)
+    model = tb.from_step(
+        lambda p, h, x: (p * h + x, (p * h + x).real),
+        lambda k, x: jnp.asarray(a),
+        lambda p, n: jnp.zeros((n, 1), complex),
+    )
+    window = tb.Window(np.random.default_rng(0).normal(size=(2, 40, 1)))
+    fading = horizon.decay(model, lambda y, w: y[..., 0], jnp.asarray(a), window, lags=10)
+    np.testing.assert_allclose(fading.norms, 0.9 ** np.arange(1, 11), rtol=1e-6)
+    squared = lambda y, w: y[..., 0] ** 2  # noqa: E731
+
+    def total(p):
+        return (model.unroll(p, model.initial_carry(p, 2), window.inputs)[1] ** 2).sum()
+
+    estimate = tb.gradient(model, squared, normaliser=1.0)
+    g, parts = jax.grad(total)(jnp.asarray(a)), jnp.zeros((), complex)
+    cut = tb.split(window, 4)
+    state = estimate.init(jax.random.key(0), jnp.asarray(a), jax.tree.map(lambda x: x[0], cut))
+    for n in range(10):
+        grads, state, _ = estimate.update(jnp.asarray(a), state, jax.tree.map(lambda x, n=n: x[n], cut))
+        parts += grads
+    got = horizon.bias(model, squared, jnp.asarray(a), window, 4)
+    np.testing.assert_allclose(got.relative_bias, abs(parts - g) / abs(g), rtol=1e-9)
+    np.testing.assert_allclose(got.cosine, (parts * g.conj()).real / abs(parts) / abs(g), rtol=1e-9)
+    for exact in (tb.rtrl(), tb.replay(9)):
+        assert horizon.bias(model, squared, jnp.asarray(a), window, 4, exact).relative_bias < 1e-10
+
+
+@pytest.mark.parametrize("kind", [jnp.float16, jnp.bfloat16])
+def test_a_loss_in_half_precision_is_measured_with_room(kind):
+    model, params, window = lstm(), params_of(lstm()), probe()
+    large = lambda outputs, window: 100 * loss(outputs, window)  # noqa: E731
+    exact = horizon.bias(model, large, params, window, 10)
+    got = horizon.bias(model, lambda o, w: large(o, w).astype(kind), params, window, 10)
+    np.testing.assert_allclose(got.relative_bias, exact.relative_bias, rtol=0.05)

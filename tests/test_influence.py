@@ -68,8 +68,56 @@ def linen(cell, units=3, readout=True):
     return tb.from_linen(cell(units, **kinds), readout=nn.Dense(1, **kinds) if readout else None)
 
 
+def diagonal(units=2, features=2):
+    """A linear recurrent unit: carry, parameters and learned initial carry are complex, the readout's weights are real."""
+
+    def init(key, inputs):
+        keys = jax.random.split(key, 4)
+        draw = lambda key, *shape: jax.random.normal(key, (*shape, units), jnp.complex128)  # noqa: E731
+        a = draw(keys[0])
+        return {
+            "a": 0.8 * a / jnp.abs(a),
+            "b": draw(keys[1], features),
+            "start": draw(keys[2]),
+            "out": jnp.ones((units, 1)),
+        }
+
+    def step(params, h, x):
+        h = params["a"] * h + x @ params["b"]
+        return h, h.real @ params["out"] + (h.imag**2).sum(-1, keepdims=True) / 9
+
+    return tb.from_step(step, init, lambda params, lanes: jnp.broadcast_to(params["start"], (lanes, units)))
+
+
+def noisy(by_lane, units=2):
+    """Noise from a typed key of each lane in the carry, or from one draw for all lanes, of their shape."""
+
+    def init(key, inputs):
+        return {"w": 0.6 * jax.random.normal(key, (units + 2, units), F64), "out": jnp.ones((units, 1))}
+
+    def initial_carry(params, lanes):
+        keys = jax.random.split(jax.random.key(5), lanes)
+        return {"h": jnp.zeros((lanes, units)), "key": keys, "steps": jnp.zeros(lanes, int)}
+
+    def step(params, carry, x):
+        lanes = len(x)
+        if by_lane:
+            keys = jax.vmap(jax.random.split)(carry["key"])
+            key, mask = keys[:, 0], jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (units,)))(keys[:, 1])
+        else:
+            key = carry["key"]
+            mask = jax.random.bernoulli(jax.random.fold_in(jax.random.key(6), carry["steps"][0]), 0.5, (lanes, units))
+        h = jnp.tanh(jnp.concatenate([carry["h"] * (0.5 + mask), x], -1) @ params["w"])
+        return {"h": h, "key": key, "steps": carry["steps"] + 1}, h @ params["out"]
+
+    return tb.from_step(step, init, initial_carry)
+
+
 MODELS = {
     "bare": bare(),
+    "complex": diagonal(),
+    "keys": noisy(True),
+    "one draw": noisy(False),
     "lstm": linen(nn.OptimizedLSTMCell),
     "gru": linen(nn.GRUCell),
     "nnx": tb.from_nnx(
@@ -189,7 +237,7 @@ def test_replay_of_fewer_windows_does_not_pass_for_more():
         assert np.abs(one - other).max() > 1e-6
 
 
-@pytest.mark.parametrize("name", ["bare", "lstm"])
+@pytest.mark.parametrize("name", ["bare", "lstm", "complex", "keys", "one draw"])
 def test_summed_over_windows_rtrl_and_replay_of_all_are_the_gradient_of_the_whole_stream(name):
     params, _ = lag_gradients(name)
     window, model = stream(), MODELS[name]
@@ -241,9 +289,14 @@ def test_a_learned_initial_carry_gets_its_gradient_through_every_reset():
 # Unbiased influences: every draw, then Monte Carlo
 
 
-@pytest.mark.parametrize(("lanes", "units", "windows"), [(2, 2, 3), (1, 3, 4)])
-def test_uoro_averaged_over_all_signs_is_exact(lanes, units, windows):
-    model, window = bare(units), stream(lanes, 24)
+@pytest.mark.parametrize(
+    ("make", "lanes", "units", "windows"),
+    [(bare, 2, 2, 3), (bare, 1, 3, 4), (diagonal, 2, 1, 3), (lambda units: noisy(False, units), 2, 2, 3)],
+    ids=["bare", "one lane", "complex", "one draw"],
+)
+def test_uoro_averaged_over_all_signs_is_exact(make, lanes, units, windows):
+    model, window = make(units), stream(lanes, 24)
+    parts = 2 if make is diagonal else 1  # a complex unit has two real numbers
     window = window._replace(valid=None, resets=np.broadcast_to(np.arange(24) == 0, (lanes, 24)))
     params = model.init(KEY, window.inputs)
     cut = tb.split(window, 24 // windows)
@@ -254,20 +307,64 @@ def test_uoro_averaged_over_all_signs_is_exact(lanes, units, windows):
     def with_signs(signs):  # [windows, lanes, units]
         def update(state, now):
             window, nu = now
-            push = lambda state, linearisation, key: push_signs(state, linearisation, {"h": nu, "steps": None})  # noqa: E731
+            like = state.influence.carry_sketch
+            nu = jax.tree.unflatten(jax.tree.structure(like), [nu.reshape(jax.tree.leaves(like)[0].shape)])
+            push = lambda state, linearisation, key: push_signs(state, linearisation, nu)  # noqa: E731
             grads, state, _ = of(tb.uoro()._replace(push=push)).update(params, state, window)
             return state, ravel_pytree(grads)[0]
 
         return lax.scan(update, of(tb.uoro()).init(KEY, params, first(cut)), (cut, signs))[1]
 
-    draws = np.array(list(itertools.product((-1.0, 1.0), repeat=(windows - 1) * lanes * units)))
-    draws = draws.reshape(-1, windows - 1, lanes, units)
-    last = np.ones((len(draws), 1, lanes, units))  # nobody reads the last push
+    draws = np.array(list(itertools.product((-1.0, 1.0), repeat=(windows - 1) * lanes * units * parts)))
+    draws = draws.reshape(-1, windows - 1, lanes, units * parts)
+    last = np.ones((len(draws), 1, lanes, units * parts))  # nobody reads the last push
     each = jax.jit(jax.vmap(with_signs))(np.concatenate([draws, last], 1))
     exact, truncated = (frozen(of(influence), params, cut, KEY) for influence in (tb.rtrl(), tb.truncate()))
     np.testing.assert_allclose(each.mean(0), exact, rtol=0, atol=1e-10)
     assert each[:, 1:].std(0).max() > 1e-3
     assert np.abs(truncated - exact).max() > 1e-3
+
+
+def test_uoro_s_noise_falls_with_the_root_of_the_lanes():
+    model, one = linen(nn.SimpleCell, 8), stream(1, 40)._replace(valid=None, weights=None, resets=None)
+    params = model.init(KEY, one.inputs)
+    spread = []
+    for lanes in (1, 4, 16, 64):
+        window = jax.tree.map(
+            lambda x, n=lanes: np.repeat(x, n, 0), one
+        )  # as many of one lane: the gradient is the same
+        bias = tb.horizon.bias(model, loss, params, window, 2, tb.uoro(), draws=192)
+        spread.append(bias.relative_std * math.sqrt(lanes))
+    np.testing.assert_allclose(spread, np.mean(spread), rtol=0.15)
+
+
+@pytest.mark.parametrize("influence", [tb.rtrl(), tb.uoro()], ids=["rtrl", "uoro"])
+def test_a_model_whose_lanes_mix_is_refused_by_what_needs_each_lane_alone(influence):
+    mixing = tb.from_step(
+        lambda p, h, x: ((h + x).mean(0) * p + 0 * h, h), lambda k, x: jnp.ones(2), lambda p, n: jnp.zeros((n, 2))
+    )
+    window = stream()
+    estimate = tb.gradient(mixing, lambda y, w: y[..., 0], influence=influence)
+    with pytest.raises(ValueError, match=r"What a lane carries changes with what another lane reads.*`truncate\(\)`"):
+        estimate.update(jnp.ones(2), estimate.init(KEY, jnp.ones(2), window), window)
+    for other in (tb.truncate(), tb.replay(2)):  # the advice
+        estimate = tb.gradient(mixing, lambda y, w: y[..., 0], influence=other)
+        estimate.update(jnp.ones(2), estimate.init(KEY, jnp.ones(2), window), window)
+
+
+@pytest.mark.parametrize("kind", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("influence", [tb.rtrl(), tb.uoro()], ids=["rtrl", "uoro"])
+def test_the_past_of_a_model_in_half_precision_is_added_up_in_float32(influence, kind):
+    model = tb.from_linen(nn.SimpleCell(3, dtype=kind), readout=nn.Dense(1, dtype=kind))
+    window = jax.tree.map(lambda x: x.astype(kind) if x.dtype == float else x, stream())
+    params = jax.tree.map(lambda p: p.astype(kind), model.init(KEY, window.inputs))
+    windows, estimate = tb.split(window, K), tb.gradient(model, loss, influence=influence)
+    state = estimate.init(KEY, params, first(windows))
+    for n in range(2):
+        grads, state, _ = estimate.update(params, state, jax.tree.map(lambda x, n=n: x[n], windows))
+    of_params = jax.tree.leaves(state.influence[0 if influence.init.__module__.endswith("rtrl") else 1])
+    assert {x.dtype for x in of_params} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype(kind)}
 
 
 @pytest.mark.parametrize(("m", "p"), [(WINDOWS - 1, 0.3), (WINDOWS - 1, 0.8), (2, 0.6)])

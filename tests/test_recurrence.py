@@ -2,6 +2,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -230,3 +231,183 @@ def test_a_convolutional_cell_is_told_its_shape():
     params = model.init(jax.random.key(0), x)
     _, outputs = model.unroll(params, model.initial_carry(params, 2), x, None, None)
     assert outputs.shape == (2, 3, 5, 5, 2)
+
+
+class Attend(nn.Module):
+    """Reads a vocabulary off with the table that it was embedded by."""
+
+    embed: nn.Module
+
+    def __call__(self, h):
+        return self.embed.attend(h)
+
+
+class NnxAttend(nnx.Module):
+    def __init__(self, embed):
+        self.embed = embed
+
+    def __call__(self, h):
+        return self.embed.attend(h)
+
+
+def tied(kind):
+    """A model whose encoder and readout have one table, and where the table is."""
+    if kind == "nnx":
+        embed = nnx.Embed(5, 8, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+        model = tb.from_nnx(
+            nnx.GRUCell(8, 8, rngs=nnx.Rngs(1), param_dtype=jnp.float64), encoder=embed, readout=NnxAttend(embed)
+        )
+        return model, lambda params: params["encoder"]["embedding"].get_value()
+    embed = nn.Embed(5, 8, **F64)
+    if kind == "lstm":
+        model = tb.lstm(8, encoder=embed, readout=Attend(embed))
+        return model, lambda params: params["encoder"]["params"]["embedding"]
+    model = tb.from_linen(
+        nn.GRUCell(8, **F64), encoder=nn.Sequential([embed, nn.Dense(8, **F64)]), readout=Attend(embed)
+    )
+    return model, lambda params: params["encoder"]["params"]["layers_0"]["embedding"]
+
+
+@pytest.mark.parametrize("kind", ["linen", "lstm", "nnx"])
+def test_a_module_that_is_a_part_of_encoder_and_readout_is_one(kind):
+    model, table = tied(kind)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (2, 6)))
+    params = model.init(jax.random.key(0), tokens)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    assert shapes.count((5, 8)) == 1 and table(params).shape == (5, 8)
+
+    def one_class(params):  # a loss of the readout alone, of tokens that are never read
+        return model.unroll(params, model.initial_carry(params, 2), jnp.zeros_like(tokens))[1][..., 3].sum()
+
+    assert np.abs(table(jax.grad(one_class)(params))[3]).max() > 0
+    assert np.abs(table(jax.grad(one_class)(params))[0]).max() > 0  # and through the encoder
+
+
+class OverTime(nn.Module):
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        if self.how == "attention":
+            return nn.MultiHeadDotProductAttention(2, qkv_features=4)(x)
+        if self.how == "norm":
+            return x - x.mean(1, keepdims=True)
+        if self.how == "norm over lanes":
+            return x - x.mean(0, keepdims=True)
+        if self.how == "positions":
+            return x + self.param("at", nn.initializers.normal(), (x.shape[1], 1))
+        if self.how == "bidirectional":
+            return nn.Bidirectional(*(nn.RNN(nn.GRUCell(4, **F64)) for _ in range(2)))(x)
+        return nn.Conv(3, (2,), padding="CAUSAL", kernel_dilation=int(self.how))(x)
+
+
+@pytest.mark.parametrize("how", ["1", "100", "attention", "norm", "norm over lanes", "positions", "bidirectional"])
+@pytest.mark.parametrize("place", ["encoder", "readout"])
+def test_a_module_that_looks_along_time_is_refused_at_init(how, place):
+    x = np.ones((2, 6, 3))
+    for make in (tb.lstm, lambda n, **parts: tb.from_linen(nn.GRUCell(n, **F64), **parts)):
+        with pytest.raises(ValueError, match=rf"The {place} (OverTime|holds|cannot).*|`inputs` has shape") as refused:
+            make(4, **{place: OverTime(how)}).init(jax.random.key(0), x)
+        assert how == "positions" or (
+            f"The {place} OverTime" in str(refused.value) and "tb.from_step" in str(refused.value)
+        )
+
+
+def test_functions_and_nnx_modules_are_found_to_look_along_time_too():
+    x = jnp.ones((2, 6, 3))
+    ahead = lambda params, x: jnp.roll(x, 1, 1)  # noqa: E731
+    step = lambda p, c, x: (c + x, c)  # noqa: E731
+    for parts in ({"encoder": ahead}, {"readout": ahead}):
+        model = tb.from_step(step, lambda key, x: {}, lambda p, n: jnp.zeros((n, 3)), **parts)
+        with pytest.raises(ValueError, match="does not read each step by itself"):
+            model.init(jax.random.key(0), x)
+    model = tb.from_nnx(lambda rngs: nnx.GRUCell(4, 4, rngs=rngs), encoder=lambda rngs: nnx.Conv(3, 4, (3,), rngs=rngs))
+    with pytest.raises(ValueError, match=r"The encoder module does not read each step by itself.*tb\.stack"):
+        model.init(jax.random.key(0), x)
+
+
+def test_what_the_refusal_of_a_convolution_advises_is_the_convolution():
+    """The last inputs in a carry, as a layer of its own: the same numbers, in windows of any length."""
+    x = np.random.default_rng(0).normal(size=(2, 12, 3))
+    conv = nn.Conv(4, (3,), padding="CAUSAL", **F64)
+    weights = conv.init(jax.random.key(0), x)["params"]
+
+    def step(params, last, now):
+        read = jnp.concatenate([last, now[:, None]], 1)  # [lanes, 3, features]
+        return read[:, 1:], jnp.einsum("ltf,tfo->lo", read, params["kernel"]) + params["bias"]
+
+    layer = tb.from_step(step, lambda key, x: weights, lambda params, lanes: jnp.zeros((lanes, 2, 3)))
+    model = tb.stack(layer, tb.lstm(8))
+    params = model.init(jax.random.key(1), x)
+    cut = tb.split(tb.sequences(x), 5)
+    _, outputs = read(model, params, cut)
+    _, expected = tb.lstm(8).unroll(
+        params[1], tb.lstm(8).initial_carry(params[1], 2), conv.apply({"params": weights}, x)
+    )
+    np.testing.assert_allclose(outputs.swapaxes(0, 1).reshape(2, -1, 8)[:, :12], expected, atol=1e-12)
+
+
+STEPWISE = {
+    "dense": lambda: nn.Dense(3),
+    "norm of features": nn.LayerNorm,
+    "half precision": lambda: nn.Dense(64, dtype=jnp.bfloat16),
+    "several": lambda: nn.Sequential([nn.Dense(8), nn.gelu, nn.LayerNorm(), nn.Dense(8)]),
+}
+
+
+@pytest.mark.parametrize("name", STEPWISE)
+def test_modules_that_read_each_step_by_itself_are_taken(name):
+    x, make = np.random.default_rng(0).normal(size=(2, 1, 3)), STEPWISE[name]  # also from a window of one step
+    for model in (
+        tb.lstm(4, encoder=make(), readout=make()),
+        tb.from_linen(nn.GRUCell(4), encoder=make(), readout=make()),
+    ):
+        jax.eval_shape(model.init, jax.random.key(0), x)
+        jax.jit(model.init)(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("kind", [bool, np.int32, np.float32])
+@pytest.mark.parametrize("model", [lstm(), tb.lstm(UNITS, readout=nn.Dense(2, **F64))], ids=["linen", "lstm"])
+def test_masks_are_taken_as_numpy_makes_them_outside_of_jit(model, kind):
+    params, window = params_of(model), stream(rubbish=np.nan)
+    start = model.initial_carry(params, LANES)
+    expected = model.unroll(params, start, *map(jnp.asarray, (window.inputs, window.resets, window.valid)))
+    got = model.unroll(params, start, window.inputs, window.resets.astype(kind), window.valid.astype(kind))
+    assert_close(got[0], expected[0])
+    np.testing.assert_array_equal(got[1][window.valid], expected[1][window.valid])
+
+
+def keyed(typed):
+    """Noise drawn by a key of each lane in the carry, which a reset brings back."""
+    wrap, data = (lambda k: k, lambda k: k) if typed else (jax.random.wrap_key_data, jax.random.key_data)
+
+    def step(params, carry, x):
+        keys = jax.vmap(jax.random.split)(wrap(carry["key"]))
+        noise = jax.vmap(lambda key: jax.random.normal(key, (UNITS,)))(keys[:, 1])
+        h = jnp.tanh(carry["h"] * params["w"] + x @ params["u"] + noise)
+        return {"h": h, "key": data(keys[:, 0])}, h[:, :2]
+
+    def init(key, inputs):
+        return {"w": jnp.full(UNITS, 0.7), "u": jnp.ones((FEATURES, UNITS))}
+
+    def initial_carry(params, lanes):
+        return {"h": jnp.zeros((lanes, UNITS)), "key": data(jax.random.split(jax.random.key(0), lanes))}
+
+    return tb.from_step(step, init, initial_carry)
+
+
+def test_a_typed_key_in_the_carry_is_carried_reset_and_stands_still_as_raw_ones_do():
+    window = stream(rubbish=np.nan)
+    results = []
+    for typed in (True, False):
+        model = keyed(typed)
+        params = model.init(jax.random.key(0), window.inputs)
+        step = tb.train_step(tb.gradient(model, loss, influence=tb.replay(1)), optax.sgd(0.1))
+        windows = tb.split(window, 5)
+        state = tb.skip_not_finite(step).init(jax.random.key(0), jax.tree.map(lambda x: x[0], windows))
+        state, metrics = tb.train_windows(tb.skip_not_finite(step), state, windows)
+        end, outputs = model.unroll(
+            params, model.initial_carry(params, LANES), window.inputs, window.resets, window.valid
+        )
+        results.append((metrics, outputs, end["h"], state.params))
+    assert_close(*results, rtol=0, atol=0)

@@ -49,6 +49,7 @@ INFLUENCES = {
     "replay": tb.replay(3),
     "random replay": tb.replay(3, survival=0.6),
     "rtrl": tb.rtrl(),
+    "uoro": tb.uoro(),
 }
 
 
@@ -67,7 +68,7 @@ def over(devices, influence, model):
     return tb.train_step(sharding.over_lanes(estimate, sharding.mesh(lane=devices)), optax.adam(1e-2))
 
 
-@pytest.mark.parametrize("name", ["truncate", "random replay", "rtrl", "replay of lstm"])
+@pytest.mark.parametrize("name", ["truncate", "random replay", "rtrl", "uoro", "replay of lstm"])
 def test_a_checkpoint_goes_on_with_another_number_of_devices(tmp_path, name):
     fused = tb.lstm(UNITS, readout=nn.Dense(2, **F64))
     influence, model = INFLUENCES[name.removesuffix(" of lstm")], fused if name.endswith("of lstm") else lstm()
@@ -81,25 +82,58 @@ def test_a_checkpoint_goes_on_with_another_number_of_devices(tmp_path, name):
 
 
 def test_an_influence_that_every_device_has_its_own_of_is_refused_on_another_number_and_says_why(tmp_path):
+    shared = tb.Influence(  # a number for all lanes together
+        lambda params, carry, vjp: jnp.zeros(3),
+        lambda state, cotangent: None,
+        lambda state, linearisation, key: state + 1,
+    )
     windows = tb.split(stream(), 5)
-    trained(over(2, tb.uoro(), lstm()), windows, tmp_path)
+    trained(over(2, shared, lstm()), windows, tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"params_sketch.*\[2, 3\], here .*\[1, 3\].* every device has its own, 2 then and 1 here: run with 2",
+        match=r"influence.*\[2, 3\], here .*\[1, 3\].* every device has its own, 2 then and 1 here: run with 2",
     ):
-        trained(over(1, tb.uoro(), lstm()), windows, tmp_path)
+        trained(over(1, shared, lstm()), windows, tmp_path)
 
 
+def lru():
+    """Complex carry and parameters, beside real ones."""
+    init = lambda key, x: {"a": jnp.array([0.5 + 0.6j, 0.7 - 0.2j]), "b": jnp.ones((2, 2))}  # noqa: E731
+
+    def step(params, h, x):
+        h = params["a"] * h + x @ params["b"]
+        return h, h.real
+
+    return tb.from_step(step, init, lambda params, lanes: jnp.zeros((lanes, 2), complex))
+
+
+@pytest.mark.parametrize("make", [lstm, lru])
 @pytest.mark.parametrize("influence", [tb.rtrl(), tb.uoro()], ids=["rtrl", "uoro"])
-def test_every_influence_is_spread_and_what_is_exact_stays_so(influence):
+def test_every_influence_is_spread_and_stays_what_it_is(influence, make):
     windows, spread = tb.split(stream(), 5), []
     for mesh in (sharding.mesh(lane=1), MESH):
-        estimate = sharding.over_lanes(tb.gradient(lstm(), loss, influence=influence), mesh)
+        estimate = sharding.over_lanes(tb.gradient(make(), loss, influence=influence), mesh)
         step = tb.train_step(estimate, optax.sgd(1e-2))
         state, _ = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), windows)
         spread.append(jax.device_get(state.params))
-    same = all(np.allclose(a, b, rtol=1e-9) for a, b in zip(*map(jax.tree.leaves, spread), strict=True))
-    assert same == (influence.init.__module__ == "tbptt_jax.influence.rtrl")  # each device draws signs of its own
+    assert_close(*spread, rtol=1e-9)
+
+
+@pytest.mark.parametrize("normaliser", [None, 7.0])
+def test_several_losses_each_with_weights_of_its_own_are_spread_as_on_one_device(normaliser):
+    window = stream()
+    weights = {
+        "one": window.weights,
+        "other": np.where(np.arange(len(window.weights))[:, None] < 1, 0.0, 1.0)[:, :1] + 0 * window.weights,
+    }
+    windows = tb.split(window._replace(weights=weights), 5)
+    both = lambda outputs, window: {"one": loss(outputs, window), "other": outputs[..., 0] ** 2}  # noqa: E731
+    estimate, results = tb.gradient(lstm(), both, influence=tb.replay(2), normaliser=normaliser), []
+    for each in (estimate, sharding.over_lanes(estimate, MESH)):
+        step = tb.train_step(each, optax.sgd(1e-1))
+        state, metrics = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), windows)
+        results.append(jax.device_get((state.params, metrics)))
+    assert_close(*results, rtol=1e-9)
 
 
 def test_trainings_side_by_side_are_those_of_vmap_also_where_they_do_not_divide():

@@ -113,44 +113,11 @@ def test_characters_are_numbered_and_those_not_known_are_0(tmp_path):
     (tmp_path / "a").write_text("bœuf\r\n🙂b", encoding="utf-8", newline="")
     (tmp_path / "b").write_text("fbx", encoding="utf-8")
     ids, vocabulary = tb.streams.read_characters(tmp_path / "a")
-    assert vocabulary == ["�", *sorted(set("bœuf\r\n🙂"))]
-    assert "".join(vocabulary[i] for i in ids) == "bœuf\r\n🙂b"
+    assert vocabulary == ["�", *sorted(set("bœuf\n🙂"))]
+    assert "".join(vocabulary[i] for i in ids) == "bœuf\n🙂b"
     other, same = tb.streams.read_characters(tmp_path / "b", vocabulary)
     assert same == vocabulary and "".join(vocabulary[i] for i in other) == "fb�"
     assert bytes(tb.streams.open_bytes(tmp_path / "a")) == (tmp_path / "a").read_bytes()
-
-
-def test_columns_are_read_by_name_in_the_order_asked_for(tmp_path):
-    (tmp_path / "x.csv").write_text('\ufefftime,"a, b",c\nmon,1, 2.5\n"tue\n",-3e2,4\n\n', encoding="utf-8")
-    series = tb.streams.read_csv(tmp_path / "x.csv", ["c", "a, b"])
-    assert series.dtype == np.float32 and series.tolist() == [[2.5, 1], [4, -300]]
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "cannot be read: No such file"),
-        ("", "line 1: there is nothing"),
-        ("a,b\n", "a header and no rows"),
-        ("b,c\n1,2\n", r"0 columns 'a'; one is needed. Those there are: \['b', 'c'\]"),
-        ("a,a\n1,2\n", "2 columns 'a'"),
-        ("a,b\n1,2\nx,4\n", "line 3, column 'a': 'x' is not a number"),
-        ("a,b\n1,2\n,4\n", "line 3, column 'a': '' is not a number"),
-        ("a,b\n1,2\n1_000,4\n", "line 3, column 'a': '1_000' is not a number"),
-        ("a,b\n1,2\nNaN,4\n", "line 3, column 'a': 'NaN' is not a finite"),
-        ("a,b\n1e39,2\n", "line 2, column 'a': '1e39' is not a finite"),
-        ("a,b\n1,2\n3\n", "line 3: the row has 1 fields, and the header 2"),
-        ("a\n1\n\n3\n", "line 3: the row has 0 fields, and the header 1"),
-        ('a,b\n1,"2\n', "line 2: this is not CSV"),
-        (b"a,b\n1,2\n3,\xff\n", "line 3, byte 3 of it, is 0xff"),
-    ],
-)
-def test_a_csv_file_that_will_not_do_is_told_with_its_line_and_column(tmp_path, content, message):
-    path = tmp_path / "x.csv"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + message):
-        tb.streams.read_csv(path, ["a"])
 
 
 @pytest.mark.parametrize(
@@ -169,6 +136,27 @@ def test_an_array_that_is_not_numbers_over_time_is_told(tmp_path, array, message
         tb.streams.open_npy(tmp_path / "x.npy")
 
 
+def test_a_broken_header_of_an_array_is_a_sentence_whatever_breaks_it(tmp_path):
+    path, rng = tmp_path / "x.npy", np.random.default_rng(0)
+    np.save(path, np.arange(50.0))
+    whole = path.read_bytes()
+    broken = [whole[:10] + b"{'descr': '<f8', 'shape': (50,), 'fortran_order': (" + whole[61:]]
+    broken += [whole.replace(b"(50,)", b"(%d,)" % 10**n, 1) for n in (9, 18, 30)]
+    for _ in range(150):
+        data = bytearray(whole)
+        for at in rng.integers(0, 128, 3):
+            data[at] = rng.integers(0, 256)
+        broken.append(bytes(data))
+    for data in broken:
+        path.write_bytes(data)
+        try:
+            assert tb.streams.open_npy(path).ndim > 0
+        except ValueError as error:
+            assert (
+                str(error).startswith(str(path)) and str(error).endswith(".") and len(str(error)) < 300 + len(str(path))
+            )
+
+
 def test_a_file_that_is_cut_short_missing_empty_or_not_text_is_told(tmp_path):
     path = tmp_path / "x.npy"
     np.save(path, np.zeros(1000))
@@ -184,7 +172,7 @@ def test_a_file_that_is_cut_short_missing_empty_or_not_text_is_told(tmp_path):
         with pytest.raises(ValueError, match="none cannot be read: No such file"):
             read(tmp_path / "none")
     path.write_bytes("é\naé".encode() + b"\xe9")
-    with pytest.raises(ValueError, match="line 2, byte 4 of it, is 0xe9"):
+    with pytest.raises(ValueError, match=r"line 2, byte 4 of it, is 0xe9.*iconv -f LATIN1 -t UTF-8 > "):
         tb.streams.read_characters(path)
 
 

@@ -1,11 +1,13 @@
 """The type every influence has, and what it is told of a window."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 LANE = "lane"  # the axis of devices over which lanes are spread
@@ -35,15 +37,16 @@ class Influence(NamedTuple):
         dL_n/dθ  =  ∂L_n/∂θ  +  (∂L_n/∂h) · (∂h/∂θ).
 
     The first term is exact. An influence is one choice of the second, in the manner of an optax transformation. Carry
-    and carry_cotangent hold the carry's floating-point leaves ``[lanes, ...]``; others are None.
+    and carry_cotangent hold the carry's floating-point leaves ``[lanes, ...]``; others are None. All of it is real: where
+    the carry or the parameters have a complex leaf ``[...]``, an influence sees its parts, ``[..., 2]``.
 
     Attributes:
       init: ``(params, carry, vjp) -> state``, at the start of a stream. ``vjp`` is a window's ``Linearisation.vjp`` as
         shapes (``jax.ShapeDtypeStruct`` leaves), for those that store some.
       pullback: ``(state, carry_cotangent) -> params_cotangent``: the gradient that crosses the window's left edge, in the
         tree of params. None: nothing crosses.
-      push: ``(state, linearisation, key) -> state``: the window's right edge becomes the next one's left edge. With lanes
-        over devices every device is given the same key, of which ``influence.own_draws`` makes another for each.
+      push: ``(state, linearisation, key) -> state``: the window's right edge becomes the next one's left edge. What is drawn
+        for each lane is drawn from its own key, ``influence.lane_keys(key, lanes)``, however many devices read them.
     """
 
     init: Callable[[PyTree, PyTree, "WindowVJP"], PyTree]
@@ -63,18 +66,17 @@ def check_carried(carry: PyTree) -> None:
         )
 
 
-def own_draws(key: jax.Array) -> jax.Array:
-    """The key of draws that are a lane's own: where lanes are spread over devices, which all have one key, each gets another.
-
-    Draws that concern all lanes alike are made from the key itself.
+def lane_keys(key: jax.Array, lanes: int) -> jax.Array:
+    """A key for each lane, ``[lanes]``, from the lane's own number: the same wherever, and beside whichever, it is read.
 
     Args:
-      key: that of an influence's ``push``.
+      key: that of an influence's ``push``, the same on all devices that lanes are spread over.
+      lanes: how many this device has.
     """
-    try:
-        return jax.random.fold_in(key, jax.lax.axis_index(LANE))
-    except NameError:  # not inside `sharding.over_lanes`
-        return key
+    numbers = jnp.arange(lanes)
+    with contextlib.suppress(NameError):  # not inside `sharding.over_lanes`
+        numbers += jax.lax.axis_index(LANE) * lanes
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
 @flax.struct.dataclass

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP, check_carried
+from tbptt_jax.window import at_least_float32
 
 PyTree = Any
 
@@ -36,7 +37,8 @@ def rtrl(max_bytes: int | None = None) -> Influence:
     equation 2.
 
     Raises:
-      ValueError: from ``init``, if S would be larger than ``max_bytes``.
+      ValueError: from ``init``, if S would be larger than ``max_bytes``; from the estimator's ``update``, when it is traced,
+        if lanes mix.
     """
 
     def init(params: PyTree, carry: PyTree, vjp: WindowVJP) -> Rtrl:
@@ -44,16 +46,17 @@ def rtrl(max_bytes: int | None = None) -> Influence:
         check_carried(carry)
         leaves = jax.tree.leaves(carry)
         lanes, units = leaves[0].shape[0], sum(h[0].size for h in leaves)
-        needed = sum(lanes * units * p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
+        kinds = {p.dtype: at_least_float32(p.dtype) for p in jax.tree.leaves(params)}
+        needed = sum(lanes * units * p.size * kinds[p.dtype].itemsize for p in jax.tree.leaves(params))
         limit = _device_memory() // 2 if max_bytes is None else max_bytes
         if needed > limit:
             theta = sum(p.size for p in jax.tree.leaves(params))
             raise ValueError(
                 f"rtrl would carry a matrix of {lanes} lanes x {units} units x {theta:,} parameters, {_size(needed)}, and "
                 f"may use {_size(limit)}: use a smaller model or fewer lanes, or `uoro()`, which "
-                "carries an unbiased sketch of it in the memory of the parameters."
+                "carries an unbiased sketch of it in the memory of the parameters for each lane."
             )
-        matrix = jax.tree.map(lambda p: jnp.zeros((lanes, units, *p.shape), p.dtype), params)
+        matrix = jax.tree.map(lambda p: jnp.zeros((lanes, units, *p.shape), kinds[p.dtype]), params)
         return Rtrl(matrix, jax.tree.map(jnp.zeros_like, carry))
 
     def pullback(state: Rtrl, carry_cotangent: PyTree) -> PyTree:
