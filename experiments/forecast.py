@@ -221,6 +221,8 @@ def main() -> None:
     for name, each in data.items():
         if np.isnan(each.targets).all():
             raise ValueError(f"--{name}={FLAGS[name].value} has no target that is there: there is nothing to score.")
+    if FLAGS.train and (warning := series.sentinels(data, (names or target_names) + target_names)):
+        launch.say(warning)
     steps, needed = len(data["train"].inputs), FLAGS.lanes * FLAGS.window
     if steps < needed:
         raise ValueError(

@@ -51,6 +51,23 @@ def tanks(seed: int, steps: int) -> np.ndarray:
 
 
 FILLS = ("forward", "mean", "zero")
+SENTINELS = -99, -999, -9999, -99999, -9999.9, -999.9, 9999, 99999, 999999  # what loggers write for a number they lack
+
+
+def sentinels(data: dict[str, Series], names: list[str]) -> str | None:
+    """A sentence on a number that may stand for one that is missing: a usual one, farther off than all others, again and again."""
+    for each in data.values():
+        for name, values in zip(names, np.concatenate([each.inputs, each.targets], 1).T, strict=False):
+            for number in SENTINELS:
+                others = values[(values != number) & ~np.isnan(values)]
+                count = int((values == number).sum())
+                if (
+                    count > 1
+                    and others.size
+                    and abs(number - others.mean()) > 10 * (others.std() + abs(others).max() / 10)
+                ):
+                    return f"Column {quoted(name)} holds {number} in {count} rows: if that stands for a missing number, give --missing={number}."
+    return None
 
 
 def read(

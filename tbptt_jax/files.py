@@ -12,6 +12,7 @@ import gzip
 import lzma
 import os
 import pathlib
+import shlex
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -62,7 +63,7 @@ def read_text(path: Path) -> str:
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
 
     def convert(source: str) -> str:
-        return f"Convert it first: `{unpack} '{path}' | iconv -f {source} -t UTF-8 > converted`, and give that."
+        return f"Convert it first: `{unpack} {shlex.quote(str(path))} | iconv -f {source} -t UTF-8 > converted`, and give that."
 
     try:
         text = data.decode(encoding)

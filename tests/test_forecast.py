@@ -1,6 +1,7 @@
 """Forecasts of people's own files: what is written, what the numbers mean, and that a bad file writes nothing."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -96,10 +97,111 @@ def test_its_own_data_is_a_file_that_can_be_given(tmp_path):
     assert np.sqrt(level.clip(0)).mean() == pytest.approx(pump.mean(), rel=0.01)
 
 
+def test_a_gap_in_a_target_is_a_step_that_is_not_scored_and_one_in_an_input_is_filled(tmp_path, files):
+    del files["valid"]
+    rng, given = np.random.default_rng(0), {}
+    for name, path in files.items():
+        rows = list(csv.DictReader(path.open()))
+        gaps = {column: rng.random(len(rows)) < 0.2 for column in ("x", "y", "still")}
+        given[name] = np.array(
+            [[np.nan if gaps[c][t] else float(row[c]) for c in ("y", "still")] for t, row in enumerate(rows)]
+        )
+        told = [
+            [row["t"], *("-9999" if gaps[c][t] else row[c] for c in ("x", "y", "still"))] for t, row in enumerate(rows)
+        ]
+        write(path, ["t", "x", "y", "still"], told)
+    arguments = *flags(files), "--inputs=x", "--targets=y,still", "--missing=-9999", *SMALL
+    refused = launch("forecast", tmp_path / "refused", *arguments)
+    assert refused.returncode == 2 and "choose with --fill=forward|mean|zero" in refused.stderr
+    workdir = tmp_path / "run"
+    ran = launch("forecast", workdir, *arguments, "--fill=forward")
+    rows = list(csv.DictReader((workdir / "predictions.csv").open()))
+    (workdir / "predictions.csv").unlink()
+    told = results(ran, workdir)
+    assert told["fill"] == "forward" and told["targets_missing"]["test"] == np.isnan(given["test"]).sum()
+    predicted = np.array([[float(row[f"{name}, predicted"]) for name in ("y", "still")] for row in rows])
+    assert [row["y, observed"] == "" for row in rows] == np.isnan(given["test"][:, 0]).tolist()
+    mean, deviation = np.nanmean(given["train"], 0), np.nanstd(given["train"], 0)
+    error = (predicted - given["test"]) / np.where(deviation > 0, deviation, 1)
+    assert told["test_mse"] == pytest.approx(np.nanmean(error**2), rel=1e-6)
+    assert told["test_mse_of_the_mean"] == pytest.approx(
+        np.nanmean(((given["test"] - mean) / np.where(deviation > 0, deviation, 1)) ** 2)
+    )
+    assert told["test_mse"] < 0.5 * told["test_mse_of_the_mean"]
+
+
+def test_what_is_missing_weighs_nothing_and_the_others_all_alike():
+    rng = np.random.default_rng(0)
+    inputs, targets, outputs = rng.normal(size=(30, 1)), rng.normal(size=(30, 2)), rng.normal(size=(1, 30, 2))
+    targets[rng.random(targets.shape) < 0.3] = np.nan
+    targets[3] = np.nan
+    window = series.lanes(inputs, targets, 1)
+    mean = (series.loss(outputs, window) * window.weights).sum() / window.weights.sum()
+    np.testing.assert_allclose(mean, np.nanmean((outputs[0] - targets) ** 2), rtol=1e-6)
+    assert series.lanes(inputs, np.nan_to_num(targets), 1).weights is None
+
+
+@pytest.mark.parametrize(
+    "fill, expected", [("forward", [5, 2, 2, 2, 8]), ("mean", [5, 2, 5, 5, 8]), ("zero", [0, 2, 0, 0, 8])]
+)
+def test_inputs_are_filled_from_what_was_before_or_from_the_training_file(tmp_path, fill, expected):
+    path = write(tmp_path / "x.csv", ["x", "y"], zip(["", 2, "", "nan", 8], range(5), strict=True))
+    found = series.read({"train": path}, ["x"], ["y"], [], fill)
+    assert found["train"].inputs.ravel().tolist() == expected
+
+
+def test_a_meter_at_a_hundred_million_is_forecast_as_one_at_zero(tmp_path, files):
+    del files["valid"]
+    told = []
+    for i, offset in enumerate((0, 10**8)):
+        for path in files.values():
+            rows = list(csv.DictReader(path.open()))
+            moved = [[row["t"], row["x"], f"{float(row['y']) + offset:.6f}", row["still"]] for row in rows]
+            write(path, ["t", "x", "y", "still"], moved)
+        launch("forecast", tmp_path / f"run{i}", *flags(files), "--inputs=x", "--targets=y", *SMALL)
+        told.append(json.loads((tmp_path / f"run{i}" / "results.json").read_text()))
+        last = list(csv.DictReader((tmp_path / f"run{i}" / "predictions.csv").open()))[-1]
+        assert float(last["y, observed"]) == pytest.approx(float(rows[-1]["y"]) + offset, abs=1e-5)
+    assert told[1]["test_mse"] == pytest.approx(told[0]["test_mse"], rel=1e-3)
+    assert told[1]["test_rmse"]["y"] == pytest.approx(told[0]["test_rmse"]["y"], rel=1e-3)
+
+
+def test_a_user_s_words_are_neither_markup_nor_formulas(tmp_path, files):
+    del files["valid"]
+    names = {"x": "[bold]x", "y": "=1+1[/y]$a$"}
+    for path in files.values():
+        path.write_text(path.read_text().replace("t,x,y", f"t,{names['x']},{names['y']}", 1))
+    workdir = tmp_path / "[red]"
+    ran = launch(
+        "forecast", workdir, *flags(files), f"--inputs={names['x']}", f"--targets={names['y']}", *SMALL, "--updates=3"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert f"root mean square error {names['y']}" in ran.stdout and f"Written to {workdir}" in ran.stdout
+    header = next(csv.reader((workdir / "predictions.csv").open()))
+    assert header[1:] == [f"'{names['y']}, observed", f"'{names['y']}, predicted"]
+
+
+def test_a_burn_in_leaves_no_step_out(program, tmp_path):
+    from absl import flags
+    from absl.testing import flagsaver
+
+    x = np.random.default_rng(0).normal(size=(1000, 1))
+    with flagsaver.flagsaver():
+        flags.FLAGS(["forecast", "--stateless", "--window=100", "--burn_in=83", "--lanes=4"])
+        windows = program.cut(x, x)
+    assert windows.inputs.shape[2] == 100 and (windows.weights * windows.valid).sum() == 1000
+    assert ((windows.weights * windows.valid).sum((1, 2))[1:-1] == 4 * 17).all()
+
+
 BROKEN = {
     "a missing column": ("t,x\n1,2\n", "columns 'y'"),
     "text in a number's place": ("x,y\n1,2\n3,four\n", "line 3, column 'y': 'four'"),
-    "NaN": ("x,y\n1,2\n3,nan\n", "line 3, column 'y'"),
+    "an infinite number": ("x,y\n1,2\n3,inf\n", "line 3, column 'y'"),
+    "a gap in an input": (
+        "x,y\n1,2\n,3\n" * 1,
+        "1 gaps in what the targets are told from, the first in row 1 .*--fill=forward|mean|zero",
+    ),
+    "a column of gaps": ("x,y\n1,\n2,\n", "no number in column 'y'"),
     "a ragged row": ("x,y\n1,2\n3\n", "line 3: the row has 1 fields"),
     "nothing": ("", "line 1: there is nothing"),
     "a header only": ("x,y\n", "no rows"),
