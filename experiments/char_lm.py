@@ -37,7 +37,7 @@ flags.DEFINE_multi_string(
 flags.DEFINE_integer("window", 16, "Steps of a window.", lower_bound=1)
 flags.DEFINE_integer("lanes", 32, "Places of the text read side by side.", lower_bound=1)
 flags.DEFINE_integer("hidden", 128, "Units of a layer.", lower_bound=1)
-flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1)
+flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1, upper_bound=1000)
 flags.DEFINE_float(
     "learning_rate", 0.005, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0
 )
@@ -155,16 +155,16 @@ def main() -> None:
     }
     launch.write_results(directory, results, picture(curve, held_out_bits))
     launch.console.rule("read", align="left")
-    launch.console.print(prompt, markup=False, highlight=False)
+    launch.console.print(launch.plain(prompt, keep=launch.WHITE), markup=False, highlight=False)
     launch.console.rule("and went on", align="left")
-    launch.console.print(told, markup=False, highlight=False)
+    launch.console.print(launch.plain(told, keep=launch.WHITE), markup=False, highlight=False)
     launch.console.rule()
     kind = "stateless" if FLAGS.stateless else "stateful"
     launch.console.print(
         f"Held-out text, {kind}, windows of {FLAGS.window}: {held_out_bits:.4f} bits per character. "
         f"{speed(calls):,.0f} characters/s, {seconds:.0f} s in all."
     )
-    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

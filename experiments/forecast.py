@@ -47,7 +47,7 @@ flags.DEFINE_string("test", None, "Another, for the forecast.")
 flags.DEFINE_list("inputs", [], "Columns to tell the targets from; none: their own past.")
 flags.DEFINE_list("targets", [], "Columns to be told.")
 flags.DEFINE_integer("hidden", 32, "Units of a layer.", lower_bound=1)
-flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1)
+flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1, upper_bound=1000)
 flags.DEFINE_integer("lanes", 16, "Places of the training file read side by side.", lower_bound=1)
 flags.DEFINE_integer("window", 64, "Steps of a window.", lower_bound=1)
 flags.DEFINE_list("missing", [], "What stands for a missing number, such as -9999, besides blank fields, NA and NaN.")
@@ -142,7 +142,7 @@ def table(names: list[str], rows: Any) -> bytes:
     """A CSV file."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow([launch.no_formula(name) for name in names])
+    writer.writerow([launch.cell(name) for name in names])
     writer.writerows([["" if value != value else value for value in row] for row in rows])  # a gap is blank
     return text.getvalue().encode()
 
@@ -232,7 +232,7 @@ def main() -> None:
     generated = {} if FLAGS.train else data
     own = {name: table(names + target_names, np.hstack(each[:2]).tolist()) for name, each in generated.items()}
     for name, content in own.items():
-        there = pathlib.Path(FLAGS.workdir).expanduser() / f"{name}.csv"
+        there = launch.expanded(FLAGS.workdir) / f"{name}.csv"
         if there.exists() and there.read_bytes() != content:
             raise ValueError(
                 f"{there} is not the series that is generated here, which would take its place: give it as --{name}, or "

@@ -94,6 +94,20 @@ def trained(model: tb.Recurrence, chosen: Task, key: jax.Array, report: Callable
     return state.params
 
 
+def check_sizes(model: tb.Recurrence, chosen: Task, windows: list[int]) -> None:
+    """Raises a ``ValueError`` if the data, or what is kept of it, does not fit."""
+    steps = max(FLAGS.steps, 10 * FLAGS.updates)
+    launch.check_fits("The streams", 8 * FLAGS.lanes * steps, "--lanes, --steps or --updates")
+    for window in {min(windows), max(windows)}:
+        probe = jax.eval_shape(lambda key, k=window: tb.split(chosen.data(key, k), k), jax.random.key(0))
+        for name in FLAGS.influences:
+            estimate = tb.gradient(model, chosen.loss, influence=launch.influence(name, -(-FLAGS.steps // window)))
+            step = tb.train_step(estimate, optax.adam(FLAGS.learning_rate))
+            launch.check_training(step, probe, 1, f"--hidden, --lanes or the reach of {name}")
+    params = jax.eval_shape(lambda key: model.init(key, chosen.data(key, 1).inputs), jax.random.key(0))
+    launch.check_fits("The estimates", FLAGS.draws * launch.size(params), "--draws or --hidden")
+
+
 def measure(
     model: tb.Recurrence, chosen: Task, params: Any, probe: tb.Window, name: str, window: int, key: jax.Array
 ) -> dict[str, Any]:
@@ -170,9 +184,10 @@ def main() -> None:
     launch.check_influences(FLAGS.influences)
     if FLAGS.lags > FLAGS.steps:
         raise ValueError(f"--lags={FLAGS.lags} is more than --steps={FLAGS.steps}: trace at most the probe's length.")
-    directory = launch.workdir(FLAGS.workdir)
     chosen = task()
     model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(chosen.outputs))
+    check_sizes(model, chosen, windows)
+    directory = launch.workdir(FLAGS.workdir)
     train_key, probe_key, draw_key = jax.random.split(jax.random.key(FLAGS.seed), 3)
     probe = chosen.data(probe_key, FLAGS.steps)
     points = [(name, window) for name in FLAGS.influences for window in windows]
@@ -197,7 +212,7 @@ def main() -> None:
         "probes": fading.probes,
     }
     launch.write_results(directory, results, picture(rows, fading, choice))
-    launch.console.print(f"Written to {directory}: results.json, figure.png, flags.txt")
+    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -16,62 +17,172 @@ from typing import Any
 
 import jax
 import matplotlib
+import numpy as np
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tbptt_jax as tb
+from experiments import lock, process
 from tbptt_jax import sharding
+from tbptt_jax.training import TrainStep
 
 matplotlib.use("agg")  # figures go to files; no display is needed
 INFLUENCES = "Any of truncate, replay:WINDOWS, replay:WINDOWS:SURVIVAL, rtrl, uoro; WINDOWS is a number, or all."
 
+LARGEST = 2**31 - 1  # what counts and axes are numbered with has 32 bits
+QUOTED = 80  # characters of a user's text in a sentence
+WHITE = "\n\t"
+# What moves a terminal's cursor, or turns the direction in which a line is read.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 _DEVICES = flags.DEFINE_integer(
-    "devices", None, "JAX devices to use; default all, which on a CPU is one for each core.", lower_bound=1
+    "devices",
+    None,
+    "JAX devices to use; default all, which on a CPU is one for each core.",
+    lower_bound=1,
+    upper_bound=4096,
 )
 
-console = Console(width=None if sys.stdout.isatty() else 100)
+console = Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs ``main`` as an absl program. A ``ValueError`` or ``OSError`` ends it with its sentence and exit status 2."""
+    """Runs ``main`` as an absl program, and ends the process with its exit status.
+
+    A ``ValueError``, an ``OSError`` or memory that ran out ends it with a sentence and exit status 2; SIGTERM and SIGINT at
+    once with one and status 128 + the signal, but where a launch listens to them itself.
+    """
+    name = pathlib.Path(sys.argv[0]).stem
+
+    def parsed(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            said = re.sub(r"\S{81,}", lambda word: plain(word[0], QUOTED), str(error))
+            print(
+                f"FATAL Flags parsing error: {plain(said, keep=WHITE)}\nPass --help to see the flags.", file=sys.stderr
+            )
+            sys.exit(1)
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
-            raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Every setting is a flag, --name=value.")
+            said = plain(" ".join(argv[1:]), QUOTED)
+            raise app.UsageError(f"Unknown arguments: {said}. Every setting is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)  # jax says at INFO which accelerators it did not find
         prepare(_DEVICES.value)
         try:
-            for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
-                if isinstance(flag.value, float) and not math.isfinite(flag.value):
-                    raise ValueError(f"--{flag.name}={flag.value}: give a finite number.")
+            check_flags()
             main()
-        except (ValueError, OSError) as error:
-            print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-            sys.exit(2)
+        except OSError as error:
+            where = f"{plain(os.fsdecode(error.filename), QUOTED)}: {error.strerror}." if error.filename else str(error)
+            refuse(where)
+        except ValueError as error:
+            refuse(str(error))
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            sizes = "hidden", "layers", "lanes", "window", "windows", "steps", "updates", "windows_per_call", "seeds"
+            own = [f"--{size}" for size in sizes if size in flags.FLAGS]
+            refuse(f"This needs more memory than there is ({memory() / 1e9:,.1f} GB): lower one of {', '.join(own)}.")
 
+    def refuse(sentence: str) -> None:
+        print(f"{name}: {plain(sentence, keep=WHITE)}", file=sys.stderr)
+        sys.exit(2)
+
+    def stopped(number: int) -> None:
+        if console.is_terminal:
+            console.show_cursor()  # a bar that is alive hides it
+        print(
+            f"{name}: stopped by {signal.Signals(number).name}; the same command does what is missing.", file=sys.stderr
+        )
+        process.leave(number)
+
+    def all_of_it() -> None:
+        with process.heard(stopped):
+            app.run(guarded, flags_parser=parsed)
+
+    process.keep_streams()
     # What `--help` and `flags.txt` tell of: the program's own flags, and those of what launches share.
-    for name in (__name__, f"{__package__}.resume"):
-        for flag in flags.FLAGS.get_key_flags_for_module(name):
+    for module in (__name__, f"{__package__}.resume"):
+        for flag in flags.FLAGS.get_key_flags_for_module(module):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    app.run(guarded)
+    process.end(all_of_it)
 
 
-def plain(text: str) -> str:
-    """``text`` as a terminal shows it, and no more: what would move its cursor or turn its writing is shown escaped."""
-    shown = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-    return "".join(shown).encode("utf-8", "backslashreplace").decode()
+def check_flags() -> None:
+    """Raises a ``ValueError`` if a number is none that can be counted with, or a text is not UTF-8."""
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+        value, most = flag.value, 2**63 - 1 if flag.name == "seed" else LARGEST
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{flag.name}={value}: give a finite number.")
+        if isinstance(value, int) and not -most <= value <= most:
+            raise ValueError(f"--{flag.name}={plain(str(value), QUOTED)}: give a number of at most {most}.")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"--{flag.name}={plain(text, QUOTED)} is not UTF-8: give it another name.")
+
+
+def plain(text: str, at_most: int | None = None, keep: str = "") -> str:
+    """A user's text as it is safe to show: control characters, but those to ``keep``, as Python writes them.
+
+    Of a text longer than ``at_most`` characters the middle is left out.
+    """
+    shown = CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+    if at_most is None or len(shown) <= at_most:
+        return shown
+    return f"{shown[: at_most // 2]}…{shown[at_most // 2 + 1 - at_most :]}"
 
 
 def say(text: str) -> None:
-    """Prints a sentence as it is; what it has from a file, a flag or a path is no markup."""
+    """Prints a line that may hold a user's words: nothing in it is interpreted, and it is not broken."""
     console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def no_formula(text: str) -> str:
-    """A name for a table, such that no spreadsheet takes it for a formula (OWASP, *CSV injection*)."""
-    return f"'{text}" if text[:1] in "=+-@\t\r" and text[:1] else text
+def cell(text: str) -> str:
+    """A user's text as a field of a CSV file, such that no spreadsheet takes it for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def memory() -> int:
+    """Bytes that the devices of this host have; a CPU's, which have it in common, what this process may use."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if all("bytes_limit" in each for each in stats):
+        return sum(each["bytes_limit"] for each in stats)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        with contextlib.suppress(OSError, ValueError):
+            there = min(there, int(pathlib.Path("/sys/fs/cgroup", limit).read_text()))
+    return there
+
+
+def size(tree: Any) -> int:
+    """Bytes of a tree's arrays, or of what will be arrays."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_fits(what: str, needed: int, lower: str) -> None:
+    """Raises a ``ValueError`` if ``what`` takes more bytes than there are; ``lower`` names the flags to lower."""
+    if needed > memory():
+        raise ValueError(
+            f"{what} would take {needed / 1e9:,.1f} GB or more, and there are {memory() / 1e9:,.1f} GB: lower {lower}."
+        )
+
+
+def check_training(step: TrainStep, windows: Any, runs: int, lower: str) -> None:
+    """Raises a ``ValueError`` if the state of so many trainings side by side, with a gradient, does not fit.
+
+    Args:
+      step: the train step.
+      windows: of one training, ``[windows, lanes, time, ...]``, or their shapes.
+      runs: how many trainings.
+      lower: the flags to lower, as a sentence has them.
+    """
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), windows)
+    state = jax.eval_shape(step.init, jax.random.key(0), first)
+    check_fits("The state of the training", runs * (size(state) + size(state.params)), lower)
 
 
 def cores() -> int:
@@ -90,9 +201,10 @@ def prepare(devices: int | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{options} --xla_cpu_prefer_vector_width=512".strip()
     jax.config.update("jax_num_cpu_devices", devices or cores())
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "tbptt_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        with contextlib.suppress(RuntimeError):  # nobody's home
+            cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            jax.config.update("jax_compilation_cache_dir", str(cache / "tbptt_jax"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def mesh(*, runs: int = 1, lanes: int = 1, window: int = 1, units: int = 1) -> Mesh:
@@ -109,21 +221,47 @@ def mesh(*, runs: int = 1, lanes: int = 1, window: int = 1, units: int = 1) -> M
     return sharding.mesh(lane=sharding.lane_devices(lanes, window, units, devices))
 
 
-def workdir(path: str) -> pathlib.Path:
-    """The directory to write into, made if it is missing.
+def expanded(path: str, flag: str = "workdir") -> pathlib.Path:
+    """The path that a flag names, ``~`` as the home directory.
 
     Raises:
-      ValueError: if it cannot be made or written to.
+      ValueError: if it names none.
     """
-    directory = pathlib.Path(path).expanduser()
+    if not path:
+        raise ValueError(f"--{flag} is empty: name a directory; . is the one you are in.")
     try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"--{flag}={plain(path, QUOTED)}: there is no such home directory. Write the path out, or ./~ for a name."
+        ) from error
+
+
+def workdir(path: str) -> pathlib.Path:
+    """The directory to write into, made if it is missing, and this launch's alone until it ends.
+
+    Of several processes of one launch, the first holds it for all.
+
+    Raises:
+      ValueError: if it cannot be made or written to, or another launch is at work there.
+    """
+    directory, given, refused = expanded(path), f"--workdir={plain(path, QUOTED)}", ""
+    if re.search("[\n\r\ud800-\udfff]", str(directory.absolute())):
+        raise ValueError(f"{given}: its path has a line's end in it, or is not UTF-8. Name another directory.")
+    try:
+        if jax.process_index() == 0:
+            lock.take(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
+    except BlockingIOError as error:
+        refused = f"{given}: {error}"
     except OSError as error:
-        raise ValueError(
-            f"--workdir={path} cannot be written to ({error.strerror}): name a directory that can."
-        ) from error
+        refused = f"{given} cannot be written to ({error.strerror}): name a directory that can."
+    if jax.process_count() > 1 and multihost_utils.process_allgather(np.bool_(bool(refused))).any():
+        refused = refused or f"{given} was refused to another of the processes, which says why."
+    if refused:
+        raise ValueError(refused)
     return directory
 
 
@@ -139,10 +277,12 @@ def influence(name: str, windows: int, flag: str = "influences") -> tb.Influence
     if kind == "replay" and re.fullmatch(r"(all|\d+)(:[\d.]+(e-?\d+)?)?", ":".join(settings)):
         depth, *survival = settings
         try:
+            if depth != "all" and (len(depth) > 10 or int(depth) > LARGEST):
+                raise ValueError(f"there are never more than {LARGEST} windows.")
             return tb.replay(windows if depth == "all" else int(depth), *map(float, survival))
         except ValueError as error:
-            raise ValueError(f"--{flag} has {name}: {error} {INFLUENCES}") from error
-    raise ValueError(f"--{flag} has {name}, which is none. {INFLUENCES}")
+            raise ValueError(f"--{flag} has {plain(name, QUOTED)}: {plain(str(error), 200)} {INFLUENCES}") from error
+    raise ValueError(f"--{flag} has {plain(name, QUOTED)}, which is none. {INFLUENCES}")
 
 
 def check_influences(names: list[str]) -> None:
@@ -160,8 +300,10 @@ def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
       ValueError: if one is not.
     """
     for value in values:
-        if not value.strip().isdecimal() or not 1 <= int(value) <= at_most:
-            raise ValueError(f"--{flag} has {value!r}: give whole numbers from 1 to {at_most}, such as --{flag}=1,2,5.")
+        if not re.fullmatch(r"\d{1,18}", value.strip()) or not 1 <= int(value) <= at_most:
+            raise ValueError(
+                f"--{flag} has {plain(value, QUOTED)!r}: give whole numbers from 1 to {at_most}, such as --{flag}=1,2,5."
+            )
     if not values:
         raise ValueError(f"--{flag} is empty: give at least one number, such as --{flag}=1,2,5.")
     return sorted({int(value) for value in values})

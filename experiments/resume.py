@@ -1,13 +1,10 @@
 """What launches that train share: checkpoints to go on from, a stop when asked to, and one where a number is not finite."""
 
 import contextlib
-import os
 import pathlib
 import shutil
 import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,11 +17,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import tbptt_jax as tb
-from experiments import launch
+from experiments import launch, process
 from tbptt_jax import checkpoint, sharding
 from tbptt_jax.recurrence import unroll_window
-from tbptt_jax.training import TrainState, TrainStep, all_finite
-from tbptt_jax.window import step_weights
+from tbptt_jax.training import TrainState, TrainStep, all_finite, stays_finite
+from tbptt_jax.window import is_scored
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -41,14 +38,12 @@ flags.DEFINE_enum(
 flags.DEFINE_integer("processes", None, "How many processes there are, each with lanes of its own.", lower_bound=1)
 flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 
-STOP = signal.SIGTERM, signal.SIGINT
-
 
 class Call(NamedTuple):
     """Attributes:
     loss: the mean over the scored steps of one call's windows, 0 where none is scored; windows left out are not counted.
     weight: their sum of weights.
-    updates: how many had been made at its end, of all calls.
+    updates: how many windows had been read at its end, of all calls.
     seconds: that it took.
     skipped: windows left out, since something in them was not finite.
     norm: the largest of a lane's carry at the end, as :func:`tbptt_jax.carry_health` has it.
@@ -113,7 +108,7 @@ def watched(step: TrainStep) -> TrainStep:
 
     def update(state: TrainState, window: tb.Window) -> tuple[TrainState, Any]:
         new, metrics = step.update(state, window)
-        return new, Watched(*metrics, all_finite((new, metrics.loss)))
+        return new, Watched(*metrics, stays_finite(state, new, metrics))
 
     return step._replace(update=update)
 
@@ -182,6 +177,12 @@ def train(
       ValueError: if the checkpoints are of another run, or the loss, the gradient or the carry of a window is not finite.
       OSError: if a checkpoint could not be written.
     """
+    state_of, one = jax.eval_shape(init), launch.size(windows(0, 1))
+    sizes = "--hidden, --layers, --lanes or --window, or the windows of a replay"
+    launch.check_fits("The state of the training", launch.size(state_of) + launch.size(state_of.params), sizes)
+    launch.check_fits(
+        f"The {min(per_call, updates)} windows of a call", one * min(per_call, updates), "--windows_per_call"
+    )
     old = directory.with_name(f"{directory.name}.old")
     if not resume and directory.exists() and jax.process_index() == 0:
         shutil.rmtree(old, ignore_errors=True)
@@ -235,8 +236,8 @@ def train(
             (saved.update, saved.state, [Call(*c) for c in saved.data["calls"]]) if saved else (0, init(), [])
         )
         if saved:
-            launch.console.print(f"Going on from update {done} of {updates}, saved in {directory}.", soft_wrap=True)
-        stop = _largest(asked())
+            launch.say(f"Going on from update {done} of {updates}, saved in {directory}.")
+        stop = largest(asked())
         while done < updates and not stop:
             began, last = time.perf_counter(), end_of(done)
             cut = windows(done, last)
@@ -259,7 +260,7 @@ def train(
                 wrong += f" The state before it is saved, as update {bad} in {directory}." if bad else ""
                 break
             calls.append(call_of(cut, told, state, last, began))
-            stop = _largest(asked())  # once, and for all processes: what ends the loop is what saved
+            stop = largest(asked())  # once, and for all processes: what ends the loop is what saved
             due = last == updates or last // every > done // every
             if due and measure is not None:
                 calls[-1] = calls[-1]._replace(measured=measure(state))
@@ -271,7 +272,7 @@ def train(
         raise ValueError(wrong)
     shutil.rmtree(old, ignore_errors=True)
     if stop:
-        launch.console.print(f"Stopped at update {done} of {updates}; the same command goes on.", soft_wrap=True)
+        launch.say(f"Stopped at update {done} of {updates}; the same command goes on.")
         sys.exit(128 + stop)
     return state, calls
 
@@ -294,7 +295,7 @@ def _since_reset(resets: Any, before: int) -> int:
     lanes = np.concatenate([np.asarray(shard.data) for shard in own], 1) if own else np.asarray(resets)
     steps = lanes.swapaxes(0, 1).reshape(lanes.shape[1], -1)
     ago = np.where(steps.any(1), np.argmax(steps[:, ::-1], 1) + 1, before + steps.shape[1])
-    return _largest(int(ago.max()))
+    return largest(int(ago.max()))
 
 
 def meet(where: str) -> None:
@@ -303,7 +304,7 @@ def meet(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-def _largest(number: int) -> int:
+def largest(number: int) -> int:
     """Of the numbers that the processes give."""
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
 
@@ -357,7 +358,7 @@ def first_not_finite(
         bad = ~jnp.isfinite(loss(outputs, window))
         for leaf in jax.tree.leaves(outputs):
             bad |= ~jnp.isfinite(leaf).reshape(*bad.shape, -1).all(-1)
-        return bad & (step_weights(window) > 0)
+        return bad & is_scored(window)
 
     bad = not_finite(params, carry, window)
     if not bad.is_fully_addressable:
@@ -367,36 +368,19 @@ def first_not_finite(
 
 
 @contextlib.contextmanager
-def stop_asked() -> Iterator[Callable[[], int]]:
+def stop_asked(after: str = "after this call, saved") -> Iterator[Callable[[], int]]:
     """Yields ``asked() -> int``: the first SIGTERM or SIGINT that has come, or 0. A second one ends the process at once.
 
-    Python runs its handlers between two instructions of the main thread, so not while a call compiles or runs. A thread
-    therefore listens, woken by what the interpreter writes the moment a signal comes.
+    Args:
+      after: when it stops and what becomes of the work, as it is told.
     """
     told: list[int] = []
-    here, there = socket.socketpair()
-    there.setblocking(False)
 
-    def listen() -> None:
-        while number := here.recv(1):
-            if number[0] in STOP:
-                told.append(number[0])
-                if len(told) > 1:
-                    os._exit(128 + told[0])
-                print(
-                    f"{signal.Signals(told[0]).name}: stopping after this call, saved. Again: at once.", file=sys.stderr
-                )
+    def tell(number: int) -> None:
+        told.append(number)
+        if len(told) > 1:
+            process.leave(told[0])
+        print(f"{signal.Signals(number).name}: stopping {after}. Again: at once.", file=sys.stderr)
 
-    before = {number: signal.signal(number, lambda *_: None) for number in STOP}
-    waker = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    try:
+    with process.heard(tell):
         yield lambda: told[0] if told else 0
-    finally:
-        signal.set_wakeup_fd(waker)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        there.close()
-        thread.join()
-        here.close()

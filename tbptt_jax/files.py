@@ -106,7 +106,7 @@ def read_csv(path: Path, columns: Sequence[str], *, missing: Sequence[str] | Non
         these columns, a row has not the header's number of fields, a field is not a finite number, or commas and points are
         both in the numbers.
     """
-    text = read_text(path)
+    text, columns = read_text(path), [name.strip() for name in columns]
     numbers = [
         n for n, line in enumerate(text.split("\n"), 1) if not line.startswith("#")
     ]  # of the lines that are read
@@ -121,6 +121,7 @@ def read_csv(path: Path, columns: Sequence[str], *, missing: Sequence[str] | Non
     try:
         header = [name.strip() for name in next(rows)]
         places = [header.index(name) for name in columns]
+        _check_comments(path, text, rows.dialect.delimiter, len(header), places)
         fields: list[list[str]] = []
         at: list[int] = []
         blank: list[int] = []
@@ -144,6 +145,18 @@ def read_csv(path: Path, columns: Sequence[str], *, missing: Sequence[str] | Non
     if not fields:
         raise ValueError(f"{path} has a header and no rows: give a file with at least one step.")
     return _numbers(path, fields, at, columns, rows.dialect.delimiter != ",", missing)
+
+
+def _check_comments(path: Path, text: str, separator: str, fields: int, places: list[int]) -> None:
+    """Raises a ``ValueError`` for a comment that could be a row."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.startswith("#"):
+            row = line.split(separator)
+            if len(row) == fields and all(_number(row[place]) is not None for place in places if place):
+                raise ValueError(
+                    f"{path}, line {number}: {quoted(line)} begins as a comment and could be a row: quote its first field, or "
+                    "write the comment in another way."
+                )
 
 
 def _separator(path: Path, lines: list[str], columns: Sequence[str]) -> str:

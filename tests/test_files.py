@@ -93,6 +93,7 @@ def test_columns_are_read_by_name_in_the_order_asked_for(tmp_path):
         ("a,b\n", "a header and no rows"),
         ("b,c\n1,2\n", r"0 columns 'a'; one is needed. Those there are: 'b', 'c'"),
         ("a,a\n1,2\n", "2 columns 'a'"),
+        ("n,a\nx,2\n#1,4\n", "line 3: '#1,4' begins as a comment and could be a row"),
         ("a,b\n1,2\nx,4\n", "line 3, column 'a': 'x' is not a number"),
         ("a,b\n1,2\n,4\n", "line 3, column 'a': '' is not a number. If it is a gap"),
         ("a,b\n1,2\n1_000,4\n", "line 3, column 'a': '1_000' is not a number"),
