@@ -7,11 +7,20 @@
 
 Orbax writes a checkpoint beside its place, in a thread of its own, and moves it there when it is complete. Checksums of all
 that is in it are kept with it, and compared when it is read.
+
+A state is a tree whose leaves are arrays, typed keys among them, or Python numbers and strings. Bits are kept whatever the
+dtype. What comes back is, leaf by leaf, of the kind of ``like``: a NumPy array where that is one, a number or a string where
+that is one, and else a JAX array; or a NumPy array, if JAX as it is configured would change the bits: 64-bit numbers without
+``jax_enable_x64``, dates, strings, another byte order.
 """
 
+import collections
 import contextlib
+import errno
 import json
 import logging
+import math
+import operator
 import os
 import pathlib
 import re
@@ -27,7 +36,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from tbptt_jax.window import quoted
+from tbptt_jax.window import check_whole, quoted
 
 PyTree = Any
 
@@ -47,12 +56,11 @@ class Saved(NamedTuple):
 class Store(NamedTuple):
     """Attributes:
     save: ``(update, state, data)``: begins to write, once the save before it is done. The state is copied first, so it
-      may be donated at once; its leaves are arrays or single numbers. ``data`` is anything JSON can hold. ValueError: a leaf
-      is something else, or was donated. OSError: this or the one before could not be written.
+      may be donated at once. ``data`` is anything JSON can hold. ValueError, before anything is written: a leaf of the state
+      or ``data`` cannot be kept, or ``update`` is not after those on disk. OSError: this or the one before could not be
+      written.
     restore: ``(like) -> Saved | None``: the newest that is whole, None if there is none at all. ``like`` has the state's
-      tree; its leaves are arrays, numbers or ``jax.ShapeDtypeStruct``, and where they have shardings, the state is placed
-      so. What is a NumPy array or a Python number in ``like`` is one in the state; a JAX array of a dtype that JAX does not
-      hold now (64 bits without ``jax_enable_x64``) is a NumPy array, bit for bit.
+      tree; its leaves are the state's or ``jax.ShapeDtypeStruct``, and where they have shardings, the state is placed so.
     """
 
     save: Callable[[int, PyTree, Any], None]
@@ -76,15 +84,17 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
       A context manager that gives the :class:`Store`.
 
     Raises:
-      ValueError: now, if ``keep`` is below 1; from ``restore``, if the checkpoint is of a run with other settings or another
-        state, or if all are broken. If only the newest are, a warning says so, they are set aside, and the one before them
-        is restored.
-      OSError: from ``save`` and on leaving, if one could not be written, as on a full disk. Those before it are intact.
+      ValueError: now, if ``keep`` is not a whole number, at least 1, or ``settings`` no dict that JSON can hold; from
+        ``restore``, if the checkpoint is of a run with other settings or another state, or if all are broken. If only the
+        newest are, a warning says so, they are set aside, and the one before them is restored.
+      OSError: now, if the directory cannot be made; from ``save`` and on leaving, if one could not be written, as on a full
+        disk. Those before it are intact.
     """
     directory = pathlib.Path(directory).absolute()
-    settings = json.loads(json.dumps(settings))
-    if keep < 1:
-        raise ValueError(f"`keep` is {keep}; it needs to be at least 1 checkpoint.")
+    if not isinstance(settings, dict):
+        raise ValueError(f"`settings` is a {type(settings).__name__}; it needs to be a dict, such as {{'window': 16}}.")
+    settings = _as_json("settings", settings)
+    check_whole("keep", keep)
 
     def written(write: Callable[..., Any], *args: Any, **options: Any) -> None:
         try:
@@ -93,18 +103,25 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
             manager.reload()
             good = max(manager.all_steps(), default=None)
             left = "There is none before it" if good is None else f"The one of update {good} is intact"
+            cure = "make room" if _code(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "see to that"
             raise OSError(
-                f"A checkpoint could not be written to {directory}: {_reason(error)} {left}; make room, then run again."
+                f"A checkpoint could not be written to {directory}: {_reason(error)} {left}; {cure}, then run again."
             ) from error
 
     def save(update: int, state: PyTree, data: Any) -> None:
+        update, latest = _update(update), max(manager.all_steps(), default=-1)
+        if update <= latest:
+            raise ValueError(
+                f"`update` is {update}, and {directory} holds update {latest}: give a later one, or use another directory."
+            )
         arrays, leaves = _pack(state)
         # By way of text: what is written later, in another thread, is what `data` is now.
-        content = json.loads(json.dumps({"update": update, "settings": settings, "leaves": leaves, "data": data}))
+        content = {"update": update, "settings": settings, "leaves": leaves, "data": _as_json("data", data)}
         run = {"content": content, "checksum": _checksum_of_json(content)}
-        stored = {"arrays": ocp.args.StandardSave(arrays)} if arrays else {}  # Orbax refuses a tree of nothing
-        args = ocp.args.Composite(**stored, run=ocp.args.JsonSave(run))
-        written(manager.save, update, args=args, force=True)
+        items: dict[str, Any] = (
+            {"arrays": ocp.args.StandardSave(arrays)} if arrays else {}
+        )  # Orbax refuses an empty one
+        written(manager.save, update, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **items), force=True)
 
     def restore(like: PyTree) -> Saved | None:
         written(manager.wait_until_finished)
@@ -116,7 +133,7 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
                 )
             return None
         update, content, arrays = found
-        _check_same_run(directory, content, settings, like)
+        places = _check_same_run(directory, content, settings, like)
         for each, sentence in broken.items():  # Orbax would not write in their place
             if jax.process_index() == 0:
                 aside = directory / f"{each}.broken"
@@ -125,8 +142,12 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
                 warnings.warn(f"{sentence} It is set aside as {aside.name}; update {update} is used.", stacklevel=2)
         _agree(True)  # the first process has set them aside
         manager.reload()
-        return Saved(update, _unpack(arrays, content["leaves"], like), content["data"])
+        return Saved(update, _unpack(arrays, content["leaves"], like, places), content["data"])
 
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"There can be no directory {directory}: {error.strerror}. Give another.") from error
     with _quiet():
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         manager = ocp.CheckpointManager(directory, options=options)
@@ -144,10 +165,11 @@ def save(directory: str | pathlib.Path, state: PyTree) -> None:
 
     Args:
       directory: where to; made if missing.
-      state: a tree of arrays or numbers.
+      state: a tree of arrays, or of Python numbers and strings.
 
     Raises:
-      ValueError: if a leaf is neither, or what is there is another state, such as a training run's: it is not written over.
+      ValueError: if what is there is another state, such as a training run's: it is not written over; or a leaf cannot be
+        kept: an array that is masked, structured, of Python objects, or donated.
       OSError: if it could not be written; the one before is intact.
     """
     with open(directory, {}, keep=2) as store:
@@ -160,11 +182,11 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
 
     Args:
       directory: where it is.
-      like: the state's tree, of arrays, numbers or ``jax.ShapeDtypeStruct``, as ``jax.eval_shape`` makes them.
+      like: the state's tree, of its leaves or ``jax.ShapeDtypeStruct``, as ``jax.eval_shape`` makes them. A leaf that is a
+        Python number, a string or a NumPy array comes back as one.
 
     Returns:
-      The state, bit for bit: NumPy arrays and Python numbers where ``like`` has them, and NumPy arrays where JAX does not
-      hold the dtype now (64 bits without ``jax_enable_x64``). If it is broken, a warning says so, and it is the one before, which ``save`` keeps.
+      The state, bit for bit. If it is broken, a warning says so, and it is the one before, which ``save`` keeps.
 
     Raises:
       ValueError: if there is none, all are broken, or it is another.
@@ -172,9 +194,8 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
     directory = pathlib.Path(directory).absolute()
     if not directory.is_dir():
         raise ValueError(f"There is no directory {directory}: give one that `checkpoint.save` has written.")
-    options = ocp.CheckpointManagerOptions(
-        read_only=True, save_interval_steps=0, create=False
-    )  # as it would set them, and say so
+    # What goes with `read_only`: Orbax warns of what it has to set itself.
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     with _quiet(), ocp.CheckpointManager(directory, options=options) as manager:
         found, broken = _newest(manager, directory, bool)  # whichever process asks
     if found is None:
@@ -183,11 +204,11 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
             if broken
             else f"{directory} holds no checkpoint: give a directory that `checkpoint.save` has written."
         )
-    update, content, arrays = found
-    _check_same_run(directory, content, {}, like)
+    _, content, arrays = found
+    places = _check_same_run(directory, content, {}, like)
     for sentence in broken.values():
-        warnings.warn(f"{sentence} The one before it, {update}, is used.", stacklevel=2)
-    return _unpack(arrays, content["leaves"], like)
+        warnings.warn(f"{sentence} The one before it, {found[0]}, is used.", stacklevel=2)
+    return _unpack(arrays, content["leaves"], like, places)
 
 
 def _newest(
@@ -212,92 +233,172 @@ def _agree(fine: bool) -> bool:
     return fine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(fine)).all())
 
 
+_PYTHON = {f"Python {kind.__name__}": kind for kind in (bool, int, float, complex, str)}
+
+
 def _pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """The leaves as host arrays that are copies, and what is to be known of each."""
-    arrays, leaves = {}, []
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
-        kind = _kind(path, leaf)
-        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+    """The leaves' bytes, as host arrays that are copies, and what is to be known of each."""
+    arrays: dict[str, np.ndarray] = {}
+    leaves: list[dict[str, Any]] = []
+    for kind, leaf in zip(_kinds("state", state), jax.tree.leaves(state), strict=True):
+        if kind["dtype"] in _PYTHON:
+            value = [leaf.real, leaf.imag] if isinstance(leaf, complex) else leaf
+            leaves.append({**kind, "value": _as_json(kind["path"], value)})
+            continue
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
             raise ValueError(
-                f"`{kind['path']}` was given to a function that wrote into it, as `train_windows` does: save the state that it "
-                "returned, or a copy made before, `jax.tree.map(jnp.copy, state)`."
+                f"`{kind['path']}` was donated, as `train_windows` donates the state that it is given: save the state that "
+                "it returned."
             )
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) if isinstance(leaf, jax.Array) else False
-        array = _whole(jax.random.key_data(leaf) if is_key else leaf)
-        leaf_of = {"key": str(jax.random.key_impl(leaf)) if is_key else None, "checksum": zlib.crc32(array.tobytes())}
-        leaves.append({**kind, **leaf_of, "stored": [list(array.shape), str(array.dtype)]})
-        if array.size:  # Orbax refuses those without; as bytes, since it has not all of the dtypes
-            arrays[str(i)] = np.frombuffer(array.tobytes(), np.uint8)
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = _whole(kind["path"], jax.random.key_data(leaf) if is_key else leaf)
+        data = array.tobytes()
+        array = array if is_key else np.frombuffer(data, np.uint8)  # of which no store changes a bit
+        impl = str(jax.random.key_impl(leaf)) if is_key else None
+        leaves.append(
+            {**kind, "key": impl, "checksum": zlib.crc32(data), "stored": [list(array.shape), str(array.dtype)]}
+        )
+        if array.size:  # Orbax refuses those without
+            arrays[str(len(leaves) - 1)] = array
     return arrays, leaves
 
 
-def _whole(leaf: Any) -> np.ndarray:
-    """All of an array, as a copy in this host's memory, wherever its parts are."""
+def _whole(path: str, leaf: Any) -> np.ndarray:
+    """All of an array in this host's memory, wherever its parts are."""
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValueError(f"`{path}` is traced: it has no numbers yet. Save outside of `jax.jit` and its like.")
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.array(leaf)
+    array = np.asarray(leaf)
+    if array.dtype != leaf.dtype:  # numbers there are none, as in a `jax.ShapeDtypeStruct`
+        raise ValueError(f"`{path}` is {quoted(leaf)}, which has no numbers; {_AS_ARRAY}")
+    return array
 
 
 def _read(manager: ocp.CheckpointManager, update: int) -> tuple[dict[str, Any], list[np.ndarray]]:
     """The JSON and the arrays of a checkpoint, or an exception of any kind if something is wrong with it."""
     run = manager.restore(update, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+    if not isinstance(run, dict) or {"content", "checksum"} - set(run):
+        raise ValueError("its JSON is not what is written here")
     content = run["content"]
     if _checksum_of_json(content) != run["checksum"]:
         raise ValueError("its JSON does not have its checksum")
-    if content["update"] != update:
-        raise ValueError(f"it is that of update {content['update']}, moved here")
-    well_formed = isinstance(content["settings"], dict) and all(
-        isinstance(leaf["path"], str)
-        and (isinstance(leaf["key"], str) or (leaf["key"] is None and leaf["stored"] == [leaf["shape"], leaf["dtype"]]))
-        for leaf in content["leaves"]
-    )
-    if not well_formed or "data" not in content:
-        raise ValueError("its JSON is not of the form that `save` writes")
-    like = [np.empty(shape, jax.numpy.dtype(dtype)) for shape, dtype in (leaf["stored"] for leaf in content["leaves"])]
-    wanted = {str(i): np.empty(array.nbytes, np.uint8) for i, array in enumerate(like) if array.size}
-    stored = {}
-    if wanted:
-        stored = manager.restore(update, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))).arrays
-    arrays = []
-    for i, (leaf, array) in enumerate(zip(content["leaves"], like, strict=True)):
-        data = np.asarray(stored.get(str(i), np.empty(0, np.uint8))).tobytes()
-        if zlib.crc32(data) != leaf["checksum"]:
-            raise ValueError(f"`{leaf['path']}` does not have its checksum")
-        arrays.append(np.frombuffer(data, array.dtype).reshape(array.shape).copy())
-        if leaf["key"] is not None:
-            jax.random.wrap_key_data(jax.numpy.array(arrays[-1]), impl=leaf["key"])  # raises if it is none
+    _check_content(content)
+    if content.get("update", update) != update:  # those of before do not say
+        raise ValueError(f"it is of update {content['update']}, under another's number")
+    templates = [np.broadcast_to(np.empty((), jax.numpy.dtype(d)), s) for s, d in map(_stored, content["leaves"])]
+    wanted = {str(i): array for i, array in enumerate(templates) if array.size}
+    items: dict[str, Any] = {"arrays": ocp.args.StandardRestore(wanted)} if wanted else {}
+    stored = manager.restore(update, args=ocp.args.Composite(**items)).arrays if wanted else {}
+    arrays = [stored.get(str(i), array) for i, array in enumerate(templates)]
+    for leaf, array in zip(content["leaves"], arrays, strict=True):
+        if "value" not in leaf and zlib.crc32(array.tobytes()) != leaf["checksum"]:
+            raise ValueError(f"`{_cut(str(leaf['path']))}` does not have its checksum")
     return content, arrays
 
 
-def _unpack(arrays: list[np.ndarray], leaves: list[dict[str, Any]], like: PyTree) -> PyTree:
-    def place(array: np.ndarray, leaf: dict[str, Any], like: Any) -> Any:
-        if isinstance(like, bool | int | float | complex):  # np.float64 is a float, and np.bool is no bool
-            return array[()] if isinstance(like, np.generic) else type(like)(array[()])
-        if isinstance(like, np.ndarray | np.generic):
-            return array if isinstance(like, np.ndarray) else array[()]
-        if not leaf["key"] and jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-            return array
-        own = jax.numpy.array(array)  # not the host's memory: a train step may be given it to write into
-        value = jax.random.wrap_key_data(own, impl=leaf["key"]) if leaf["key"] else own
-        return jax.device_put(value, getattr(like, "sharding", None))
+def _check_content(content: Any) -> None:
+    """Raises a ``ValueError`` unless it is as ``save`` writes it: a checksum that fits does not say so."""
+
+    def whole(x: Any) -> bool:
+        return type(x) is int and x >= 0
+
+    def shape(x: Any) -> bool:
+        return isinstance(x, list) and all(map(whole, x))
+
+    def value(x: Any, dtype: str) -> bool:
+        if _PYTHON[dtype] is complex:
+            return isinstance(x, list) and [type(part) for part in x] == [float, float]
+        return type(x) is _PYTHON[dtype]
+
+    def leaf(x: Any) -> bool:
+        if not isinstance(x, dict) or not isinstance(x.get("path"), str) or not isinstance(x.get("dtype"), str):
+            return False
+        if "value" in x or x["dtype"] in _PYTHON:
+            return x["dtype"] in _PYTHON and x.get("shape") == [] and value(x.get("value"), x["dtype"])
+        stored = x.get("stored")
+        if not shape(x.get("shape")) or not isinstance(stored, list) or [type(part) for part in stored] != [list, str]:
+            return False
+        if not shape(stored[0]) or not isinstance(x.get("key"), str | None) or type(x.get("checksum")) is not int:
+            return False
+        held = math.prod(stored[0]) * jax.numpy.dtype(stored[1]).itemsize
+        if x["key"] is None:
+            return held == math.prod(x["shape"]) * jax.numpy.dtype(x["dtype"]).itemsize
+        words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=x["key"])))
+        return stored == [[*x["shape"], *words.shape], str(words.dtype)]
+
+    try:
+        fine = (
+            isinstance(content, dict)
+            and whole(content.get("update", 0))
+            and isinstance(content.get("settings"), dict)
+            and isinstance(content.get("leaves"), list)
+            and "data" in content
+            and all(map(leaf, content["leaves"]))
+        )
+    except Exception:  # a dtype or an implementation of keys that there is not
+        fine = False
+    if not fine:
+        raise ValueError("its JSON is not what is written here")
+
+
+def _stored(leaf: dict[str, Any]) -> tuple[list[int], str]:
+    """The shape and the dtype of what Orbax holds of a leaf."""
+    return leaf.get("stored", ([0], "uint8"))
+
+
+def _unpack(arrays: list[np.ndarray], leaves: list[dict[str, Any]], like: PyTree, places: list[int]) -> PyTree:
+    """The tree of ``like``, whose i-th leaf was saved as number ``places[i]``."""
+
+    def place(stored: np.ndarray, leaf: dict[str, Any], like: Any) -> Any:
+        if "value" in leaf:
+            value = leaf["value"]
+            return complex(*value) if _PYTHON[leaf["dtype"]] is complex else value
+        own: Any
+        if leaf["key"]:
+            own = jax.random.wrap_key_data(jax.numpy.array(stored), impl=leaf["key"])
+        else:
+            dtype = jax.numpy.dtype(leaf["dtype"])
+            array = np.frombuffer(bytearray(stored.tobytes()), dtype) if stored.size else np.empty(0, dtype)
+            array = array.reshape(leaf["shape"])
+            if isinstance(like, np.generic):
+                return array[()]
+            if isinstance(like, np.ndarray):
+                return array
+            try:
+                own = jax.numpy.array(array)  # not the host's memory: a train step may be given it to write into
+            except TypeError:  # of a dtype that JAX does not have
+                return array
+            if own.dtype != dtype:
+                return array
+        return jax.device_put(own, getattr(like, "sharding", None))
 
     likes, tree = jax.tree.flatten(like)
-    return jax.tree.unflatten(tree, [place(*each) for each in zip(arrays, leaves, likes, strict=True)])
+    return jax.tree.unflatten(tree, [place(arrays[i], leaves[i], x) for i, x in zip(places, likes, strict=True)])
 
 
-def _check_same_run(directory: pathlib.Path, content: dict[str, Any], settings: dict[str, Any], like: PyTree) -> None:
+def _check_same_run(
+    directory: pathlib.Path, content: dict[str, Any], settings: dict[str, Any], like: PyTree
+) -> list[int]:
+    """Where each leaf of ``like`` is among those of the checkpoint, if it is of this run and state."""
     old, nothing = content["settings"], "nothing"
+
+    def shown(settings: dict[str, Any], name: str) -> str:
+        return quoted(settings[name]) if name in settings else nothing
+
     differ = [
-        f"{name} {old.get(name, nothing)!r}, here {settings.get(name, nothing)!r}"
+        f"{_cut(str(name))} {shown(old, name)}, here {shown(settings, name)}"
         for name in {**old, **settings}
-        if old.get(name, nothing) != settings.get(name, nothing)
+        if name not in old or name not in settings or not _same(old[name], settings[name])
     ]
     if not differ:
-        kinds = [_kind(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)]
-        then = {leaf["path"]: f"{leaf['dtype']}{leaf['shape']}" for leaf in content["leaves"]}
-        now = {kind["path"]: f"{kind['dtype']}{kind['shape']}" for kind in kinds}
+        kinds = _kinds("like", like)
+        then, now = (
+            dict(zip(_names(leaves), (f"{leaf['dtype']}{leaf['shape']}" for leaf in leaves), strict=True))
+            for leaves in (content["leaves"], kinds)
+        )
         differ = [
-            f"`{path}` {then.get(path, nothing)}, here {now.get(path, nothing)}"
+            f"`{_cut(str(path))}` {then.get(path, nothing)}, here {now.get(path, nothing)}"
             for path in {**then, **now}
             if then.get(path) != now.get(path)
         ]
@@ -313,6 +414,12 @@ def _check_same_run(directory: pathlib.Path, content: dict[str, Any], settings: 
             f"The checkpoints in {directory} are of another run: there {'; '.join(differ[:3])}{more}. Run with the "
             "settings of then to go on with it, or begin in another directory."
         )
+    order = {name: i for i, name in enumerate(then)}  # a dict has its keys sorted, a NamedTuple its fields as written
+    return [order[name] for name in now]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or json.dumps(a) == json.dumps(b)  # a NaN is not equal to itself
 
 
 def _devices(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> tuple[int, int] | None:
@@ -327,29 +434,92 @@ def _devices(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> tuple[int
     return numbers.pop() if same and len(numbers) == 1 else None
 
 
-def _kind(path: tuple, leaf: Any) -> dict[str, Any]:
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    array = leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else np.asarray(leaf)
-    number = isinstance(leaf, bool | int | float | complex | np.generic | np.ndarray | jax.Array | jax.ShapeDtypeStruct)
-    kept = jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key) or (
-        jax.numpy.issubdtype(array.dtype, jax.numpy.number) or array.dtype == bool
-    )
-    if not number or not kept or isinstance(leaf, np.ma.MaskedArray):
+_AS_ARRAY = "give an array, such as `np.asarray` makes, a Python number or a string."
+
+
+def _kinds(name: str, tree: PyTree) -> list[dict[str, Any]]:
+    """The path, dtype and shape of each leaf.
+
+    Raises:
+      ValueError: if one is of a kind whose bits cannot be kept.
+    """
+    return [
+        {
+            "path": (at := jax.tree_util.keystr(path, simple=True, separator=".")),
+            "dtype": _dtype(f"`{at}`" if at else f"`{name}`", leaf),
+            "shape": list(getattr(leaf, "shape", ())),
+        }
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _dtype(name: str, leaf: Any) -> str:
+    """The dtype of a leaf, for a Python number or string its type."""
+    if type(leaf) in _PYTHON.values():
+        return f"Python {type(leaf).__name__}"
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array: give its `.data` and its `.mask`, as two arrays.")
+    dtype: Any = getattr(leaf, "dtype", None)
+    is_key = str(dtype).startswith("key<")
+    if not hasattr(leaf, "shape") or not (isinstance(dtype, np.dtype) or is_key):
+        raise ValueError(f"{name} is {quoted(leaf)}, a {type(leaf).__name__}; {_AS_ARRAY}")
+    if not is_key and dtype.names is not None:
+        raise ValueError(f"{name} is a structured array of {quoted(dtype.names)}: give its fields, one array each.")
+    if not is_key and dtype.kind in "OT":
         raise ValueError(
-            f"`{name}` is {quoted(leaf)}, a {type(leaf).__name__} of {array.dtype}; a checkpoint holds arrays of numbers, numbers "
-            "and keys: give `np.asarray(x)` of one of these, and what is none beside the state, in `data` or a file of its own."
+            f"{name} has dtype {_cut(str(dtype))}, which only points to what it holds: give numbers or strings, such as "
+            "`np.asarray(x.tolist())` makes of them."
         )
-    return {"path": name, "dtype": str(array.dtype), "shape": list(array.shape)}
+    return str(dtype)
+
+
+def _names(leaves: list[dict[str, Any]]) -> list[str]:
+    """The leaves' paths; where several have one, such as ``{"a.b": x, "a": {"b": y}}``, they are numbered."""
+    seen: collections.Counter[str] = collections.Counter()
+    names = []
+    for path in (leaf["path"] for leaf in leaves):
+        seen[path] += 1
+        names.append(path if seen[path] == 1 else f"{path} ({seen[path]})")
+    return names
+
+
+def _update(update: Any) -> int:
+    try:
+        number = operator.index(update)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"`update` is {quoted(update)}; it needs to be a whole number, at least 0.")
+    return number
+
+
+def _as_json(name: str, value: Any) -> Any:
+    """What JSON makes of ``value``, a copy."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`{name}` cannot be written as JSON: {_cut(str(error))}. Give dicts, lists, strings and Python numbers, "
+            "such as `x.tolist()` makes of an array."
+        ) from error
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _checksum_of_json(content: Any) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
+def _code(error: Exception) -> int | None:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else getattr(error, "errno", None)
+
+
 def _reason(error: Exception) -> str:
     """What others' exceptions say, without the pages that TensorStore adds."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code:
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return f"{os.strerror(int(code[1]))}."
     said = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")
     return f"{said}." if said and isinstance(error, ValueError | OSError) else f"{error!r}."

@@ -3,7 +3,8 @@
     lengths = schedules.polynomial_tail(base=20)(key, time)        where to cut
     windows = schedules.cut(sequences, lengths)                    a list: the lengths differ
 
-Each cut window is padded to one of few lengths, the same in every epoch, so that a jitted update compiles few times.
+Each cut window is padded to one of few lengths, which the schedule decides and not the draw, so that a jitted update
+compiles few times, nearly all of them in the first epoch.
 """
 
 import math
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tbptt_jax.window import Window, check, check_whole, pad, split, time_shape
+from tbptt_jax.window import Window, check, check_scored, check_whole, pad, time_shape
 
 PyTree = Any
 
@@ -24,13 +25,12 @@ class Cuts(NamedTuple):
     """Attributes:
     lengths: ``[windows]`` int, in order; they add up to the stream.
     edges: ``[time]`` float, the weight of the backward edge into each step, or None: all 1.
-    unit: what padded lengths are multiples of, in steps. It belongs to the law that lengths are drawn from, and not to the
-      draw, so that every epoch has windows of the same few lengths. None: 8.
+    unit: what windows are padded to multiples of, in steps (see :func:`cut`): the same for every draw of a schedule.
     """
 
     lengths: np.ndarray
     edges: np.ndarray | None = None
-    unit: int | None = None
+    unit: int = 1
 
 
 Schedule = Callable[[jax.Array, int], Cuts]
@@ -73,12 +73,15 @@ def random_length(base: int, *, short: float = 0.05, deviation: float = 5.0, lea
       least: the fewest steps of a window, a whole number, at least 1; only the last, cut to fit, may have fewer.
 
     Raises:
-      ValueError: now, if ``base``, ``short`` or ``least`` is not as described; from the schedule, if ``deviation`` is
-        negative.
+      ValueError: if ``base``, ``short``, ``deviation`` or ``least`` is not as described.
 
     Reference: Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*, section 4.1.
     """
     _at_least("base", base, 1)
+    _at_least("deviation", deviation, 0)
+    for name, value in (("base", base), ("deviation", deviation)):
+        if math.isinf(value):
+            raise ValueError(f"`{name}` is {value}; it needs to be finite.")
     check_whole("least", least)
     if not 0 <= short <= 1:
         raise ValueError(f"`short` is {short}; it is a probability and needs to be in [0, 1].")
@@ -87,9 +90,7 @@ def random_length(base: int, *, short: float = 0.05, deviation: float = 5.0, lea
         rng = _host_rng(key)
         most = -(-time // least)
         middle = np.where(rng.random(most) < short, base / 2, base)
-        # Half a unit is lost on each window: less than the law's own spread, and a tenth of the usual mean.
-        unit = max(1, round(min(1.6 * deviation, base / 4)))
-        return Cuts(_fill(np.maximum(least, rng.normal(middle, deviation).astype(int)), time), unit=unit)
+        return Cuts(_fill(np.maximum(least, rng.normal(middle, deviation).astype(int)), time), unit=_unit(base))
 
     return draw
 
@@ -150,41 +151,49 @@ def cut(window: Window, cuts: Cuts, *, unit: int | None = None) -> list[Window]:
     Args:
       window: ``[lanes, time, ...]``.
       cuts: from a schedule, for the same time.
-      unit: windows are padded to multiples of so many steps; from 16 units on to four lengths in each doubling. None: the
-        schedule's own. What runs over them compiles once for each of these lengths that occurs: :func:`compilations` of
-        them.
+      unit: windows are padded to a multiple of it, in steps: to ``unit``, 2·unit, … 8·unit, and, when longer, to four
+        lengths in each octave, 10, 12, 14, 16, 20, 24, … units. Default: the schedule's, ``cuts.unit``, or time if that is
+        less. What runs over the windows compiles once for each of these lengths that occurs: :func:`compilations` of them.
 
     Returns:
       Consecutive windows ``[lanes, padded length, ...]``, with resets and ``valid`` in all of them, and with ``edges``
-      where the cuts or the window have them. Resets are those of the window; rows of one without any begin at their first
-      step.
+      where the cuts or the window have them. The resets are the window's own; where it has none, rows begin at their
+      first step.
 
     Raises:
       ValueError: if the window's shapes, data or weights are not as :class:`tbptt_jax.Window` describes, no step is scored,
-        ``cuts`` is no Cuts, its lengths are not positive or do not add up to time, or ``unit`` is not a whole number, at
-        least 1.
+        ``cuts`` is no Cuts, its lengths are not positive whole numbers or do not add up to time, its ``edges`` are not
+        ``[time]``, or ``unit`` is not a whole number, at least 1.
     """
     check(window)
+    check_scored(window)
     lanes, time = time_shape(window)
     if not isinstance(cuts, Cuts):
         raise ValueError(f"`cuts` is {cuts!r}; it needs to be what a schedule draws, such as `fixed(20)(key, time)`.")
     lengths = np.asarray(cuts.lengths)
-    if (lengths < 1).any() or lengths.sum() != time:
-        raise ValueError(f"The lengths need to be at least 1 and add up to the stream's {time} steps; got {lengths}.")
-    unit = (cuts.unit or 8) if unit is None else unit
-    check_whole("unit", unit)
-    whole = jax.tree.map(lambda x: x[0], split(window, time))
-    valid = np.ones((lanes, time), bool) if whole.valid is None else whole.valid
+    if not np.issubdtype(lengths.dtype, np.integer) or (lengths < 1).any() or lengths.sum() != time:
+        raise ValueError(
+            f"The lengths need to be whole numbers, at least 1, and add up to the stream's {time} steps; got "
+            f"{np.array2string(lengths, threshold=8)}."
+        )
+    if cuts.edges is not None and np.shape(cuts.edges) != (time,):
+        raise ValueError(f"The cuts' `edges` have shape {list(np.shape(cuts.edges))}; one for each step is [{time}].")
+    check_whole("unit", cuts.unit if unit is None else unit)
+    unit = min(cuts.unit, time) if unit is None else unit
+    whole = window._replace(
+        resets=np.broadcast_to(np.arange(time) == 0, (lanes, time)) if window.resets is None else window.resets,
+        valid=np.ones((lanes, time), bool) if window.valid is None else window.valid,
+    )
     if cuts.edges is not None:
         before = np.ones((lanes, time)) if whole.edges is None else whole.edges
         whole = whole._replace(edges=before * cuts.edges)
-    whole = whole._replace(valid=valid)
     windows = []
     for end, length in zip(np.cumsum(lengths), lengths, strict=True):
-        step = unit * 2 ** max(0, math.floor(math.log2(length / unit)) - 3) if length >= 16 * unit else unit
+        padded = _padded(int(length), int(unit))
         part = jax.tree.map(lambda x, end=end, length=length: x[:, end - length : end], whole)
-        edges = None if part.edges is None else pad(part.edges, 1, int(-length % step), 1)
-        part = jax.tree.map(lambda x, more=int(-length % step): pad(x, 1, more), part)
+        more = padded - int(length)
+        edges = None if part.edges is None else pad(part.edges, 1, more, 1)
+        part = jax.tree.map(lambda x, more=more: pad(x, 1, more), part)
         windows.append(part._replace(edges=edges))
     return windows
 
@@ -214,8 +223,9 @@ def scale_by_length(base: float) -> optax.GradientTransformationExtraArgs:
     def update(updates: PyTree, state: PyTree, params: PyTree = None, *, window: Window, **others: Any) -> tuple:
         del params, others
         time = time_shape(window)[1]
-        length = jnp.asarray(time if window.valid is None else jnp.any(window.valid, 0).sum())
-        return jax.tree.map(lambda u: u * (length / base).astype(u.dtype), updates), state
+        length = time if window.valid is None else jnp.any(window.valid, 0).sum()
+        scale = jnp.asarray(length / base, jnp.result_type(float))
+        return jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -225,9 +235,20 @@ def _artbp(base: float, cut_probability: Callable[[np.ndarray], np.ndarray]) -> 
         rng = _host_rng(key)
         survival = np.cumprod(1 - cut_probability(np.arange(1, time + 1)))  # P(a window is longer than d)
         lengths = _fill(1 + np.searchsorted(-survival, -rng.random(time)), time)
-        return Cuts(lengths, edge_weights(lengths, cut_probability), unit=max(1, round(base / 3)))
+        return Cuts(lengths, edge_weights(lengths, cut_probability), _unit(base))
 
     return draw
+
+
+def _unit(base: float) -> int:
+    """A fifth of the usual length: the padding is then about a tenth."""
+    return max(1, math.ceil(min(base, 2**31) / 5))
+
+
+def _padded(length: int, unit: int) -> int:
+    """``length`` up to the next of ``unit``, 2·unit, … 8·unit, and then of four lengths in each octave."""
+    step = unit * 2 ** max(0, (-(-length // unit) - 1).bit_length() - 3)
+    return -(-length // step) * step
 
 
 def _host_rng(key: jax.Array) -> np.random.Generator:

@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -143,33 +146,6 @@ def test_state_is_kept_bit_for_bit_and_of_its_kind_whatever_jax_holds(tmp_path):
         assert np.asarray(got[name]).tobytes() == np.asarray(value).tobytes(), name
 
 
-@pytest.mark.parametrize(
-    "leaf", ["text", np.array([None]), np.array(["2020"], "datetime64[D]"), np.ma.masked_array([1.0]), print]
-)
-def test_what_is_no_number_is_refused_before_anything_is_written(tmp_path, leaf):
-    with pytest.raises(ValueError, match=r"`bad` is .*; a checkpoint holds arrays of numbers, numbers and keys: give"):
-        checkpoint.save(tmp_path, {"good": jnp.zeros(3), "bad": leaf})
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
-
-
-def test_an_empty_state_is_a_state_and_a_donated_one_is_refused(tmp_path):
-    checkpoint.save(tmp_path / "empty", {})
-    assert checkpoint.load(tmp_path / "empty", {}) == {}
-    step = tb.train_step(tb.gradient(lstm(), loss), optax.sgd(0.1))
-    state = step.init(jax.random.key(0), first(WINDOWS))
-    tb.train_windows(step, state, WINDOWS)
-    with pytest.raises(ValueError, match=r"`stream.carry.* was given to a function that wrote into it.*jnp\.copy"):
-        checkpoint.save(tmp_path / "donated", state)
-    checkpoint.save(tmp_path / "params", state.params)
-
-
-def test_a_checkpoint_under_another_s_number_is_not_taken_for_it(tmp_path):
-    like = saved(tmp_path, 1, 2)
-    (tmp_path / "2").rename(tmp_path / "3")
-    with pytest.warns(UserWarning, match=r"/3 is broken: it is that of update 2, moved here"):
-        assert restored(tmp_path, like).update == 1
-
-
 def test_json_of_another_form_is_a_broken_checkpoint_whatever_its_checksum(tmp_path):
     like = saved(tmp_path / "whole", 1)
     path = next(path for path in (tmp_path / "whole" / "1" / "run").rglob("*") if b"checksum" in path.read_bytes())
@@ -201,20 +177,6 @@ def test_json_of_another_form_is_a_broken_checkpoint_whatever_its_checksum(tmp_p
             with pytest.raises(ValueError, match=r"is broken: |of another run: ") as told:
                 restored(directory, like)
             assert str(told.value).endswith(".")
-
-
-def test_nothing_is_said_in_a_program_that_has_not_set_absl_up(tmp_path):
-    program = (
-        "import sys, numpy as np, tbptt_jax as tb\n"
-        "for _ in range(2): tb.checkpoint.save(sys.argv[1], {'x': np.ones(3)})\n"
-        "tb.checkpoint.load(sys.argv[1], {'x': np.ones(3)})\n"
-        "with tb.checkpoint.open(sys.argv[2], {}) as store: store.save(1, {'x': np.ones(3)}, None)\n"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "a"), str(tmp_path / "b")],
-        capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=pathlib.Path(__file__).parents[1],
-    )  # fmt: skip
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 def truncate(path):
@@ -273,6 +235,185 @@ def test_another_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"there `x` float64\[3\], here float64\[4\]; `y` nothing, here"):
         restored(tmp_path, {**like, "x": jnp.zeros(4), "y": jnp.zeros(4)})
     assert restored(tmp_path, like).update == 1
+
+
+def exact(x):
+    """A leaf as its type, its dtype and shape, and its bits."""
+    if isinstance(x, jax.Array | np.ndarray | np.generic):
+        return type(x), str(x.dtype), np.shape(x), bits(x)[0]
+    return type(x), repr(x)
+
+
+NUMBERS = [0.1, -0.0, np.nan, np.inf, 2.0**-1074, 7.0]
+
+
+LEAVES = {
+    **{name: np.array([0, 1, 3]).astype(name) for name in ("int4", "uint4", "int64", "uint8", "S3", "M8[ns]", "m8[s]")},
+    **{name: np.array(NUMBERS).astype(name) for name in ("float8_e4m3fn", "bfloat16", "<f2", ">f4", "<f8", "longdouble")},
+    **{f"jax {name}": jnp.array(NUMBERS).astype(name) for name in ("float8_e5m2", "bfloat16", "complex64", "int4")},
+    **{name: jax.random.key(1, impl=name) for name in ("threefry2x32", "rbg", "unsafe_rbg")},
+    "strings": np.array(["a", "åß"]), "no strings": np.array([""]), "big-endian": np.arange(3, dtype=">i8"),
+    "bytes": np.frombuffer(b"12345678", "V4"), "a NaN with a message": np.array([0x7FF8DEADBEEF0001]).view(np.float64),
+    "every other": np.arange(12.0).reshape(3, 4)[::2, ::-1], "columns first": np.asfortranarray(np.arange(9.0).reshape(3, 3)),
+    "no axes": np.array(3.0), "nothing": np.zeros((2, 0)), "nothing in JAX": jnp.zeros((0, 3)),
+    "no keys": jax.random.split(jax.random.key(0), 0), "scalar": np.float32(0.1), "date": np.datetime64("2024-01-01"),
+    "truth": np.bool_(True), "int": 3, "large": 2**200, "bool": True, "float": 0.1, "not a number": float("nan"),
+    "complex": complex(-0.0, np.inf), "str": "å\x00\ud800", "None": None,
+}  # fmt: skip
+
+
+def test_every_leaf_comes_back_in_its_bits_and_its_type(tmp_path):
+    checkpoint.save(tmp_path, LEAVES)
+    again = checkpoint.load(tmp_path, LEAVES)
+    assert {name: leaf if leaf is None else exact(leaf) for name, leaf in again.items()} == {
+        name: leaf if leaf is None else exact(leaf) for name, leaf in LEAVES.items()
+    }
+    assert all(leaf.flags.writeable for leaf in again.values() if isinstance(leaf, np.ndarray))
+
+
+@pytest.mark.parametrize("state", [{}, None, (), {"x": jnp.zeros((0, 3))}, jnp.float32(1)], ids=repr)
+def test_a_state_may_be_empty_or_one_leaf(state, tmp_path):
+    checkpoint.save(tmp_path, state)
+    checkpoint.save(tmp_path, state)
+    assert jax.tree.structure(checkpoint.load(tmp_path, state)) == jax.tree.structure(state)
+
+
+def test_without_64_bits_what_they_hold_comes_back_and_nothing_is_printed(tmp_path):
+    program = f"""
+import jax, numpy as np
+import tbptt_jax as tb
+state = {{"i": np.array([2**60 + 1]), "f": np.array([0.1]), "x": jax.numpy.ones(3)}}
+tb.checkpoint.save({str(tmp_path)!r}, state)
+shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+for like in (state, shapes):
+    again = tb.checkpoint.load({str(tmp_path)!r}, like)
+    assert again["i"].tolist() == [2**60 + 1] and again["f"].tolist() == [0.1], again
+    assert type(again["i"]) is np.ndarray and isinstance(again["x"], jax.Array)
+    tb.checkpoint.save({str(tmp_path)!r}, again)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(tb.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stderr, ran.stdout) == (0, "", "")
+
+
+def donated():
+    x = jnp.ones(3)
+    x.delete()
+    return x
+
+
+class Foreign:
+    """As another library's tensor."""
+
+    dtype, shape = "foreign.float32", (3,)
+
+
+@pytest.mark.parametrize(
+    "leaf, sentence",
+    [
+        (donated(), "`x` was donated, as `train_windows` .* save the state that it returned"),
+        (np.ma.array([1.0, 2.0], mask=[True, False]), r"`x` is a masked array: give its `\.data` and its `\.mask`"),
+        (np.array([None, {}]), "`x` has dtype object"),
+        (np.array(["a"], np.dtypes.StringDType()), "`x` has dtype StringDType"),
+        (np.zeros(2, [("a", "i4"), ("b", "f8")]), r"`x` is a structured array of \('a', 'b'\): give its fields"),
+        (Foreign(), "`x` is .*, a Foreign; give an array, such as `np.asarray` makes"),
+        (b"bytes", "`x` is b'bytes', a bytes; give an array"),
+        (
+            jax.ShapeDtypeStruct((3,), jnp.float32),
+            "`x` is ShapeDtypeStruct.*, which has no numbers; give an array",
+        ),
+        (10**5000, "`x` cannot be written as JSON: Exceeds the limit"),
+    ],
+    ids=[
+        "donated",
+        "masked",
+        "objects",
+        "StringDType",
+        "structured",
+        "foreign",
+        "bytes",
+        "shapes",
+        "an endless number",
+    ],
+)
+def test_what_cannot_be_kept_is_refused_before_anything_is_written(leaf, sentence, tmp_path):
+    checkpoint.save(tmp_path / "one", {"x": 1})
+    with checkpoint.open(tmp_path, SETTINGS) as store, pytest.raises(ValueError, match=sentence) as told:
+        store.save(0, {"x": leaf}, None)
+    assert len(str(told.value)) < 300 and {path.name for path in tmp_path.iterdir()} == {"one"}
+
+
+def test_what_is_no_json_and_an_update_that_is_not_the_next_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`settings` cannot be written as JSON: Object of type set"):
+        saved(tmp_path, 1, settings={"flags": {1}})
+    with pytest.raises(ValueError, match="`settings` is a list; it needs to be a dict"):
+        saved(tmp_path, 1, settings=[1])
+    like = saved(tmp_path, 5)
+    with checkpoint.open(tmp_path, SETTINGS) as store:
+        with pytest.raises(
+            ValueError, match=r"`data` cannot be written as JSON: Object of type float32 .* `x.tolist\(\)`"
+        ):
+            store.save(6, like, {"loss": np.float32(1)})
+        for update in (5, 3):
+            with pytest.raises(ValueError, match=f"`update` is {update}, and .* holds update 5: give a later one"):
+                store.save(update, like, None)
+        for update in (-1, 2.0, "3"):
+            with pytest.raises(ValueError, match=f"`update` is {update!r}; it needs to be a whole number"):
+                store.save(update, like, None)
+    assert restored(tmp_path, like).update == 5
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"There can be no directory .*/file/run: Not a directory\. Give another"):
+        saved(tmp_path / "file" / "run", 1)
+
+
+def test_settings_that_are_not_a_number_are_the_same_again_and_absent_ones_are_not(tmp_path):
+    like = saved(tmp_path, 1, settings={"clip": float("nan"), "name": "nothing"})
+    assert restored(tmp_path, like, {"clip": float("nan"), "name": "nothing"}).update == 1
+    with pytest.raises(ValueError, match="there name 'nothing', here nothing"):
+        restored(tmp_path, like, {"clip": float("nan")})
+
+
+def test_leaves_go_by_their_paths_whatever_the_order_of_the_tree(tmp_path):
+    state = tb.Window(jnp.float32(1), targets=jnp.float32(2))  # a NamedTuple's fields as written, a dict's keys sorted
+    like = {"targets": jnp.float32(0), "inputs": jnp.float32(0)}
+    assert [*state._asdict()] != sorted(state._asdict())
+    checkpoint.save(tmp_path, {"edges": jnp.float32(3), "b": {"c": 4}, "b.c": 5})
+    assert checkpoint.load(tmp_path, {"b": {"c": 0}, "b.c": 0, "edges": jnp.float32(0)}) == {
+        "edges": 3,
+        "b": {"c": 4},
+        "b.c": 5,
+    }
+    checkpoint.save(tmp_path / "fields", TargetsFirst(jnp.float32(2), jnp.float32(1)))
+    assert checkpoint.load(tmp_path / "fields", like) == {"targets": 2, "inputs": 1}
+
+
+class TargetsFirst(NamedTuple):
+    targets: jax.Array
+    inputs: jax.Array
+
+
+@pytest.mark.parametrize("links", [False, True])
+def test_a_checkpoint_under_anothers_number_is_broken(tmp_path, links):
+    like = saved(tmp_path, 1, 2, 3)
+    shutil.rmtree(tmp_path / "3")
+    (tmp_path / "3").symlink_to("1") if links else shutil.copytree(tmp_path / "1", tmp_path / "3")
+    with pytest.warns(UserWarning, match=r"/3 is broken: it is of update 1, under another's number\. It is set aside"):
+        again = restored(tmp_path, like)
+    assert again.update == again.state["update"] == 2
+    assert restored(tmp_path, like).update == 2
+
+
+def test_a_checkpoint_of_arrays_in_their_own_shape_and_without_its_update_is_read(tmp_path):
+    """As they were written before."""
+    array = np.arange(6.0).reshape(2, 3)
+    leaf = {"path": "x", "dtype": "float64", "shape": [2, 3], "key": None, "checksum": zlib.crc32(array.tobytes())}
+    content = {"settings": SETTINGS, "leaves": [{**leaf, "stored": [[2, 3], "float64"]}], "data": None}
+    run = {"content": content, "checksum": zlib.crc32(json.dumps(content).encode())}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        items = {"arrays": ocp.args.StandardSave({"0": array}), "run": ocp.args.JsonSave(run)}
+        manager.save(4, args=ocp.args.Composite(**items))
+    update, state, _ = restored(tmp_path, {"x": jnp.zeros((2, 3))})
+    assert update == 4 and bits(state) == [array.tobytes()]
 
 
 def test_a_full_disk_is_a_sentence_and_the_last_good_one_is_intact(tmp_path):
