@@ -1,12 +1,11 @@
-"""The launches. Each needs standard streams: where one was closed (``>&-``), the next file opened would take its place."""
-
 import os as _os
 import sys as _sys
 
-for _number in (0, 1, 2):
-    try:
-        _os.fstat(_number)
-    except OSError:
-        _os.open(_os.devnull, _os.O_RDWR)  # takes the lowest number that is free: this one
-_sys.stdout = _sys.stdout or open(_os.devnull, "w")  # noqa: SIM115
-_sys.stderr = _sys.stderr or open(_os.devnull, "w")  # noqa: SIM115
+# A stream that whoever started this has closed: without one of its number, the next file opened would take its place.
+for _number, _name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(_sys, _name) is None:
+        try:
+            _os.fstat(_number)
+        except OSError:
+            _os.set_inheritable(_os.open(_os.devnull, _os.O_RDWR), True)  # the least number that is free: this one
+        setattr(_sys, _name, open(_os.devnull, "r" if _number == 0 else "w", encoding="utf-8"))  # noqa: SIM115

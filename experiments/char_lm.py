@@ -96,16 +96,6 @@ def picture(curve: list[tuple[int, float]], held_out: float) -> Figure:
 def main() -> None:
     resume.join_processes(FLAGS.lanes)
     corpus = text.encode(text.read(FLAGS.text), FLAGS.lanes, FLAGS.window)
-    sizes = FLAGS.hidden, FLAGS.layers, FLAGS.hidden, len(corpus.characters), FLAGS.lanes, FLAGS.window
-    params, window = launch.lstm_bytes(*sizes)
-    per_call = min(FLAGS.windows_per_call, FLAGS.updates)
-    launch.check_fits(
-        {
-            "the model's (--hidden, --layers)": params,
-            "a window's (--hidden, --layers, --lanes, --window)": window,
-            "the data of a call (--windows_per_call, --lanes, --window)": 40.0 * per_call * FLAGS.lanes * FLAGS.window,
-        }
-    )
     directory = launch.workdir(FLAGS.workdir)
     train_windows, held_out = cut(corpus.train, FLAGS.lanes), cut(corpus.held_out, 1)
     model = language_model(len(corpus.characters))
@@ -165,12 +155,12 @@ def main() -> None:
     }
     launch.write_results(directory, results, picture(curve, held_out_bits))
     launch.console.rule("read", align="left")
-    launch.say(prompt)
+    launch.console.print(launch.plain(prompt, keep=launch.WHITE), markup=False, highlight=False)
     launch.console.rule("and went on", align="left")
-    launch.say(told)
+    launch.console.print(launch.plain(told, keep=launch.WHITE), markup=False, highlight=False)
     launch.console.rule()
     kind = "stateless" if FLAGS.stateless else "stateful"
-    launch.say(
+    launch.console.print(
         f"Held-out text, {kind}, windows of {FLAGS.window}: {held_out_bits:.4f} bits per character. "
         f"{speed(calls):,.0f} characters/s, {seconds:.0f} s in all."
     )

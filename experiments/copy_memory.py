@@ -20,6 +20,7 @@ import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import sharding
 from tbptt_jax.tasks import copy_memory, copy_memory_floor
+from tbptt_jax.training import TrainStep
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
@@ -46,15 +47,38 @@ def data(key: jax.Array, n: int) -> tb.Window:
     return tb.split(copy_memory(key, n, FLAGS.lag, FLAGS.symbols, FLAGS.length), FLAGS.window, lanes=FLAGS.lanes)
 
 
+def groups_and_windows() -> tuple[int, int]:
+    """How many times ``lanes`` sequences are read, and the windows of each."""
+    each = -(-(FLAGS.lag + 2 * FLAGS.length) // FLAGS.window)
+    return -(-FLAGS.updates // each), each
+
+
+def train_step(name: str) -> tuple[tb.Recurrence, TrainStep]:
+    """The model, and how an influence trains it."""
+    model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(FLAGS.symbols + 1))
+    past = launch.influence(name, groups_and_windows()[1] - 1)
+    estimate = tb.gradient(model, loss, influence=past, normaliser=FLAGS.lanes * FLAGS.length)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(FLAGS.learning_rate))
+    return model, tb.train_step(estimate, optimiser)
+
+
+def check_sizes() -> None:
+    """Raises a ``ValueError`` if the data or the state of the trainings does not fit."""
+    groups, _ = groups_and_windows()
+    steps = FLAGS.seeds * max(groups, 16) * FLAGS.lanes * (FLAGS.lag + 2 * FLAGS.length)
+    lower = "--seeds, --updates, --lanes, --lag, --length or --symbols"
+    launch.check_fits("The sequences", 4 * steps * (FLAGS.symbols + 3), lower)
+    windows = jax.eval_shape(lambda key: data(key, FLAGS.lanes), jax.random.key(0))
+    for name in FLAGS.influences:
+        launch.check_training(
+            train_step(name)[1], windows, FLAGS.seeds, f"--hidden, --lanes, --seeds or the reach of {name}"
+        )
+
+
 def train(name: str) -> dict[str, Any]:
     """One influence's row: the loss of a recalled symbol on new sequences, in nats, for each seed."""
-    each = -(-(FLAGS.lag + 2 * FLAGS.length) // FLAGS.window)
-    groups = -(-FLAGS.updates // each)
-    model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(FLAGS.symbols + 1))
-    estimate = tb.gradient(
-        model, loss, influence=launch.influence(name, each - 1), normaliser=FLAGS.lanes * FLAGS.length
-    )
-    step = tb.train_step(estimate, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(FLAGS.learning_rate)))
+    groups, each = groups_and_windows()
+    model, step = train_step(name)
 
     def one_seed(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         keys = jax.random.split(key, 3)
@@ -122,26 +146,7 @@ def main() -> None:
         raise ValueError(
             f"--window={FLAGS.window} is longer than a sequence of {FLAGS.lag + 2 * FLAGS.length} steps: choose less."
         )
-    steps = FLAGS.lag + 2 * FLAGS.length
-    params, window = launch.lstm_bytes(
-        FLAGS.hidden,
-        1,
-        FLAGS.symbols + 2,
-        FLAGS.symbols + 1,
-        FLAGS.lanes,
-        FLAGS.window,
-        launch.past_of(*FLAGS.influences),
-    )
-    per_lane = FLAGS.lanes if "uoro" in FLAGS.influences else 1
-    data = float(max(FLAGS.updates * FLAGS.window, 16 * steps)) * FLAGS.lanes * (FLAGS.symbols + 5) * 4
-    launch.check_fits(
-        {
-            "the models (--hidden, --symbols, --seeds)": params * FLAGS.seeds * per_lane,
-            "what influences keep of windows (--hidden, --symbols, --lanes, --window, --influences, --seeds)": window
-            * FLAGS.seeds,
-            "the sequences (--updates, --window, --lag, --length, --symbols, --lanes, --seeds)": data * FLAGS.seeds,
-        }
-    )
+    check_sizes()
     directory = launch.workdir(FLAGS.workdir)
     floor = copy_memory_floor(1, FLAGS.lag, FLAGS.symbols, FLAGS.length).recalled
     rows = []

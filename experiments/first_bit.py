@@ -26,6 +26,7 @@ import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import sharding
 from tbptt_jax.tasks.first_bit import Floor, first_bit_floor, score_last
+from tbptt_jax.training import TrainStep
 
 LENGTH, SLIDING = 20, 10
 
@@ -92,22 +93,31 @@ def figures(logits: jax.Array, window: tb.Window) -> dict[str, jax.Array]:
     return {"loss": cross_entropy(logits, window), "accuracy": correct[..., 0].astype(jnp.float32)}
 
 
+def data_of(system: System, key: jax.Array) -> tuple[tb.Window, tb.Window]:
+    """The windows to train on and to test on."""
+    keys = jax.random.split(key)
+    train = system.cut(tb.tasks.first_bit(keys[0], FLAGS.train, LENGTH), FLAGS.lanes)
+    test = system.cut(tb.tasks.first_bit(keys[1], FLAGS.test, LENGTH), FLAGS.test)
+    return score_last(train), score_last(test)
+
+
+def lstm() -> tb.Recurrence:
+    return tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(1))
+
+
+def train_step(updates: int) -> TrainStep:
+    rate = optax.cosine_decay_schedule(FLAGS.learning_rate, updates)
+    return tb.train_step(tb.gradient(lstm(), cross_entropy), optax.adam(rate))
+
+
 def study(system: System, report: Callable[[float, str], None]) -> dict[str, Any]:
     """Trains one system for all seeds at once and returns its row of the results."""
-    model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(1))
-
-    def data(key: jax.Array) -> tuple[tb.Window, tb.Window]:
-        keys = jax.random.split(key)
-        train = system.cut(tb.tasks.first_bit(keys[0], FLAGS.train, LENGTH), FLAGS.lanes)
-        test = system.cut(tb.tasks.first_bit(keys[1], FLAGS.test, LENGTH), FLAGS.test)
-        return score_last(train), score_last(test)
-
+    model = lstm()
     keys = jax.random.split(jax.random.key(0), FLAGS.seeds)
-    train, test = jax.jit(jax.vmap(data))(keys)
+    train, test = jax.jit(jax.vmap(functools.partial(data_of, system)))(keys)
     count = train.inputs.shape[1]
     epochs = -(-FLAGS.updates // count)
-    optimiser = optax.adam(optax.cosine_decay_schedule(FLAGS.learning_rate, epochs * count))
-    step = tb.train_step(tb.gradient(model, cross_entropy), optimiser)
+    step = train_step(epochs * count)
 
     began = time.perf_counter()
     first = jax.tree.map(lambda x: x[:, 0], train)
@@ -228,18 +238,14 @@ def main() -> None:
         raise ValueError(
             f"--lanes={FLAGS.lanes} is more than --train={FLAGS.train}: choose at most one lane a sequence."
         )
-    params, window = launch.lstm_bytes(FLAGS.hidden, 1, 1, 1, max(FLAGS.lanes, FLAGS.test), LENGTH)
     launch.check_fits(
-        {
-            "the models (--hidden, --seeds)": params * FLAGS.seeds,
-            "a window's (--hidden, --lanes, --test, --seeds)": window * FLAGS.seeds,
-            "the sequences (--train, --test, --seeds)": 16.0 * LENGTH * 11 * (FLAGS.train + FLAGS.test) * FLAGS.seeds,
-            "the order of the updates (--updates, --seeds)": 16.0 * FLAGS.updates * FLAGS.seeds,
-        }
+        "The sequences", 4 * LENGTH * FLAGS.seeds * max(5 * FLAGS.train, FLAGS.test), "--seeds, --train or --test"
     )
+    chosen = systems()
+    windows = jax.eval_shape(lambda key: data_of(chosen[0], key)[0], jax.random.key(0))
+    launch.check_training(train_step(1), windows, FLAGS.seeds, "--hidden, --lanes or --seeds")
     directory = launch.workdir(FLAGS.workdir)
     rows: list[dict[str, Any]] = []
-    chosen = systems()
     with launch.progress(len(chosen), "systems") as report:
         for i, system in enumerate(chosen):
 

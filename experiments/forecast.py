@@ -39,7 +39,6 @@ from tbptt_jax.recurrence import unroll_window
 STRETCH = 1000  # steps of a window in which a whole file is read
 SHOWN = 600  # steps of the test file's end in the figure
 BINS = 300  # of the whole test file there
-LARGEST_CALL = 4000  # windows, where --updates does not say
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("train", None, "CSV file whose first line names the columns. None: two tanks, generated.")
@@ -143,7 +142,7 @@ def table(names: list[str], rows: Any) -> bytes:
     """A CSV file."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow([launch.no_formula(name) for name in names])
+    writer.writerow([launch.cell(name) for name in names])
     writer.writerows([["" if value != value else value for value in row] for row in rows])  # a gap is blank
     return text.getvalue().encode()
 
@@ -209,18 +208,6 @@ def main() -> None:
     check_flags()
     resume.join_processes(FLAGS.lanes)
     names, target_names = columns()
-    sizes = FLAGS.hidden, FLAGS.layers, len(names or target_names), len(target_names), FLAGS.lanes, FLAGS.window
-    params, window = launch.lstm_bytes(*sizes, past=launch.past_of(FLAGS.influence))
-    per_call_steps = float(min(FLAGS.windows_per_call, FLAGS.updates or LARGEST_CALL) * FLAGS.lanes * FLAGS.window)
-    launch.check_fits(
-        {
-            "the model's (--hidden, --layers)": params * (FLAGS.lanes if FLAGS.influence == "uoro" else 1),
-            "what the influence keeps of windows (--hidden, --layers, --lanes, --window, --influence)": window,
-            "the data of a call (--windows_per_call, --lanes, --window)": 8
-            * per_call_steps
-            * (len(names) + 3 * len(target_names)),
-        }
-    )
     if FLAGS.train:
         data = series.read(
             {n: path for n in ("train", "valid", "test") if (path := FLAGS[n].value)},
@@ -245,7 +232,7 @@ def main() -> None:
     generated = {} if FLAGS.train else data
     own = {name: table(names + target_names, np.hstack(each[:2]).tolist()) for name, each in generated.items()}
     for name, content in own.items():
-        there = launch.path_of(FLAGS.workdir) / f"{name}.csv"
+        there = launch.expanded(FLAGS.workdir) / f"{name}.csv"
         if there.exists() and there.read_bytes() != content:
             raise ValueError(
                 f"{there} is not the series that is generated here, which would take its place: give it as --{name}, or "
@@ -261,7 +248,7 @@ def main() -> None:
     }
     train_windows = cut(*scaled["train"])
     count = len(train_windows.inputs)
-    updates = FLAGS.epochs * count if FLAGS.epochs else FLAGS.updates or LARGEST_CALL
+    updates = FLAGS.epochs * count if FLAGS.epochs else FLAGS.updates or 4000
     per_call, every = min(FLAGS.windows_per_call, -(-updates // 20)), min(FLAGS.checkpoint_every, -(-updates // 8))
 
     # cuDNN's LSTM, the default on a GPU, has no transpose, by which uoro moves forward.

@@ -94,6 +94,20 @@ def trained(model: tb.Recurrence, chosen: Task, key: jax.Array, report: Callable
     return state.params
 
 
+def check_sizes(model: tb.Recurrence, chosen: Task, windows: list[int]) -> None:
+    """Raises a ``ValueError`` if the data, or what is kept of it, does not fit."""
+    steps = max(FLAGS.steps, 10 * FLAGS.updates)
+    launch.check_fits("The streams", 8 * FLAGS.lanes * steps, "--lanes, --steps or --updates")
+    for window in {min(windows), max(windows)}:
+        probe = jax.eval_shape(lambda key, k=window: tb.split(chosen.data(key, k), k), jax.random.key(0))
+        for name in FLAGS.influences:
+            estimate = tb.gradient(model, chosen.loss, influence=launch.influence(name, -(-FLAGS.steps // window)))
+            step = tb.train_step(estimate, optax.adam(FLAGS.learning_rate))
+            launch.check_training(step, probe, 1, f"--hidden, --lanes or the reach of {name}")
+    params = jax.eval_shape(lambda key: model.init(key, chosen.data(key, 1).inputs), jax.random.key(0))
+    launch.check_fits("The estimates", FLAGS.draws * launch.size(params), "--draws or --hidden")
+
+
 def measure(
     model: tb.Recurrence, chosen: Task, params: Any, probe: tb.Window, name: str, window: int, key: jax.Array
 ) -> dict[str, Any]:
@@ -170,23 +184,10 @@ def main() -> None:
     launch.check_influences(FLAGS.influences)
     if FLAGS.lags > FLAGS.steps:
         raise ValueError(f"--lags={FLAGS.lags} is more than --steps={FLAGS.steps}: trace at most the probe's length.")
-    params, window = launch.lstm_bytes(
-        FLAGS.hidden, 1, 8, 8, FLAGS.lanes, max(windows), launch.past_of(*FLAGS.influences)
-    )
-    per_lane = FLAGS.lanes if "uoro" in FLAGS.influences else 1
-    launch.check_fits(
-        {
-            "the model's (--hidden)": params * (1 + min(FLAGS.draws, 16) * per_lane),
-            "what influences keep of windows (--hidden, --lanes, --windows, --influences, --draws)": window
-            * min(FLAGS.draws, 16),
-            "the estimates (--hidden, --draws)": params / 5 * FLAGS.draws,
-            "the data (--lanes, --steps, --updates)": 80.0 * FLAGS.lanes * (FLAGS.steps + 10 * FLAGS.updates),
-            "the gradients traced back (--hidden, --lanes, --lags)": 40.0 * FLAGS.hidden * FLAGS.lanes * FLAGS.lags,
-        }
-    )
-    directory = launch.workdir(FLAGS.workdir)
     chosen = task()
     model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(chosen.outputs))
+    check_sizes(model, chosen, windows)
+    directory = launch.workdir(FLAGS.workdir)
     train_key, probe_key, draw_key = jax.random.split(jax.random.key(FLAGS.seed), 3)
     probe = chosen.data(probe_key, FLAGS.steps)
     points = [(name, window) for name in FLAGS.influences for window in windows]
@@ -199,7 +200,7 @@ def main() -> None:
             rows.append(measure(model, chosen, params, probe, name, window, draw_key))
             report(3 + done, f"{name}, window {window}: relative bias {rows[-1]['relative_bias']:.2e}")
     launch.console.print(table(rows))
-    launch.say(choice.reason)
+    launch.console.print(choice.reason)
     results = {
         "rows": rows,
         "suggested_window": choice.window,

@@ -21,6 +21,7 @@ import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import sharding
 from tbptt_jax.tasks import influence_balancing, influence_balancing_model, influence_balancing_optimum
+from tbptt_jax.training import TrainStep
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
@@ -38,15 +39,28 @@ def loss(s: jax.Array, window: tb.Window) -> jax.Array:
     return (s - window.targets) ** 2 / 2
 
 
+def train_step(influence: str, window: int) -> TrainStep:
+    past = launch.influence(influence, FLAGS.steps // window)
+    estimate = tb.gradient(influence_balancing_model(), loss, influence=past)
+    return tb.train_step(
+        estimate, optax.sgd(lambda updates: FLAGS.learning_rate / jnp.sqrt(1 + updates * window / 1000))
+    )
+
+
+def check_sizes(influence: str, window: int) -> None:
+    """Raises a ``ValueError`` if what is read, told or kept of a run does not fit."""
+    told = 4 * FLAGS.seeds * (FLAGS.steps // window)
+    launch.check_fits("The stream, and what is told of it,", 8 * FLAGS.steps + told, "--steps or --seeds")
+    windows = jax.eval_shape(lambda: tb.split(influence_balancing(window), window))
+    launch.check_training(
+        train_step(influence, window), windows, FLAGS.seeds, f"--seeds or the reach of {launch.plain(influence, 80)}"
+    )
+
+
 def train(influence: str, window: int) -> np.ndarray:
     """θ after each window, ``[seeds, windows]``."""
     windows = tb.split(influence_balancing(FLAGS.steps // window * window), window)
-    estimate = tb.gradient(
-        influence_balancing_model(), loss, influence=launch.influence(influence, len(windows.inputs))
-    )
-    step = tb.train_step(
-        estimate, optax.sgd(lambda updates: FLAGS.learning_rate / jnp.sqrt(1 + updates * window / 1000))
-    )
+    step = train_step(influence, window)
 
     def one_seed(key: jax.Array) -> jax.Array:
         def update(state: Any, window: tb.Window) -> tuple[Any, jax.Array]:
@@ -79,17 +93,13 @@ def main() -> None:
     for run in FLAGS.runs:
         influence, at, window = run.rpartition("@")
         if not at:
-            raise ValueError(f"--runs has {run!r}: write INFLUENCE@WINDOW, such as truncate@10.")
+            raise ValueError(
+                f"--runs has {launch.plain(run, launch.QUOTED)!r}: write INFLUENCE@WINDOW, such as truncate@10."
+            )
         launch.influence(influence, 1)
         (steps,) = launch.positive_integers("runs", [window], at_most=FLAGS.steps)
+        check_sizes(influence, steps)
         runs.append((run, influence, steps))
-    kept = launch.past_of(*(influence for _, influence, _ in runs)) * max(steps for _, _, steps in runs) * 8.0
-    launch.check_fits(
-        {
-            "the stream and the path (--steps, --seeds)": FLAGS.steps * (40.0 + 8 * FLAGS.seeds),
-            "what influences keep of windows (--runs, --seeds)": 23 * kept * FLAGS.seeds,
-        }
-    )
     directory = launch.workdir(FLAGS.workdir)
     rows, paths = [], {}
     with launch.progress(len(runs), "runs") as report:
@@ -108,7 +118,9 @@ def main() -> None:
             report(
                 done, f"{influence}, windows of {window}: θ {np.array2string(final, precision=4)} in {seconds:.1f} s"
             )
-            launch.say(f"{influence}, windows of {window}: θ = {np.array2string(final, precision=4)}")
+            launch.console.print(
+                f"{influence}, windows of {window}: θ = {np.array2string(final, precision=4)}", markup=False
+            )
     launch.console.print(f"The optimum is {influence_balancing_optimum():.4f}; θ began at 0.5.")
     launch.write_results(directory, {"rows": rows, "optimum": influence_balancing_optimum()}, picture(paths))
     launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")

@@ -19,6 +19,7 @@ import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import sharding
 from tbptt_jax.tasks import lag, lag_floor
+from tbptt_jax.training import TrainStep
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("windows", ["1", "2", "3", "5", "8", "12", "20"], "Window lengths, in steps.")
@@ -35,11 +36,24 @@ def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
     return optax.sigmoid_binary_cross_entropy(logits, window.targets)[..., 0]
 
 
-def train(window: int, stateful: bool) -> dict[str, Any]:
-    """One row: the loss on new streams, in nats a step, for each seed."""
+def train_step(window: int) -> tuple[tb.Recurrence, TrainStep]:
+    """The model, and how it is trained."""
     model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(1))
     schedule = optax.cosine_decay_schedule(FLAGS.learning_rate, -(-FLAGS.steps // window))
-    step = tb.train_step(tb.gradient(model, loss), optax.adam(schedule))
+    return model, tb.train_step(tb.gradient(model, loss), optax.adam(schedule))
+
+
+def check_sizes(longest: int) -> None:
+    """Raises a ``ValueError`` if the data or the state of the trainings does not fit."""
+    steps = FLAGS.seeds * FLAGS.lanes * max(FLAGS.steps, FLAGS.test_steps)
+    launch.check_fits("The streams", 8 * steps, "--seeds, --lanes, --steps or --test_steps")
+    windows = jax.eval_shape(lambda key: tb.split(lag(key, FLAGS.lanes, longest), longest), jax.random.key(0))
+    launch.check_training(train_step(longest)[1], windows, FLAGS.seeds, "--hidden, --lanes or --seeds")
+
+
+def train(window: int, stateful: bool) -> dict[str, Any]:
+    """One row: the loss on new streams, in nats a step, for each seed."""
+    model, step = train_step(window)
 
     def cut(key: jax.Array, steps: int) -> tb.Window:
         windows = tb.split(lag(key, FLAGS.lanes, steps), window)
@@ -83,17 +97,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     windows = launch.positive_integers("windows", FLAGS.windows, at_most=min(FLAGS.steps, FLAGS.test_steps))
-    params, window = launch.lstm_bytes(FLAGS.hidden, 1, 1, 1, FLAGS.lanes, max(windows))
-    launch.check_fits(
-        {
-            "the models (--hidden, --seeds)": params * FLAGS.seeds,
-            "a window's (--hidden, --lanes, --windows, --seeds)": window * FLAGS.seeds,
-            "the streams (--lanes, --steps, --test_steps, --seeds)": 48.0
-            * FLAGS.lanes
-            * (FLAGS.steps + FLAGS.test_steps)
-            * FLAGS.seeds,
-        }
-    )
+    check_sizes(max(windows))
     directory = launch.workdir(FLAGS.workdir)
     points = [(window, stateful) for window in windows for stateful in (False, True)]
     rows = []

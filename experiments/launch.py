@@ -1,9 +1,6 @@
 """What every launch shares: one working directory, sentences for errors, progress, results written whole or not at all."""
 
-import atexit
 import contextlib
-import fcntl
-import io
 import json
 import math
 import os
@@ -11,10 +8,8 @@ import pathlib
 import platform
 import re
 import signal
-import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -22,179 +17,172 @@ from typing import Any
 
 import jax
 import matplotlib
+import numpy as np
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tbptt_jax as tb
+from experiments import lock, process
 from tbptt_jax import sharding
-from tbptt_jax.window import quoted
+from tbptt_jax.training import TrainStep
 
 matplotlib.use("agg")  # figures go to files; no display is needed
 INFLUENCES = "Any of truncate, replay:WINDOWS, replay:WINDOWS:SURVIVAL, rtrl, uoro; WINDOWS is a number, or all."
+
+LARGEST = 2**31 - 1  # what counts and axes are numbered with has 32 bits
+QUOTED = 80  # characters of a user's text in a sentence
+WHITE = "\n\t"
+# What moves a terminal's cursor, or turns the direction in which a line is read.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _DEVICES = flags.DEFINE_integer(
     "devices",
     None,
     "JAX devices to use; default all, which on a CPU is one for each core.",
     lower_bound=1,
-    upper_bound=1024,
+    upper_bound=4096,
 )
 
-console = Console(width=None if sys.stdout.isatty() else 100)
-
-
-LARGEST = 2**31 - 1  # of a flag: what JAX counts in
+console = Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs ``main`` as an absl program. A ``ValueError`` or ``OSError`` ends it with its sentence and exit status 2.
+    """Runs ``main`` as an absl program, and ends the process with its exit status.
 
-    SIGTERM and SIGINT end it at once, with nothing half-written and status 143 and 130, unless ``main`` listens to them
-    itself. So do other threads not: what they wait for does not hold it up once it is done.
+    A ``ValueError``, an ``OSError`` or memory that ran out ends it with a sentence and exit status 2; SIGTERM and SIGINT at
+    once with one and status 128 + the signal, but where a launch listens to them itself.
     """
+    name = pathlib.Path(sys.argv[0]).stem
+
+    def parsed(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            said = re.sub(r"\S{81,}", lambda word: plain(word[0], QUOTED), str(error))
+            print(
+                f"FATAL Flags parsing error: {plain(said, keep=WHITE)}\nPass --help to see the flags.", file=sys.stderr
+            )
+            sys.exit(1)
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
-            raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Every setting is a flag, --name=value.")
+            said = plain(" ".join(argv[1:]), QUOTED)
+            raise app.UsageError(f"Unknown arguments: {said}. Every setting is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)  # jax says at INFO which accelerators it did not find
-        sys.stdout = output = Output(sys.stdout)
-        status: Any = 0
+        prepare(_DEVICES.value)
         try:
-            check_numbers()
-            prepare(_DEVICES.value)
-            with stop_asked("stopped; nothing is half-written.", at_once=True):
-                main()
-        except (ValueError, OSError) as error:
-            print(f"{pathlib.Path(sys.argv[0]).stem}: {short(plain(str(error)))}", file=sys.stderr)
-            status = 2
-        except SystemExit as asked:
-            status = asked.code
-        output.flush()
-        if output.error is not None and status == 0:
-            print(f"What was to be told could not be written: {output.error}. The files are whole.", file=sys.stderr)
-            status = 1
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-        atexit._run_exitfuncs()
-        os._exit(status if isinstance(status, int) else 1)
-
-    # What `--help` and `flags.txt` tell of: the program's own flags, and those of what launches share.
-    for name in (__name__, f"{__package__}.resume"):
-        for flag in flags.FLAGS.get_key_flags_for_module(name):
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    app.run(guarded)
-
-
-class Output(io.TextIOBase):
-    """Standard output that outlives its reader: after a write has failed, nothing more is written, and training goes on."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.error: str | None = None
-
-    def attempt(self, write: Callable[[], Any]) -> None:
-        try:
-            if self.stream is not None:
-                write()
+            check_flags()
+            main()
         except OSError as error:
-            self.error = (
-                None if isinstance(error, BrokenPipeError) else error.strerror
-            )  # who stops reading has read enough
-            self.stream = None
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes there
+            where = f"{plain(os.fsdecode(error.filename), QUOTED)}: {error.strerror}." if error.filename else str(error)
+            refuse(where)
+        except ValueError as error:
+            refuse(str(error))
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            sizes = "hidden", "layers", "lanes", "window", "windows", "steps", "updates", "windows_per_call", "seeds"
+            own = [f"--{size}" for size in sizes if size in flags.FLAGS]
+            refuse(f"This needs more memory than there is ({memory() / 1e9:,.1f} GB): lower one of {', '.join(own)}.")
 
-    def write(self, text: str) -> int:
-        self.attempt(lambda: self.stream.write(text))
-        return len(text)
+    def refuse(sentence: str) -> None:
+        print(f"{name}: {plain(sentence, keep=WHITE)}", file=sys.stderr)
+        sys.exit(2)
 
-    def flush(self) -> None:
-        self.attempt(lambda: self.stream.flush())
+    def stopped(number: int) -> None:
+        if console.is_terminal:
+            console.show_cursor()  # a bar that is alive hides it
+        print(
+            f"{name}: stopped by {signal.Signals(number).name}; the same command does what is missing.", file=sys.stderr
+        )
+        process.leave(number)
 
-    def isatty(self) -> bool:
-        return self.stream is not None and self.stream.isatty()
+    def all_of_it() -> None:
+        with process.heard(stopped):
+            app.run(guarded, flags_parser=parsed)
 
-    def fileno(self) -> int:
-        return 1
+    process.keep_streams()
+    # What `--help` and `flags.txt` tell of: the program's own flags, and those of what launches share.
+    for module in (__name__, f"{__package__}.resume"):
+        for flag in flags.FLAGS.get_key_flags_for_module(module):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    process.end(all_of_it)
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return getattr(self.stream, "encoding", None) or "utf-8"
 
-
-def check_numbers() -> None:
-    """Raises a ``ValueError`` for a flag of the program that no number of its kind can be."""
+def check_flags() -> None:
+    """Raises a ``ValueError`` if a number is none that can be counted with, or a text is not UTF-8."""
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
-        if isinstance(flag.value, float) and not math.isfinite(flag.value):
-            raise ValueError(f"--{flag.name}={flag.value}: give a finite number.")
-        if isinstance(flag.value, int) and abs(flag.value) > LARGEST:
-            raise ValueError(f"--{flag.name}={quoted(flag.value)}: give a number up to {LARGEST}.")
+        value, most = flag.value, 2**63 - 1 if flag.name == "seed" else LARGEST
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{flag.name}={value}: give a finite number.")
+        if isinstance(value, int) and not -most <= value <= most:
+            raise ValueError(f"--{flag.name}={plain(str(value), QUOTED)}: give a number of at most {most}.")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"--{flag.name}={plain(text, QUOTED)} is not UTF-8: give it another name.")
 
 
-def short(text: str) -> str:
-    """``text`` with what has no end in it cut off."""
-    return re.sub(r"\S{301,}", lambda found: f"{found[0][:77]}...", text)
+def plain(text: str, at_most: int | None = None, keep: str = "") -> str:
+    """A user's text as it is safe to show: control characters, but those to ``keep``, as Python writes them.
 
-
-STOP = signal.SIGTERM, signal.SIGINT
-
-
-@contextlib.contextmanager
-def stop_asked(promise: str, at_once: bool = False) -> Iterator[Callable[[], int]]:
-    """Yields ``asked() -> int``: the first SIGTERM or SIGINT that has come, or 0. A second one ends the process at once.
-
-    Python runs its handlers between two instructions of the main thread, so not while a call compiles or runs. A thread
-    therefore listens, woken by what the interpreter writes the moment a signal comes.
-
-    Args:
-      promise: what is said when it comes.
-      at_once: end the process with the first, with status 128 + the signal.
+    Of a text longer than ``at_most`` characters the middle is left out.
     """
-    told: list[int] = []
-    here, there = socket.socketpair()
-    there.setblocking(False)
-
-    def listen() -> None:
-        while number := here.recv(1):
-            if number[0] in STOP:
-                told.append(number[0])
-                if len(told) > 1:
-                    os._exit(128 + told[0])
-                with contextlib.suppress(OSError):
-                    print(f"{signal.Signals(told[0]).name}: {promise}", file=sys.stderr, flush=True)
-                if at_once:
-                    os._exit(128 + told[0])
-
-    before = {number: signal.signal(number, lambda *_: None) for number in STOP}
-    waker = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    try:
-        yield lambda: told[0] if told else 0
-    finally:
-        signal.set_wakeup_fd(waker)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        there.close()
-        thread.join()
-        here.close()
-
-
-def plain(text: str) -> str:
-    """``text`` as a terminal shows it, and no more: what would move its cursor or turn its writing is shown escaped."""
-    shown = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-    return "".join(shown).encode("utf-8", "backslashreplace").decode()
+    shown = CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+    if at_most is None or len(shown) <= at_most:
+        return shown
+    return f"{shown[: at_most // 2]}…{shown[at_most // 2 + 1 - at_most :]}"
 
 
 def say(text: str) -> None:
-    """Prints a sentence as it is; what it has from a file, a flag or a path is no markup."""
+    """Prints a line that may hold a user's words: nothing in it is interpreted, and it is not broken."""
     console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def no_formula(text: str) -> str:
-    """A name for a table, such that no spreadsheet takes it for a formula (OWASP, *CSV injection*)."""
-    return f"'{text}" if text[:1] in "=+-@\t\r" and text[:1] else text
+def cell(text: str) -> str:
+    """A user's text as a field of a CSV file, such that no spreadsheet takes it for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def memory() -> int:
+    """Bytes that the devices of this host have; a CPU's, which have it in common, what this process may use."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if all("bytes_limit" in each for each in stats):
+        return sum(each["bytes_limit"] for each in stats)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        with contextlib.suppress(OSError, ValueError):
+            there = min(there, int(pathlib.Path("/sys/fs/cgroup", limit).read_text()))
+    return there
+
+
+def size(tree: Any) -> int:
+    """Bytes of a tree's arrays, or of what will be arrays."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_fits(what: str, needed: int, lower: str) -> None:
+    """Raises a ``ValueError`` if ``what`` takes more bytes than there are; ``lower`` names the flags to lower."""
+    if needed > memory():
+        raise ValueError(
+            f"{what} would take {needed / 1e9:,.1f} GB or more, and there are {memory() / 1e9:,.1f} GB: lower {lower}."
+        )
+
+
+def check_training(step: TrainStep, windows: Any, runs: int, lower: str) -> None:
+    """Raises a ``ValueError`` if the state of so many trainings side by side, with a gradient, does not fit.
+
+    Args:
+      step: the train step.
+      windows: of one training, ``[windows, lanes, time, ...]``, or their shapes.
+      runs: how many trainings.
+      lower: the flags to lower, as a sentence has them.
+    """
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), windows)
+    state = jax.eval_shape(step.init, jax.random.key(0), first)
+    check_fits("The state of the training", runs * (size(state) + size(state.params)), lower)
 
 
 def cores() -> int:
@@ -213,9 +201,10 @@ def prepare(devices: int | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{options} --xla_cpu_prefer_vector_width=512".strip()
     jax.config.update("jax_num_cpu_devices", devices or cores())
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "tbptt_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        with contextlib.suppress(RuntimeError):  # nobody's home
+            cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            jax.config.update("jax_compilation_cache_dir", str(cache / "tbptt_jax"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def mesh(*, runs: int = 1, lanes: int = 1, window: int = 1, units: int = 1) -> Mesh:
@@ -232,118 +221,48 @@ def mesh(*, runs: int = 1, lanes: int = 1, window: int = 1, units: int = 1) -> M
     return sharding.mesh(lane=sharding.lane_devices(lanes, window, units, devices))
 
 
-def workdir(path: str) -> pathlib.Path:
-    """The directory to write into, made if it is missing, and this launch's own until it ends.
+def expanded(path: str, flag: str = "workdir") -> pathlib.Path:
+    """The path that a flag names, ``~`` as the home directory.
 
     Raises:
-      ValueError: if it cannot be made or written to, or another launch is writing into it.
+      ValueError: if it names none.
     """
-    directory = path_of(path)
+    if not path:
+        raise ValueError(f"--{flag} is empty: name a directory; . is the one you are in.")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_writable(path, getattr(error, "strerror", None) or str(error))) from error
-    if jax.process_index() == 0:
-        own(directory)
-    return directory
-
-
-def path_of(path: str) -> pathlib.Path:
-    """The path that ``--workdir`` names.
-
-    Raises:
-      ValueError: if it can name none.
-    """
-    try:
-        path.encode()
-        if not path or not path.isprintable():
-            raise ValueError("it is empty" if not path else "it holds control characters")
         return pathlib.Path(path).expanduser()
-    except (ValueError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ValueError(
-            _not_writable(path, "it is not UTF-8" if isinstance(error, UnicodeError) else str(error))
+            f"--{flag}={plain(path, QUOTED)}: there is no such home directory. Write the path out, or ./~ for a name."
         ) from error
 
 
-def _not_writable(path: str, why: str) -> str:
-    return f"--workdir={quoted(plain(path))[1:-1]} cannot be written to ({why.rstrip('.')}): name a directory that can."
+def workdir(path: str) -> pathlib.Path:
+    """The directory to write into, made if it is missing, and this launch's alone until it ends.
 
-
-_OWNED: dict[pathlib.Path, Any] = {}  # the open files whose locks make directories this process's
-
-
-def own(directory: pathlib.Path) -> None:
-    """Takes a directory for this process. The lock is the operating system's, and ends with the process, however it does.
+    Of several processes of one launch, the first holds it for all.
 
     Raises:
-      ValueError: if another process has it.
+      ValueError: if it cannot be made or written to, or another launch is at work there.
     """
-    path = directory.resolve() / ".lock"
-    if path in _OWNED:
-        return
-    while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read(200).strip() or "another process"
-            file.close()
-            raise ValueError(
-                f"{directory} is being written to by {owner}. Wait until that launch has ended, stop it, or give another "
-                "--workdir."
-            ) from error
-        if (
-            path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
-        ):  # not one that its owner just removed
-            break
-        file.close()
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _OWNED[path] = file
-    atexit.register(lambda: path.unlink(missing_ok=True))
-
-
-def memory_limit() -> int:
-    """Bytes that a device has."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-
-
-def check_fits(needs: dict[str, float]) -> None:
-    """Raises a ``ValueError`` if what a launch is about to allocate is more than there is.
-
-    Args:
-      needs: what for, with its flags → bytes, by rough count.
-    """
-    there = memory_limit() * jax.local_device_count()
-    total = sum(needs.values())
-    if total > there:
-        most = max(needs, key=lambda name: needs[name])
-        raise ValueError(
-            f"This needs some {total / 1e9:,.0f} GB, and there are {there / 1e9:,.0f} GB; most of it is {most}. Lower these flags."
-        )
-
-
-def lstm_bytes(
-    hidden: int, layers: int, inputs: int, outputs: int, lanes: int, window: int, past: int = 0
-) -> tuple[float, float]:
-    """Bytes of an LSTM's training: of its parameters with what Adam keeps of them, and of a window on its way back, ``past``
-    of them kept besides."""
-    params = 4 * hidden * (inputs + hidden + 1) + 8 * (layers - 1) * hidden * (hidden + 1) + outputs * (hidden + 1)
-    step = inputs + 8 * hidden * layers + 3 * outputs
-    return 4 * 5 * params, 4 * lanes * window * step * (1 + past)
-
-
-def past_of(*names: str) -> int:
-    """The most windows that one of these influences keeps, as far as its name says."""
-    kept = [re.fullmatch(r"replay:(\d+)(:.*)?", name) for name in names]
-    return max([int(found[1]) for found in kept if found], default=0)
+    directory, given, refused = expanded(path), f"--workdir={plain(path, QUOTED)}", ""
+    if re.search("[\n\r\ud800-\udfff]", str(directory.absolute())):
+        raise ValueError(f"{given}: its path has a line's end in it, or is not UTF-8. Name another directory.")
+    try:
+        if jax.process_index() == 0:
+            lock.take(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except BlockingIOError as error:
+        refused = f"{given}: {error}"
+    except OSError as error:
+        refused = f"{given} cannot be written to ({error.strerror}): name a directory that can."
+    if jax.process_count() > 1 and multihost_utils.process_allgather(np.bool_(bool(refused))).any():
+        refused = refused or f"{given} was refused to another of the processes, which says why."
+    if refused:
+        raise ValueError(refused)
+    return directory
 
 
 def influence(name: str, windows: int, flag: str = "influences") -> tb.Influence:
@@ -358,10 +277,12 @@ def influence(name: str, windows: int, flag: str = "influences") -> tb.Influence
     if kind == "replay" and re.fullmatch(r"(all|\d+)(:[\d.]+(e-?\d+)?)?", ":".join(settings)):
         depth, *survival = settings
         try:
+            if depth != "all" and (len(depth) > 10 or int(depth) > LARGEST):
+                raise ValueError(f"there are never more than {LARGEST} windows.")
             return tb.replay(windows if depth == "all" else int(depth), *map(float, survival))
         except ValueError as error:
-            raise ValueError(f"--{flag} has {name}: {error} {INFLUENCES}") from error
-    raise ValueError(f"--{flag} has {name}, which is none. {INFLUENCES}")
+            raise ValueError(f"--{flag} has {plain(name, QUOTED)}: {plain(str(error), 200)} {INFLUENCES}") from error
+    raise ValueError(f"--{flag} has {plain(name, QUOTED)}, which is none. {INFLUENCES}")
 
 
 def check_influences(names: list[str]) -> None:
@@ -379,8 +300,10 @@ def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
       ValueError: if one is not.
     """
     for value in values:
-        if not value.strip().isdecimal() or not 1 <= int(value) <= at_most:
-            raise ValueError(f"--{flag} has {value!r}: give whole numbers from 1 to {at_most}, such as --{flag}=1,2,5.")
+        if not re.fullmatch(r"\d{1,18}", value.strip()) or not 1 <= int(value) <= at_most:
+            raise ValueError(
+                f"--{flag} has {plain(value, QUOTED)!r}: give whole numbers from 1 to {at_most}, such as --{flag}=1,2,5."
+            )
     if not values:
         raise ValueError(f"--{flag} is empty: give at least one number, such as --{flag}=1,2,5.")
     return sorted({int(value) for value in values})
@@ -401,8 +324,7 @@ def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any 
     if jax.process_index() > 0:
         return
     with whole(directory / "flags.txt") as path:
-        told = "".join(f"{flag.serialize()}\n" for flag in own if flag.serialize())
-        path.write_text(told, encoding="utf-8", errors="surrogateescape")
+        path.write_text("".join(f"{flag.serialize()}\n" for flag in own if flag.serialize()))
     if figure is not None:
         with whole(directory / "figure.png") as path:
             figure.savefig(path, dpi=150, bbox_inches="tight", format="png")
@@ -427,7 +349,7 @@ def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
         if time.monotonic() - last > 5 or done == total:
             last = time.monotonic()
             left = (last - began) * (total - done) / done if done else 0
-            print(f"{done:.4g} of {total} {unit}, {left:.0f} s left  {plain(text)}", flush=True)
+            print(f"{done:.4g} of {total} {unit}, {left:.0f} s left  {text}", flush=True)
 
     yield report
 

@@ -22,7 +22,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from experiments import launch
+from experiments import launch, lock
 
 Row = dict[str, Any]
 Series = tuple[str, str]  # carry, influence
@@ -713,13 +713,16 @@ def csv_of(rows: list[Row]) -> str:
     def plain(x: Any) -> Any:
         if isinstance(x, list | tuple):
             return " ".join("nan" if not math.isfinite(number(y)) else str(y) for y in x)
+        if isinstance(x, str):
+            return launch.cell(x)
         return "" if x is None or (isinstance(x, float) and not math.isfinite(x)) else x
 
     others = dict.fromkeys(key for row in rows for key in row if key != "curve")
     to = io.StringIO()
-    out = csv.DictWriter(to, list(dict.fromkeys((*FIELDS, *others))), extrasaction="ignore", lineterminator="\n")
-    out.writeheader()
-    out.writerows({key: plain(x) for key, x in row.items()} for row in rows)
+    fields = list(dict.fromkeys((*FIELDS, *others)))
+    out = csv.writer(to, lineterminator="\n")
+    out.writerow(map(launch.cell, fields))
+    out.writerows([plain(row.get(field)) for field in fields] for row in rows)
     return to.getvalue()
 
 
@@ -772,6 +775,10 @@ if __name__ == "__main__":
         sys.exit("report: give the directory that has the results.json, as in runs/truncation_sweep.")
     place = pathlib.Path(sys.argv[1])
     try:
-        write(place, json.loads((place / "results.json").read_text()))
+        results = json.loads((place / "results.json").read_text())
+        lock.take(place)
+        write(place, results)
     except (OSError, ValueError) as error:
-        sys.exit(f"report: {error}")
+        sys.exit(launch.plain(f"report: {error}"))
+    finally:
+        lock.release()

@@ -1,10 +1,12 @@
 """What launches that train share: checkpoints to go on from, a stop when asked to, and one where a number is not finite."""
 
+import contextlib
 import pathlib
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import tbptt_jax as tb
-from experiments import launch
+from experiments import launch, process
 from tbptt_jax import checkpoint, sharding
 from tbptt_jax.recurrence import unroll_window
 from tbptt_jax.training import TrainState, TrainStep, all_finite, stays_finite
@@ -41,7 +43,7 @@ class Call(NamedTuple):
     """Attributes:
     loss: the mean over the scored steps of one call's windows, 0 where none is scored; windows left out are not counted.
     weight: their sum of weights.
-    updates: how many had been made at its end, of all calls.
+    updates: how many windows had been read at its end, of all calls.
     seconds: that it took.
     skipped: windows left out, since something in them was not finite.
     norm: the largest of a lane's carry at the end, as :func:`tbptt_jax.carry_health` has it.
@@ -175,6 +177,12 @@ def train(
       ValueError: if the checkpoints are of another run, or the loss, the gradient or the carry of a window is not finite.
       OSError: if a checkpoint could not be written.
     """
+    state_of, one = jax.eval_shape(init), launch.size(windows(0, 1))
+    sizes = "--hidden, --layers, --lanes or --window, or the windows of a replay"
+    launch.check_fits("The state of the training", launch.size(state_of) + launch.size(state_of.params), sizes)
+    launch.check_fits(
+        f"The {min(per_call, updates)} windows of a call", one * min(per_call, updates), "--windows_per_call"
+    )
     old = directory.with_name(f"{directory.name}.old")
     if not resume and directory.exists() and jax.process_index() == 0:
         shutil.rmtree(old, ignore_errors=True)
@@ -217,10 +225,7 @@ def train(
             done = last
         return kept, state
 
-    with (
-        launch.stop_asked("stopping after this call, saved. Again: at once.") as asked,
-        checkpoint.open(directory, settings) as store,
-    ):
+    with stop_asked() as asked, checkpoint.open(directory, settings) as store:
         try:
             saved = store.restore(jax.eval_shape(init))
         except ValueError as error:
@@ -360,3 +365,22 @@ def first_not_finite(
         bad = multihost_utils.process_allgather(bad, tiled=True)
     places = np.argwhere(np.asarray(bad).T)  # by time
     return (int(places[0][1]), int(places[0][0])) if len(places) else None
+
+
+@contextlib.contextmanager
+def stop_asked(after: str = "after this call, saved") -> Iterator[Callable[[], int]]:
+    """Yields ``asked() -> int``: the first SIGTERM or SIGINT that has come, or 0. A second one ends the process at once.
+
+    Args:
+      after: when it stops and what becomes of the work, as it is told.
+    """
+    told: list[int] = []
+
+    def tell(number: int) -> None:
+        told.append(number)
+        if len(told) > 1:
+            process.leave(told[0])
+        print(f"{signal.Signals(number).name}: stopping {after}. Again: at once.", file=sys.stderr)
+
+    with process.heard(tell):
+        yield lambda: told[0] if told else 0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import tbptt_jax as tb
-from experiments import series, text
+from experiments import launch, series, text
 from tbptt_jax.tasks import adding, adding_floor, copy_memory, copy_memory_floor, lag, lag_floor
 from tbptt_jax.tasks.first_bit import first_bit_floor
 from tbptt_jax.tasks.influence_balancing import influence_balancing, influence_balancing_model
@@ -103,10 +103,11 @@ def _lower(name: str, unit: str = "") -> dict[str, str]:
     return {"name": name, "unit": unit, "better": "lower"}
 
 
-def _both(data: Callable[[jax.Array, int], tb.Window], train: int, test: int) -> Callable:
-    """``key -> (train, test)`` from ``(key, n) -> streams``."""
+def _both(data: Callable[[jax.Array, int], tb.Window], train: int, test: int, steps: int) -> Callable:
+    """``key -> (train, test)`` from ``(key, n) -> streams`` of so many steps."""
 
     def draw(key: jax.Array) -> tuple[tb.Window, tb.Window]:
+        launch.check_fits(f"{train:,} streams of {steps} steps", 8 * train * steps, "--lanes")
         keys = jax.random.split(key)
         return data(keys[0], train), data(keys[1], test)
 
@@ -123,7 +124,7 @@ def _first_bit(lstm: Callable, hidden: int, lanes: int, steps: int = 20) -> Task
         about=f"Sequences of {steps} steps begin with a one or a zero, all else is zero, and the label is that first value. Cut into "
         "windows that each begin anew, only the first window of a sequence has seen it, and the others can but guess: of n "
         "windows the best accuracy is (n + 1) / 2n. With the state carried, every window knows.",
-        data=_both(lambda key, n: tb.tasks.first_bit(key, n, steps), 1000, 200),
+        data=_both(lambda key, n: tb.tasks.first_bit(key, n, steps), 1000, 200, steps),
         shared=False,
         steps=steps,
         lanes=lanes,
@@ -142,7 +143,7 @@ def _copy_memory(lstm: Callable, hidden: int, lanes: int, silence: int = 28, sym
     return Task(
         about=f"A symbol is shown, and asked for again after {silence} steps of silence. A window without the past knows it only if "
         "it spans both.",
-        data=_both(lambda key, n: copy_memory(key, n, silence, symbols, 1), 100 * lanes, 400),
+        data=_both(lambda key, n: copy_memory(key, n, silence, symbols, 1), 100 * lanes, 400, steps),
         shared=False,
         steps=steps,
         lanes=lanes,
@@ -161,7 +162,7 @@ def _adding(lstm: Callable, hidden: int, lanes: int, steps: int = 40) -> Task:
     return Task(
         about=f"Of {steps} numbers two are marked, one in each half, and their sum is asked for at the end. Guessing the mean has a "
         "squared error of 1/6.",
-        data=_both(lambda key, n: adding(key, n, steps), 40 * lanes, 400),
+        data=_both(lambda key, n: adding(key, n, steps), 40 * lanes, 400, steps),
         shared=False,
         steps=steps,
         lanes=lanes,
@@ -178,7 +179,7 @@ def _lag(lstm: Callable, hidden: int, lanes: int, steps: int = 2000) -> Task:
         about="A coin is loaded by what another coin showed 3 and 8 steps ago. A window without the past cannot know it for its "
         "first steps; with the state carried, even a window shorter than the lag may, for what it remembers need not be what "
         "its gradient saw.",
-        data=_both(lambda key, n: lag(key, n, steps), lanes, lanes),
+        data=_both(lambda key, n: lag(key, n, steps), lanes, lanes, steps),
         shared=False,
         steps=steps,
         lanes=lanes,

@@ -119,12 +119,14 @@ def settings() -> dict[str, Any]:
     windows = launch.positive_integers("windows", FLAGS.windows, at_most=10**9)
     launch.check_influences(FLAGS.influences)
     if not FLAGS.carry or set(FLAGS.carry) - set(CARRIES):
-        raise ValueError(f"--carry has {','.join(FLAGS.carry) or 'nothing'}: give stateful, stateless or both.")
+        raise ValueError(
+            f"--carry has {launch.plain(','.join(FLAGS.carry) or 'nothing', launch.QUOTED)}: give stateful, stateless or both."
+        )
     for rate in FLAGS.learning_rates:
         number = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
         if not re.fullmatch(number, rate.strip().lower()) or not 0 < float(rate) < float("inf"):
             raise ValueError(
-                f"--learning_rates has {rate!r}: give positive numbers, such as --learning_rates=0.01,0.003."
+                f"--learning_rates has {launch.plain(rate, launch.QUOTED)!r}: give positive numbers, such as --learning_rates=0.01,0.003."
             )
     if not FLAGS.learning_rates:
         raise ValueError("--learning_rates is empty: give at least one, such as --learning_rates=0.01.")
@@ -172,10 +174,12 @@ def share(points: list[Point], wanted: str | None) -> list[Point]:
     """
     if wanted is None:
         return points
-    parts = re.fullmatch(r"(\d+)/(\d+)", wanted)
+    parts = re.fullmatch(r"(\d{1,18})/(\d{1,18})", wanted)
     i, n = (int(part) for part in parts.groups()) if parts else (0, 0)
     if not 1 <= i <= n:
-        raise ValueError(f"--points={wanted}: give I/N with I from 1 to N, such as --points=2/5.")
+        raise ValueError(
+            f"--points={launch.plain(wanted, launch.QUOTED)}: give I/N with I from 1 to N, such as --points=2/5."
+        )
     mine = list(dict.fromkeys(point[1:] for point in points))[i - 1 :: n]
     return [point for point in points if point[1:] in mine]
 
@@ -186,10 +190,14 @@ def check_same_sweep(directory: pathlib.Path, chosen: dict[str, Any]) -> None:
     if not path.exists():
         return
     there = json.loads(path.read_text())
-    differ = [f"{name} {there.get(name)}, here {chosen[name]}" for name in chosen if there.get(name) != chosen[name]]
+    differ = [
+        f"{name} {launch.plain(str(there.get(name)), launch.QUOTED)}, here {launch.plain(str(chosen[name]), launch.QUOTED)}"
+        for name in chosen
+        if there.get(name) != chosen[name]
+    ]
     if differ:
         raise ValueError(
-            f"{directory} holds another sweep: there {'; '.join(differ)}. Give its flags to go on with it, or another "
+            f"{launch.plain(str(directory), launch.QUOTED)} holds another sweep: there {'; '.join(differ)}. Give its flags to go on with it, or another "
             "--workdir."
         )
 
@@ -316,6 +324,18 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
         return Program(begin, advance, last, max(training, judging), temporary, time.perf_counter() - began)
 
     return compile_all
+
+
+def check_sizes(task: Task, chosen: dict[str, Any]) -> None:
+    """Raises a ``ValueError`` if not even what must be there at once, of the smallest windows, fits."""
+    runs = len(chosen["learning_rates"]) * chosen["seeds"]
+    told = 24 * runs * max(CALL, chosen["updates"])  # losses and weights
+    launch.check_fits("What is told of the training", told, "--seeds or --updates")
+    streams = jax.eval_shape(lambda key: task.data(key)[0], jax.random.key(0))
+    launch.check_fits("The data", launch.size(streams) * (1 if task.shared else runs), "--seeds or --lanes")
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, task.lanes, 1, *x.shape[2:]), x.dtype), streams)
+    step = tb.train_step(tb.gradient(task.model, task.loss), optax.adam(1.0))
+    launch.check_training(step, like, runs, "--hidden, --lanes, --seeds or the number of --learning_rates")
 
 
 def windows_anew(windows: tb.Window, carried: jax.Array) -> tb.Window:
@@ -461,25 +481,6 @@ def plan(
     return table
 
 
-def check_fits(task: Task, chosen: dict[str, Any], runs: int, updates: int) -> None:
-    """Raises a ``ValueError`` for what can be told before anything is compiled to be too large."""
-    streams = jax.tree.leaves(jax.eval_shape(task.data, jax.random.key(0)))
-    data = float(sum(x.size * x.dtype.itemsize for x in streams))
-    inputs, outputs = streams[0].shape[-1], 2
-    past = launch.past_of(*chosen["influences"])
-    params, window = launch.lstm_bytes(
-        chosen["hidden"] or 1, 1, inputs, outputs, task.lanes, max(chosen["windows"]), past
-    )
-    launch.check_fits(
-        {
-            "the models (--hidden, --seeds, --learning_rates)": params * runs,
-            "what influences keep of windows (--hidden, --lanes, --windows, --influences, --seeds)": window * runs,
-            "the data (--lanes, --seeds)": 2 * data * (1 if task.shared else runs),
-            "the losses (--updates, --seeds, --learning_rates)": 40.0 * updates * runs,
-        }
-    )
-
-
 def gradients(task: Task, chosen: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     """The bias of each window and influence, and how the gradient fades, at these parameters."""
     streams = jax.jit(lambda key: task.data(key)[0])(jax.random.key(10**6))
@@ -614,7 +615,7 @@ def finish(task: Task, chosen: dict[str, Any], points: list[Point], kept: list[p
         with np.load(at[point].with_suffix(".npz")) as leaves:
             like, tree = jax.tree.flatten(params["untrained"])
             params["trained"] = jax.tree.unflatten(tree, [leaves[f"arr_{i}"][which] for i in range(len(like))])
-    launch.say("Measuring the bias of each window, untrained and trained.")
+    launch.console.print("Measuring the bias of each window, untrained and trained.", soft_wrap=True)
     results = {
         "task": chosen["task"],
         "about": task.about,
@@ -651,31 +652,32 @@ def main() -> None:
             f"--windows has {max(chosen['windows'])}, and a stream of {FLAGS.task} has {task.steps} steps: choose from 1 to "
             f"{task.steps}."
         )
-    directory = launch.path_of(FLAGS.workdir)
-    for each in [directory, *map(pathlib.Path, FLAGS.merge)]:
+    directory = launch.expanded(FLAGS.workdir)
+    kept = [directory, *(launch.expanded(path, "merge") for path in FLAGS.merge)]
+    for each in kept:
         check_same_sweep(each, chosen)
     if FLAGS.merge:
-        kept = [directory, *map(pathlib.Path, FLAGS.merge)]
         there = {**found_in(kept, points, ".json"), **found_in(kept, points, ".failed.json")}
         missing = [str(p) for p in points if p not in there]
         if missing:
+            places = launch.plain(", ".join(map(str, kept)), 200)
             raise ValueError(
-                f"{len(missing)} of {len(points)} points are in none of {', '.join(map(str, kept))}, first {missing[0]}: "
+                f"{len(missing)} of {len(points)} points are in none of {places}, first {missing[0]}: "
                 "do them first, with --points or without."
             )
         mark(launch.workdir(FLAGS.workdir), chosen)
         finish(task, chosen, points, kept)
         return
 
+    check_sizes(task, chosen)
+    launch.workdir(FLAGS.workdir)
+    check_same_sweep(directory, chosen)  # nobody else writes there any more
     counts = {window: windows_of(task, window) for window in chosen["windows"]}
     longest_count, _ = counts[max(counts)]
     updates = {p: updates_of(p, counts[p.window][0], longest_count, chosen) for p in mine}
     done = {p for p in mine if (directory / "points" / f"{p.name}.json").exists()}
     programs: dict[tuple[int, str], Program | Exception] = {}
     runs = len(chosen["learning_rates"]) * chosen["seeds"]
-    check_fits(task, chosen, runs, max(updates.values(), default=1))
-    if directory.is_dir():
-        launch.workdir(FLAGS.workdir)  # before what takes long
     mesh = launch.mesh(runs=runs)
     with concurrent.futures.ThreadPoolExecutor(launch.cores()) as pool:
         asked: dict[tuple[int, str], Any] = {}
@@ -690,7 +692,7 @@ def main() -> None:
         for place, future in asked.items():
             programs[place] = future.exception() or future.result()
     launch.console.print(plan(mine, done, updates, programs, chosen))
-    limit = launch.memory_limit()
+    limit = launch.memory() // jax.local_device_count()
     for (window, influence), program in programs.items():
         if isinstance(program, Program) and program.bytes > limit:
             raise ValueError(
@@ -699,17 +701,17 @@ def main() -> None:
                 "--hidden."
             )
 
-    kept_in = launch.workdir(FLAGS.workdir) / "points"
+    kept_in = directory / "points"
     kept_in.mkdir(exist_ok=True)
-    check_same_sweep(directory, chosen)  # now that no other launch writes here
     mark(directory, chosen)
-    failed = stopped = 0
+    left = [p for p in mine if p not in done]
+    failed, stop, number = False, 0, 0
     same: dict[tuple, list] = {}  # equal data and equal updates are one training where the updates are as many
-    promise = "stopping after this point; what is done is kept, and the same command goes on. Again: at once."
-    with launch.progress(len(mine) - len(done), "points") as tell, launch.stop_asked(promise) as asked_to:
-        for number, point in enumerate(p for p in mine if p not in done):
-            if stopped := resume.largest(asked_to()):
-                break
+    with (
+        resume.stop_asked("after this point, kept") as stopping,
+        launch.progress(len(left), "points") as tell,
+    ):
+        for number, point in enumerate(left):
             count, steps = counts[point.window]
             training = (*point[1:], updates[point])
             began = time.perf_counter()
@@ -732,11 +734,15 @@ def main() -> None:
                 keep(kept_in, point, [{**row, "budget": point.budget} for row in rows], params, chosen)
                 tell(number + 1, str(point))
             except Exception as error:  # whatever it is, the others go on
-                failed = 1
+                failed = True
                 why = keep_failed(kept_in, point, error)
                 launch.say(f"{point} failed: {why}")
-    if stopped:
-        sys.exit(128 + stopped)
+            stop = resume.largest(stopping())
+            if stop:
+                break
+    if stop:
+        launch.say(f"Stopped after {number + 1} of {len(left)} points; the same command does the others.")
+        sys.exit(128 + stop)
     if FLAGS.points is None:
         finish(task, chosen, points, [directory])
     else:

@@ -124,7 +124,7 @@ def _check_labels(
 ) -> None:
     outputs = _outputs(model, tree, shapes)
     classes = {y.shape[-1] for y in jax.tree.leaves(outputs) if len(y.shape) > 2 and y.shape[-1] > 1}
-    by_lane = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[len(axes) - 1 :]), window)
+    by_lane = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(axes) - 1 :]), window)
     scored = np.asarray(is_scored(by_lane)).reshape(shape)
     for i, labels in enumerate(jax.tree.leaves(window.targets)):
         if not jnp.issubdtype(labels.dtype, jnp.integer) or not classes:
@@ -152,7 +152,7 @@ def _check_labels(
 def _is_another(loss: Any, outputs: PyTree, window: Window, which: int, place: tuple, value: int, classes: int) -> bool:
     """Whether the loss at ``place`` takes a label out of range for one of the classes, or has no number for it."""
     at = (*(slice(p, p + 1) for p in place[:-1]), slice(place[-1], place[-1] + 1))
-    step = jax.tree.map(lambda x: np.asarray(x)[at].reshape(1, 1, *x.shape[len(place) :]), window)
+    step = jax.tree.map(lambda x: x[at].reshape(1, 1, *x.shape[len(place) :]), window)
     leaves, tree = jax.tree.flatten(step.targets)
     rng = np.random.default_rng(0)
 

@@ -180,8 +180,20 @@ def check_step_by_step(name: str, module: Callable[[PyTree, PyTree], PyTree], pa
 
     size = max(1, sum(math.prod(leaf.shape[2:]) for leaf in jax.tree.leaves(x)))
     many = max(8, min(max(time, 256), 200_000 // size))  # a look far back is seen in long windows only
+    read_of = jax.make_jaxpr(module)(params, x).jaxpr  # only of the parameters that it reads are there any numbers
+    used = {id(v) for equation in read_of.eqns for v in equation.invars} | {id(v) for v in read_of.outvars}
+    leaves, tree = jax.tree.flatten(params)
+    needed = [id(v) in used for v in read_of.invars[: len(leaves)]]
+    if sum(math.prod(leaf.shape) for leaf, need in zip(leaves, needed, strict=True) if need) > 2**28:
+        return jax.eval_shape(module, params, x)  # finding out would itself take gigabytes
     with jax.ensure_compile_time_eval():
-        params_now = jax.tree.map(lambda leaf: some_numbers(rng, leaf.shape, leaf.dtype), params)
+        params_now = jax.tree.unflatten(
+            tree,
+            [
+                some_numbers(rng, leaf.shape, leaf.dtype) if need else leaf
+                for leaf, need in zip(leaves, needed, strict=True)
+            ],
+        )
         try:
             try:
                 whole, by_step = read(params_now, x, many)
@@ -212,6 +224,9 @@ def some_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -
         return jnp.zeros(shape, dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
         return rng.integers(0, 2, shape).astype(dtype)
+    size = math.prod(shape)
+    if size > 2**20:  # the same ones again and again
+        return np.resize(some_numbers(rng, (2**20 - 1,), dtype), shape)
     numbers = rng.uniform(-1, 1, shape)
     return (numbers + 1j * rng.uniform(-1, 1, shape) if jnp.issubdtype(dtype, jnp.complexfloating) else numbers).astype(
         dtype

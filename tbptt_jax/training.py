@@ -23,7 +23,7 @@ from tbptt_jax.gradient import (
 )
 from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, unroll_window
-from tbptt_jax.window import Window, check, check_scored, time_shape, where_lanes
+from tbptt_jax.window import Window, at_least_float32, check, check_scored, time_shape, where_lanes
 
 PyTree = Any
 
@@ -186,10 +186,10 @@ def carry_health(carry: PyTree) -> tuple[jax.Array, jax.Array]:
     Returns:
       Two numbers of shape ``[]``, 0 where the carry has no floating-point array.
     """
-    moving = [h.reshape(h.shape[0], -1) for h in jax.tree.leaves(carry) if jnp.issubdtype(h.dtype, jnp.inexact)]
+    moving = [jnp.abs(h) for h in jax.tree.leaves(carry) if jnp.issubdtype(h.dtype, jnp.inexact)]
     if not moving:
         return jnp.zeros(()), jnp.zeros(())
-    by_lane = jnp.concatenate(moving, 1)
+    by_lane = jnp.concatenate([h.reshape(len(h), -1).astype(at_least_float32(h.dtype)) for h in moving], 1)
     return jnp.linalg.norm(by_lane, axis=1).max(), jnp.mean(1 - jnp.tanh(by_lane) ** 2 < 0.01)
 
 

@@ -236,3 +236,54 @@ def test_no_gradient_flows_into_a_burn_in(model):
     assert_close(estimate.update(params, state, burnt)[0], expected, rtol=1e-9)
     only_weights, _, _ = estimate.update(params, state, burnt._replace(edges=None))
     assert np.abs(ravel_pytree(only_weights)[0] - ravel_pytree(expected)[0]).max() > 1e-4
+
+
+# The same laws for odd data
+
+
+ODD = {**INFLUENCES, "uoro": tb.uoro()}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_stream_cut_in_its_middle_goes_on_as_one_that_was_cut_at_once(name, params):
+    whole = stream(rubbish=np.nan, time=20)
+    estimate = tb.gradient(lstm(), loss, influence=ODD[name], normaliser=NORMALISER)
+
+    def read(state, windows):
+        def update(state, window):
+            grads, state, _ = estimate.update(params, state, window)
+            return state, grads
+
+        return jax.lax.scan(update, state, windows)
+
+    start = estimate.init(jax.random.key(0), params, first(tb.split(whole, 4)))
+    end, at_once = read(start, tb.split(whole, 4))
+    halves = [tb.split(jax.tree.map(lambda x, part=part: x[:, part], whole), 4) for part in (slice(8), slice(8, None))]
+    middle, early = read(start, halves[0])
+    again, late = read(middle, halves[1])
+    assert_close(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), early, late), at_once, rtol=1e-9)
+    assert_close(again.carry, end.carry)
+
+
+@pytest.mark.parametrize("kind", [bool, np.int8, np.uint8, np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["truncate", "rtrl"])
+def test_weights_are_what_they_say_in_any_kind_of_number(name, kind, params):
+    window = stream(rubbish=np.nan)
+    window = window._replace(weights=(window.weights > 0).astype(np.float64))
+    estimate = tb.gradient(lstm(), loss, influence=INFLUENCES[name])
+    expected = summed_gradient(estimate, params, tb.split(window, 5))
+    got = summed_gradient(estimate, params, tb.split(window._replace(weights=window.weights.astype(kind)), 5))
+    assert_close(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["replay", "rtrl"])
+def test_full_bptt_is_full_bptt_for_a_loss_in_half_precision(name, kind, params):
+    window = stream(rubbish=np.nan)
+    half = lambda outputs, window: loss(outputs, window).astype(kind)  # noqa: E731
+    estimate = tb.gradient(lstm(), half, influence=INFLUENCES[name], normaliser=NORMALISER)
+    exact = tb.gradient(lstm(), loss, influence=tb.rtrl(), normaliser=NORMALISER)
+    (got, metrics), (expected, _) = (summed_gradient(e, params, tb.split(window, 5)) for e in (estimate, exact))
+    got, expected = ravel_pytree(got)[0], ravel_pytree(expected)[0]
+    assert np.linalg.norm(got - expected) < 0.02 * np.linalg.norm(expected)
+    assert metrics.loss.dtype == jnp.float32

@@ -9,7 +9,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
-    "window": 1, "files": 2, "pack": 2, "streams": 3, "tasks": 2, "influence": 2, "recurrence": 2, "lstm_gpu": 2, "lstm": 3, "streaming": 3, "schedules": 2, "ranges": 3, "gradient": 4, "training": 5, "horizon": 5, "sharding": 5, "checkpoint": 5,
+    "window": 1, "pack": 2, "files": 2, "streams": 3, "tasks": 2, "influence": 2, "recurrence": 2, "lstm_gpu": 2, "lstm": 3, "streaming": 3, "schedules": 2, "ranges": 3, "gradient": 4, "training": 5, "horizon": 5, "sharding": 5, "checkpoint": 5,
 }  # fmt: skip
 SIDEWAYS = {("tasks", "recurrence")}  # a task may bring the recurrence it is about
 
@@ -37,6 +37,12 @@ def test_imports_go_down():
                     here, there = room(path), name.split(".")[1]
                     assert here == there or FLOORS[there] < FLOORS[here] or (here, there) in SIDEWAYS, f"{path}: {name}"
                 assert not (name or "").startswith("experiments")
+
+
+def test_no_scan_is_associative():
+    """On a CPU its gradient, with resets and inside a scan over windows, ends the process (jaxlib 0.10)."""
+    for path in (ROOT / "tbptt_jax").rglob("*.py"):
+        assert "associative_scan" not in path.read_text(), path
 
 
 def test_the_readmes_program_runs_as_pasted_and_learns():
