@@ -25,7 +25,13 @@ def test_imports_go_down():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0 and node.module != "tbptt_jax", f"{path}: import from a room, by its full name"
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
+            names = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
             for name in names:
                 if isinstance(node, ast.Import | ast.ImportFrom) and name and name.startswith("tbptt_jax."):
                     here, there = room(path), name.split(".")[1]
