@@ -4,9 +4,10 @@ import heapq
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tbptt_jax.window import Array, Window, check, check_whole, time_shape
+from tbptt_jax.window import Array, Window, check, check_whole, quoted, time_shape
 
 PyTree = Any
 
@@ -43,8 +44,12 @@ def pack(
     """
     flat = Window(inputs, targets)
     (total,) = time_shape(flat, ("steps",))
+    if isinstance(lengths, np.ma.MaskedArray) or np.asarray(lengths).dtype.kind not in "iu":
+        raise ValueError(
+            f"`lengths` is {quoted(lengths)}; it needs whole numbers from 0, as `np.asarray` makes, none of them masked."
+        )
     lengths = np.asarray(lengths)
-    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 0).any() or lengths.sum() != total:
+    if lengths.ndim != 1 or (lengths < 0).any() or lengths.sum() != total:
         raise ValueError(
             f"`lengths` is {lengths} ({lengths.dtype}), of sum {lengths.sum()}; it needs whole numbers from 0 that add up to "
             f"the arrays' {total} steps."
@@ -70,7 +75,10 @@ def pack(
     before = np.cumsum(lengths) - lengths  # where each begins in the flat arrays
     to = np.repeat(lane * time + step - before, lengths) + np.arange(total)  # in all lanes, one after another
 
-    def lay(x: Array) -> np.ndarray:
+    def lay(x: Array) -> Array:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = jnp.asarray(lay(np.asarray(jax.random.key_data(x))))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         laid = np.zeros((lanes * time, *x.shape[1:]), x.dtype)
         laid[to] = x
         return laid.reshape(lanes, time, *x.shape[1:])

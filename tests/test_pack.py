@@ -96,3 +96,17 @@ def test_the_key_draws_the_order_and_leaves_the_shape():
 def test_sequences_that_cannot_be_packed_are_told(change, message):
     with pytest.raises(ValueError, match=message):
         tb.pack(**{"inputs": np.zeros(6), "lengths": [2, 4], "lanes": 2} | change)
+
+
+def test_typed_keys_are_laid_as_their_numbers_are():
+    keys = jax.random.split(jax.random.key(0), 7)
+    packed = tb.pack({"key": keys, "row": np.arange(7)}, lengths=[3, 4], lanes=2)
+    there = np.asarray(packed.valid)
+    found = jax.random.key_data(packed.inputs["key"])[there]
+    np.testing.assert_array_equal(found, jax.random.key_data(keys)[packed.inputs["row"][there]])
+
+
+@pytest.mark.parametrize("lengths", [np.ma.masked_array([3, 4], [False, True]), ["3", "4"], [3.0, 4.0]], ids=str)
+def test_lengths_that_are_no_whole_numbers_are_a_sentence(lengths):
+    with pytest.raises(ValueError, match=r"`lengths` is .*; it needs whole numbers"):
+        tb.pack(np.zeros(7), lengths=lengths, lanes=1)

@@ -366,6 +366,17 @@ def test_modules_that_read_each_step_by_itself_are_taken(name):
         jax.jit(model.init)(jax.random.key(0), x)
 
 
+def test_an_encoder_is_given_arrays_of_jax_when_it_is_tried():
+    table = lambda params, x: params["table"].at[x].get(mode="clip")  # noqa: E731
+    model = tb.from_step(
+        lambda p, h, x: (h + x, h),
+        lambda key, x: {"table": jnp.ones((5, 3))},
+        lambda p, n: jnp.zeros((n, 3)),
+        encoder=table,
+    )
+    model.init(jax.random.key(0), np.zeros((2, 4), int))
+
+
 @pytest.mark.parametrize("kind", [bool, np.int32, np.float32])
 @pytest.mark.parametrize("model", [lstm(), tb.lstm(UNITS, readout=nn.Dense(2, **F64))], ids=["linen", "lstm"])
 def test_masks_are_taken_as_numpy_makes_them_outside_of_jit(model, kind):
