@@ -51,7 +51,13 @@ flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1, upper_bound=100
 flags.DEFINE_integer("lanes", 16, "Places of the training file read side by side.", lower_bound=1)
 flags.DEFINE_integer("window", 64, "Steps of a window.", lower_bound=1)
 flags.DEFINE_list("missing", [], "What stands for a missing number, such as -9999, besides blank fields, NA and NaN.")
-flags.DEFINE_enum("fill", None, series.FILLS, "What is read where an input is missing; none: such a file is refused.")
+flags.DEFINE_enum(
+    "fill",
+    None,
+    series.FILLS,
+    "What is read where an input is missing: the last number before, the training file's mean, or 0; none: it is refused.",
+)
+flags.DEFINE_enum("decimal", None, [",", "."], "What decimals are written with, where the files leave it open.")
 flags.DEFINE_integer(
     "burn_in",
     0,
@@ -79,7 +85,9 @@ flags.DEFINE_string("workdir", "runs/forecast", "Where predictions.csv, results.
 def check_flags() -> None:
     """Raises a ``ValueError`` if the flags do not go together."""
     if FLAGS.train is None:
-        given = [name for name in ("valid", "test", "inputs", "targets") if FLAGS[name].value]
+        given = [
+            name for name in ("valid", "test", "inputs", "targets", "missing", "fill", "decimal") if FLAGS[name].value
+        ]
         if given:
             raise ValueError(f"--{given[0]} needs --train=FILE: give --train, --test and --targets, or none of them.")
     elif FLAGS.test is None or not FLAGS.targets:
@@ -194,7 +202,8 @@ def picture(
     measured = [(n, error) for n, _, error in curve if error is not None]
     if measured:
         below.plot(*zip(*measured, strict=True), color="C1", marker="o", label="validation file, in one go")
-    below.axhline(test_mse, color="k", linestyle="--", linewidth=1, label=f"test file, in one go: {test_mse:.4g}")
+    if np.isfinite(test_mse):
+        below.axhline(test_mse, color="k", linestyle="--", linewidth=1, label=f"test file, in one go: {test_mse:.4g}")
     below.set(xlabel="updates", ylabel="squared error, standardised", yscale="log")
     below.legend(frameon=False)
     for each in axes.values():
@@ -215,12 +224,10 @@ def main() -> None:
             target_names,
             FLAGS.missing,
             FLAGS.fill,
+            FLAGS.decimal,
         )
     else:
         data = series.generated()
-    for name, each in data.items():
-        if np.isnan(each.targets).all():
-            raise ValueError(f"--{name}={FLAGS[name].value} has no target that is there: there is nothing to score.")
     if FLAGS.train and (warning := series.sentinels(data, (names or target_names) + target_names)):
         launch.say(warning)
     steps, needed = len(data["train"].inputs), FLAGS.lanes * FLAGS.window
@@ -241,11 +248,7 @@ def main() -> None:
     directory = launch.workdir(FLAGS.workdir)
     for name, content in own.items():
         write(directory / f"{name}.csv", content)
-    inputs, targets = (series.scale_of(values) for values in data["train"][:2])
-    scaled = {
-        name: (series.standardised(each.inputs, inputs), series.standardised(each.targets, targets))
-        for name, each in data.items()
-    }
+    scaled, targets = series.standardised(data)
     train_windows = cut(*scaled["train"])
     count = len(train_windows.inputs)
     updates = FLAGS.epochs * count if FLAGS.epochs else FLAGS.updates or 4000
@@ -294,11 +297,11 @@ def main() -> None:
     test = data["test"]
     outputs = free_run(model, jax.device_get(state.params), scaled["test"][0])
     exact = (test.targets - targets.mean) / targets.deviation
-    test_mse = float(np.nanmean((outputs - exact) ** 2))
+    test_mse = float(series.mean((outputs - exact) ** 2))
     predicted = outputs * targets.deviation + targets.mean
-    rmse = np.sqrt(np.nanmean((predicted - test.targets) ** 2, 0))
+    rmse = np.sqrt(series.mean((outputs - exact) ** 2, 0)) * targets.deviation
     seconds = sum(call.seconds for call in calls) + time.perf_counter() - began
-    before = None if names else float(np.nanmean(((test.inputs - test.targets) / targets.deviation) ** 2))
+    before = None if names else float(series.mean(((test.inputs - test.targets) / targets.deviation) ** 2))
     results = {
         "window": FLAGS.window,
         "stateless": bool(is_stateless()),
@@ -306,7 +309,7 @@ def main() -> None:
         "seed": FLAGS.seed,
         "test_mse": test_mse,
         "test_rmse": dict(zip(target_names, rmse.tolist(), strict=True)),
-        "test_mse_of_the_mean": float(np.nanmean(exact**2)),
+        "test_mse_of_the_mean": float(series.mean(exact**2)),
         "test_mse_of_the_row_before": before,
         "valid_mse": calls[-1].measured,
         "updates": updates,
@@ -323,14 +326,14 @@ def main() -> None:
     rows = ((test.first + t, *values) for t, values in enumerate(interleaved.tolist()))
     write(directory / "predictions.csv", table(heads, rows))
     launch.write_results(directory, results, picture(curve, test, predicted, test_mse))
-    of = ", ".join(f"{name} {error:.4g}" for name, error in results["test_rmse"].items())
+    of = ", ".join(f"{name} {error:.4g}" for name, error in results["test_rmse"].items() if np.isfinite(error))
     others = f"{results['test_mse_of_the_mean']:.4g} for the mean" + (
         f" and {before:.4g} for the row before" if before else ""
     )
-    kind = "stateless" if is_stateless() else "stateful"
+    scored = f"squared error {test_mse:.4g}, standardised ({others}); root mean square error {of}"
     launch.say(
-        f"Test file, {kind}, windows of {FLAGS.window}: squared error {test_mse:.4g}, standardised ({others}); "
-        f"root mean square error {of}. {seconds:.0f} s in all."
+        f"Test file, {'stateless' if is_stateless() else 'stateful'}, windows of {FLAGS.window}: "
+        f"{scored if of else 'none of its targets is known, so none is scored'}. {seconds:.0f} s in all."
     )
     launch.say(f"Written to {directory}: predictions.csv, results.json, figure.png, flags.txt")
 

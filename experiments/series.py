@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tbptt_jax as tb
+from tbptt_jax.files import read_table
 from tbptt_jax.window import quoted
 
 GENERATED = {"train": 20_000, "valid": 4_000, "test": 4_000}
@@ -71,48 +72,55 @@ def sentinels(data: dict[str, Series], names: list[str]) -> str | None:
 
 
 def read(
-    files: dict[str, str], inputs: list[str], targets: list[str], missing: list[str], fill: str | None
+    files: dict[str, str],
+    inputs: list[str],
+    targets: list[str],
+    missing: list[str],
+    fill: str | None,
+    decimal: str | None = None,
 ) -> dict[str, Series]:
     """The series of CSV files, by name; with no ``inputs``, the targets of a row are told from those of the row before.
 
     Args:
       files: name → path; the training file is ``train``.
       inputs: columns.
-      targets: columns. Where a number is missing it stays so: such a step is not scored.
+      targets: columns. Where a number is missing it stays so: such a step is not scored. ``test`` may have none.
       missing: what stands for a missing number, as for :func:`tbptt_jax.streams.read_csv`.
       fill: one of ``FILLS``, what is read where an input is missing: the last one before it (the training file's mean where
         there is none), that mean, or 0. None: it is refused.
+      decimal: as for :func:`tbptt_jax.streams.read_csv`.
 
     Raises:
-      ValueError: with file, line and column, if one is not as :func:`tbptt_jax.streams.read_csv` needs, or too short, or an
-        input is missing and there is no ``fill``.
+      ValueError: with file, line and column, if one is not as :func:`tbptt_jax.streams.read_csv` needs, or too short, an
+        input is missing and there is no ``fill``, or nothing is left to train on.
     """
-    tables = {name: tb.streams.read_csv(path, inputs + targets, missing=missing) for name, path in files.items()}
-    for name, table in tables.items():
-        if empty := [
-            column for column, values in zip(inputs + targets, table.T, strict=True) if np.isnan(values).all()
-        ]:
-            raise ValueError(f"{files[name]} has no number in column {quoted(empty[0])}: leave it out.")
-    means = np.nanmean(tables["train"], 0)
+    columns = inputs + targets
+    tables = {name: read_table(path, columns, missing=missing, decimal=decimal) for name, path in files.items()}
+    for column, numbers in zip(columns, ~np.isnan(tables["train"].values.T), strict=True):
+        if not numbers.any():
+            raise ValueError(f"{files['train']} has no number in column {quoted(column)}: leave it out.")
+    means = scale_of(tables["train"].values).mean
     found = {}
-    for name, table in tables.items():
-        past = table[:, : len(inputs)] if inputs else table
-        gaps = np.isnan(past)
-        if gaps.any() and fill is None:
-            row, column = np.argwhere(gaps)[0]
-            raise ValueError(
-                f"{files[name]} has {gaps.sum()} gaps in what the targets are told from, the first in row {row} (from 0) of column "
-                f"{quoted((inputs or targets)[column])}: choose with --fill={'|'.join(FILLS)} what is read there."
-            )
-        past = filled(past, fill, means[: past.shape[1]])
-        if inputs:
-            found[name] = Series(past, table[:, len(inputs) :], 0)
-            continue
-        if len(table) < 2:
+    for name, (table, lines) in tables.items():
+        if not inputs and len(table) < 2:
             raise ValueError(
                 f"{files[name]} has {len(table)} rows; to tell a row from those before it takes at least 2."
             )
-        found[name] = Series(past[:-1], table[1:], 1)
+        past, told = (table[:, : len(inputs)], table[:, len(inputs) :]) if inputs else (table[:-1], table[1:])
+        gaps = np.isnan(past)
+        if gaps.any() and fill is None:
+            column = gaps.any(0).argmax()
+            raise ValueError(
+                f"{files[name]} has {gaps[:, column].sum()} gaps in column {quoted(columns[column])}, from which the targets are "
+                f"told, the first in line {lines[gaps[:, column].argmax()]}. Say what is read there: --fill=forward, the last "
+                "number before; --fill=mean, that of the training file; or --fill=zero."
+            )
+        empty = np.isnan(told).all(0)
+        if (name == "train" and empty.any()) or (name == "valid" and empty.all()):
+            raise ValueError(
+                f"{files[name]} has no number to be told in column {quoted(targets[empty.argmax()])}: leave it out."
+            )
+        found[name] = Series(filled(past, fill, means[: past.shape[1]]), told, 0 if inputs else 1)
     return found
 
 
@@ -133,14 +141,46 @@ def generated() -> dict[str, Series]:
     return {name: Series(table[:, :1], table[:, 1:], 0) for name, table in tables.items()}
 
 
+def mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Of the numbers that are there; NaN where none is."""
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
+
+
 def scale_of(values: np.ndarray) -> Scale:
-    deviation = np.nanstd(values, 0)
-    return Scale(np.nanmean(values, 0), np.where(deviation > 0, deviation, 1))
+    """Of the numbers that are there in each column. One that never changes has its number for a mean, and the deviation 1.
+
+    Rounding gives 1000 times 0.1 another mean, and so a deviation of 1e-17.
+    """
+    low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+    size = np.frexp(np.maximum(-low, high))[1]  # by a power of two nothing is rounded, and no square overflows
+    values = np.ldexp(values, -size)
+    middle = mean(values, 0)
+    deviation = np.ldexp(np.sqrt(mean((values - middle) ** 2, 0)), size)
+    still = (low == high) | (deviation == 0)
+    return Scale(np.where(still, low, np.ldexp(middle, size)), np.where(still, 1, deviation))
 
 
-def standardised(values: np.ndarray, scale: Scale) -> np.ndarray:
-    """In float64 from the file to here: of a meter at 1e8, float32 has no decimals left."""
-    return ((values - scale.mean) / scale.deviation).astype(np.float32)
+def standardised(data: dict[str, Series]) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], Scale]:
+    """Inputs and targets of each series, float32, in units of the training file's deviation; and the targets' scale.
+
+    In float64 from the file to here: of a meter at 1e8, float32 has no decimals left.
+
+    Raises:
+      ValueError: if one is too far from the training file's mean for float32.
+    """
+    scales = [scale_of(values) for values in data["train"][:2]]
+    found = {}
+    for name, each in data.items():
+        pair = [(values - scale.mean) / scale.deviation for values, scale in zip(each[:2], scales, strict=True)]
+        farthest = max(np.nanmax(np.abs(values), initial=0) for values in pair)
+        if farthest > np.finfo(np.float32).max:
+            raise ValueError(
+                f"The {name} file has a number that is {farthest:.3g} deviations of the training file from its mean, too far to "
+                "be computed with: look for it there, or leave its column out."
+            )
+        found[name] = (pair[0].astype(np.float32), pair[1].astype(np.float32))
+    return found, scales[1]
 
 
 def lanes(inputs: np.ndarray, targets: np.ndarray, lanes: int) -> tb.Window:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import tbptt_jax as tb
@@ -54,6 +55,9 @@ class Files(NamedTuple):
     test: str | None
     inputs: list[str]
     targets: list[str]
+    missing: list[str] = []  # noqa: RUF012
+    fill: str | None = None
+    decimal: str | None = None
 
 
 NAMES = ("first_bit", "copy_memory", "adding", "lag", "influence_balancing", "char_lm", "forecast")
@@ -238,10 +242,11 @@ def _forecast(lstm: Callable, hidden: int, lanes: int, longest: int, files: File
     if files.train is None:
         data = series.generated()
     else:
-        data = series.read({"train": files.train, "test": str(files.test)}, files.inputs, files.targets, [], None)
-    inputs, targets = (series.scale_of(values) for values in data["train"][:2])
-    x, y = (series.standardised(data[name].inputs, inputs) for name in ("train", "test"))
-    x_targets, y_targets = (series.standardised(data[name].targets, targets) for name in ("train", "test"))
+        data = series.read({"train": files.train, "test": str(files.test)}, *files[3:])
+        if np.isnan(data["test"].targets).all():
+            raise ValueError(f"{files.test} has no target that is there: there is nothing to score.")
+    scaled, _ = series.standardised(data)
+    (x, x_targets), (y, y_targets) = scaled["train"], scaled["test"]
     if len(x) < lanes * longest:
         raise ValueError(
             f"{files.train or 'The series'} has {len(x)} steps; {lanes} lanes with windows of {longest} need at least "

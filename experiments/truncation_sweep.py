@@ -40,7 +40,7 @@ from rich import box
 from rich.table import Table
 
 import tbptt_jax as tb
-from experiments import launch, report, resume, sweep_tasks
+from experiments import launch, report, resume, series, sweep_tasks
 from experiments.sweep_tasks import Task
 from tbptt_jax import sharding
 from tbptt_jax.tasks.first_bit import score_last
@@ -48,6 +48,7 @@ from tbptt_jax.tasks.first_bit import score_last
 CALL = 500  # updates in a call
 PLACES = 50  # of a learning curve
 CARRIES, BUDGETS = ("stateful", "stateless"), ("data", "updates")
+OF_FILES = "missing", "fill", "decimal"  # flags that say how a forecast's files are read
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("task", "first_bit", sweep_tasks.NAMES, "What to train on.")
@@ -69,6 +70,11 @@ flags.DEFINE_string("train", None, "Of forecast: a CSV file. None: two tanks, ge
 flags.DEFINE_string("test", None, "Of forecast: another.")
 flags.DEFINE_list("inputs", [], "Of forecast: columns to tell the targets from; none: their own past.")
 flags.DEFINE_list("targets", [], "Of forecast: columns to be told.")
+flags.DEFINE_list("missing", [], "Of forecast: what stands for a missing number besides blank fields, NA and NaN.")
+flags.DEFINE_enum("fill", None, series.FILLS, "Of forecast: what is read where an input is missing.")
+flags.DEFINE_enum(
+    "decimal", None, [",", "."], "Of forecast: what decimals are written with, where files leave it open."
+)
 flags.DEFINE_string("points", None, "I/N: do only the I-th of N shares of the points.")
 flags.DEFINE_list("merge", [], "Workdirs of the shares of a sweep, to make one report of.")
 flags.DEFINE_bool("tensorboard", False, "Write TensorBoard event files as well.")
@@ -132,7 +138,7 @@ def settings() -> dict[str, Any]:
         raise ValueError("--learning_rates is empty: give at least one, such as --learning_rates=0.01.")
     of_others = {
         "text": FLAGS.task == "char_lm",
-        **dict.fromkeys(("train", "test", "inputs", "targets"), FLAGS.task == "forecast"),
+        **dict.fromkeys(("train", "test", "inputs", "targets", *OF_FILES), FLAGS.task == "forecast"),
         **dict.fromkeys(("hidden", "lanes"), FLAGS.task != "influence_balancing"),
     }
     for name, has in of_others.items():
@@ -151,6 +157,7 @@ def settings() -> dict[str, Any]:
         "influences": list(dict.fromkeys(FLAGS.influences)),
         "learning_rates": sorted({float(rate) for rate in FLAGS.learning_rates}),
         **{name: FLAGS[name].value for name in ("seeds", "budget", "updates", "hidden", "lanes", "inputs", "targets")},
+        **{name: FLAGS[name].value or None for name in OF_FILES},
         "files": files,
     }
 
@@ -643,7 +650,8 @@ def main() -> None:
     points = all_points(chosen)
     mine = share(points, FLAGS.points)
     resume.join_processes(0)  # they share the trainings, not the lanes
-    files = sweep_tasks.Files(FLAGS.text, FLAGS.train, FLAGS.test, FLAGS.inputs, FLAGS.targets)
+    of_files: dict[str, Any] = {name: FLAGS[name].value for name in sweep_tasks.Files._fields}
+    files = sweep_tasks.Files(**of_files)
     # cuDNN's LSTM, the default on a GPU, has no transpose, by which uoro moves forward.
     lstm = functools.partial(tb.lstm, implementation="fused" if "uoro" in chosen["influences"] else None)
     task = sweep_tasks.make(FLAGS.task, FLAGS.hidden, FLAGS.lanes, max(chosen["windows"]), files, lstm)

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
 from programs import program_of
 from test_experiments import launch, results  # in this folder
 
-from experiments import series
+from experiments import series, sweep_tasks
 
 SMALL = "--hidden=8", "--lanes=4", "--window=20", "--updates=120", "--learning_rate=0.02"
 
@@ -112,9 +113,12 @@ def test_a_gap_in_a_target_is_a_step_that_is_not_scored_and_one_in_an_input_is_f
         write(path, ["t", "x", "y", "still"], told)
     arguments = *flags(files), "--inputs=x", "--targets=y,still", "--missing=-9999", *SMALL
     refused = launch("forecast", tmp_path / "refused", *arguments)
-    assert refused.returncode == 2 and "choose with --fill=forward|mean|zero" in refused.stderr
+    gaps = [row["x"] == "-9999" for row in csv.DictReader(files["train"].open())]
+    said = f"train.csv has {sum(gaps)} gaps in column 'x', from which the targets are told, the first in line {gaps.index(True) + 2}."
+    assert refused.returncode == 2 and said in refused.stderr
+    advice = re.search(r"--fill=\w+", refused.stderr)[0]
     workdir = tmp_path / "run"
-    ran = launch("forecast", workdir, *arguments, "--fill=forward")
+    ran = launch("forecast", workdir, *arguments, advice)
     rows = list(csv.DictReader((workdir / "predictions.csv").open()))
     (workdir / "predictions.csv").unlink()
     told = results(ran, workdir)
@@ -148,6 +152,53 @@ def test_inputs_are_filled_from_what_was_before_or_from_the_training_file(tmp_pa
     path = write(tmp_path / "x.csv", ["x", "y"], zip(["", 2, "", "nan", 8], range(5), strict=True))
     found = series.read({"train": path}, ["x"], ["y"], [], fill)
     assert found["train"].inputs.ravel().tolist() == expected
+
+
+def test_a_gap_in_the_last_row_is_no_gap_in_what_its_target_is_told_from(tmp_path):
+    path = write(tmp_path / "x.csv", ["y"], [[1], [2], ["NA"]])
+    (inputs, targets, _) = series.read({"train": path}, [], ["y"], [], None)["train"]
+    np.testing.assert_array_equal(np.hstack([inputs, targets]), [[1, 2], [2, np.nan]])
+    path.write_text("# station 7\ny\n\n2\n3\n")
+    with pytest.raises(ValueError, match=r"1 gaps in column 'y'.*the first in line 3"):
+        series.read({"train": path}, [], ["y"], [], None)
+
+
+def test_a_column_is_standardised_whatever_its_size_and_one_that_never_changes_has_the_deviation_1():
+    x = np.random.default_rng(0).normal(size=1000)
+    with np.errstate(all="raise"):
+        for size in (1e-200, 1e-9, 1, 1e8, 1e200):
+            scale = series.scale_of(np.stack([x * size, np.full(1000, 0.1 * size)], 1))
+            assert scale.mean[1] == 0.1 * size and scale.deviation[1] == 1
+            np.testing.assert_allclose(
+                [scale.mean[0], scale.deviation[0]], [x.mean() * size, x.std() * size], rtol=1e-9
+            )
+    train, test = (series.Series(np.full((9, 1), value), np.ones((9, 1)), 0) for value in (0.1, 1e39))
+    with pytest.raises(ValueError, match="The test file has a number that is 1e\\+39 deviations"):
+        series.standardised({"train": train, "test": test})
+
+
+def test_a_test_file_may_know_no_target(tmp_path, files):
+    del files["valid"]
+    rows = list(csv.reader(files["test"].open()))[1:]
+    write(files["test"], ["x", "y"], [[row[1], ""] for row in rows])
+    workdir = tmp_path / "run"
+    ran = launch("forecast", workdir, *flags(files), "--inputs=x", "--targets=y", *SMALL, "--updates=3")
+    told = list(csv.DictReader((workdir / "predictions.csv").open()))
+    (workdir / "predictions.csv").unlink()
+    assert results(ran, workdir)["test_mse"] is None and "Warning" not in ran.stderr and "nan" not in ran.stdout
+    assert [row["y, observed"] for row in told] == [""] * len(rows) and all(float(row["y, predicted"]) for row in told)
+
+
+def test_a_sweep_reads_files_with_gaps_as_a_forecast_does(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("x;y\n" + "1,234;2,345\n2,345;-99\n;4,567\n" * 20)
+    files = sweep_tasks.Files([], str(path), str(path), ["x"], ["y"])
+    for given, said in (({}, "--decimal"), ({"decimal": ","}, "line 4. Say what is read there: --fill=forward")):
+        with pytest.raises(ValueError, match=said):
+            sweep_tasks.make("forecast", 2, 2, 5, files._replace(**given))
+    files = files._replace(decimal=",", fill="mean", missing=["-99"])
+    train, test = sweep_tasks.make("forecast", 2, 2, 5, files).data(None)
+    assert train.weights.sum() == test.weights.sum() == 40 and np.isfinite(train.inputs).all()
 
 
 def test_a_meter_at_a_hundred_million_is_forecast_as_one_at_zero(tmp_path, files):
@@ -197,11 +248,9 @@ BROKEN = {
     "a missing column": ("t,x\n1,2\n", "columns 'y'"),
     "text in a number's place": ("x,y\n1,2\n3,four\n", "line 3, column 'y': 'four'"),
     "an infinite number": ("x,y\n1,2\n3,inf\n", "line 3, column 'y'"),
-    "a gap in an input": (
-        "x,y\n1,2\n,3\n" * 1,
-        "1 gaps in what the targets are told from, the first in row 1 .*--fill=forward|mean|zero",
-    ),
+    "a gap in an input": ("x,y\n1,2\n,3\n", "1 gaps in column 'x'.*the first in line 3.*--fill=forward"),
     "a column of gaps": ("x,y\n1,\n2,\n", "no number in column 'y'"),
+    "a point of decimals or thousands": ("x;y\n1.234;2\n", "line 2, column 'x'.*--decimal"),
     "a ragged row": ("x,y\n1,2\n3\n", "line 3: the row has 1 fields"),
     "nothing": ("", "line 1: there is nothing"),
     "a header only": ("x,y\n", "no rows"),
@@ -210,6 +259,7 @@ BROKEN = {
 WRONG = {
     "no test": (["--train={train}", "--targets=y"], "--test=FILE"),
     "no train": (["--targets=y"], "--train=FILE"),
+    "fill of nothing": (["--fill=mean"], "--fill needs --train=FILE"),
     "a column twice": (["--train={train}", "--test={test}", "--inputs=y", "--targets=y"], "more than once"),
     "both states": (["--stateful", "--stateless"], "contradict"),
     "both budgets": (["--updates=3", "--epochs=3"], "one of them"),
