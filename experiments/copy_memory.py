@@ -37,6 +37,8 @@ flags.DEFINE_float("learning_rate", 0.003, "Adam's rate.", lower_bound=0.0)
 flags.DEFINE_integer("seeds", 5, "Trainings of each influence, side by side.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/copy_memory", "Where results.json, figure.png and flags.txt go.")
 
+LOWER = "--seeds, --updates, --lanes, --lag, --length, --symbols, --hidden"
+
 
 def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, window.targets)
@@ -66,13 +68,10 @@ def check_sizes() -> None:
     """Raises a ``ValueError`` if the data or the state of the trainings does not fit."""
     groups, _ = groups_and_windows()
     steps = FLAGS.seeds * max(groups, 16) * FLAGS.lanes * (FLAGS.lag + 2 * FLAGS.length)
-    lower = "--seeds, --updates, --lanes, --lag, --length or --symbols"
-    launch.check_fits("The sequences", 4 * steps * (FLAGS.symbols + 3), lower)
+    launch.check_fits("The sequences", 4 * steps * (FLAGS.symbols + 3), LOWER)
     windows = jax.eval_shape(lambda key: data(key, FLAGS.lanes), jax.random.key(0))
     for name in FLAGS.influences:
-        launch.check_training(
-            train_step(name)[1], windows, FLAGS.seeds, f"--hidden, --lanes, --seeds or the reach of {name}"
-        )
+        launch.check_training(train_step(name)[1], windows, FLAGS.seeds, f"{LOWER} or the reach of {name}")
 
 
 def train(name: str) -> dict[str, Any]:
@@ -90,7 +89,9 @@ def train(name: str) -> dict[str, Any]:
 
     began = time.perf_counter()
     train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
-    curves, final = jax.jit(train)(jax.random.split(jax.random.key(0), FLAGS.seeds))
+    curves, final = launch.train_all(
+        train, jax.random.split(jax.random.key(0), FLAGS.seeds), f"{LOWER} or the reach of {name}"
+    )
     curves, final = np.asarray(curves), np.asarray(final)
     seconds = time.perf_counter() - began
     return {

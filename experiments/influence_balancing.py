@@ -50,7 +50,8 @@ def train_step(influence: str, window: int) -> TrainStep:
 def check_sizes(influence: str, window: int) -> None:
     """Raises a ``ValueError`` if what is read, told or kept of a run does not fit."""
     told = 4 * FLAGS.seeds * (FLAGS.steps // window)
-    launch.check_fits("The stream, and what is told of it,", 8 * FLAGS.steps + told, "--steps or --seeds")
+    stream = 2 * 8 * FLAGS.steps  # as it is made and as it is cut
+    launch.check_fits("The stream, and what is told of it,", stream + told, "--steps or --seeds")
     windows = jax.eval_shape(lambda: tb.split(influence_balancing(window), window))
     launch.check_training(
         train_step(influence, window), windows, FLAGS.seeds, f"--seeds or the reach of {launch.plain(influence, 80)}"
@@ -70,7 +71,7 @@ def train(influence: str, window: int) -> np.ndarray:
         return jax.lax.scan(update, step.init(key, jax.tree.map(lambda x: x[0], windows)), windows)[1]
 
     train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
-    return np.asarray(jax.jit(train)(jax.random.split(jax.random.key(0), FLAGS.seeds)))
+    return np.asarray(launch.train_all(train, jax.random.split(jax.random.key(0), FLAGS.seeds), "--steps or --seeds"))
 
 
 def picture(paths: dict[str, np.ndarray]) -> Figure:
@@ -96,7 +97,7 @@ def main() -> None:
             raise ValueError(
                 f"--runs has {launch.plain(run, launch.QUOTED)!r}: write INFLUENCE@WINDOW, such as truncate@10."
             )
-        launch.influence(influence, 1)
+        launch.influence(influence, 1, "runs")
         (steps,) = launch.positive_integers("runs", [window], at_most=FLAGS.steps)
         check_sizes(influence, steps)
         runs.append((run, influence, steps))

@@ -31,6 +31,8 @@ flags.DEFINE_float("learning_rate", 0.01, "Adam's rate at the start; it falls to
 flags.DEFINE_integer("seeds", 3, "Trainings, side by side.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/lag", "Where results.json, figure.png and flags.txt go.")
 
+LOWER = "--seeds, --lanes, --steps, --test_steps or --hidden"
+
 
 def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
     return optax.sigmoid_binary_cross_entropy(logits, window.targets)[..., 0]
@@ -46,9 +48,9 @@ def train_step(window: int) -> tuple[tb.Recurrence, TrainStep]:
 def check_sizes(longest: int) -> None:
     """Raises a ``ValueError`` if the data or the state of the trainings does not fit."""
     steps = FLAGS.seeds * FLAGS.lanes * max(FLAGS.steps, FLAGS.test_steps)
-    launch.check_fits("The streams", 8 * steps, "--seeds, --lanes, --steps or --test_steps")
+    launch.check_fits("The streams", 8 * steps, LOWER)
     windows = jax.eval_shape(lambda key: tb.split(lag(key, FLAGS.lanes, longest), longest), jax.random.key(0))
-    launch.check_training(train_step(longest)[1], windows, FLAGS.seeds, "--hidden, --lanes or --seeds")
+    launch.check_training(train_step(longest)[1], windows, FLAGS.seeds, LOWER)
 
 
 def train(window: int, stateful: bool) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def train(window: int, stateful: bool) -> dict[str, Any]:
 
     began = time.perf_counter()
     train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
-    losses = jax.jit(train)(jax.random.split(jax.random.key(0), FLAGS.seeds)).tolist()
+    losses = launch.train_all(train, jax.random.split(jax.random.key(0), FLAGS.seeds), LOWER).tolist()
     return {
         "carry": "stateful" if stateful else "stateless",
         "window": window,

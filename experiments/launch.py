@@ -59,6 +59,9 @@ def run(main: Callable[[], None]) -> None:
 
     def parsed(argv: list[str]) -> list[str]:
         try:
+            for argument in argv[1:]:
+                if argument.startswith("-") and len(argument.partition("=")[0]) > QUOTED:  # absl looks for one like it
+                    raise flags.Error(f"No flag is called {plain(argument, QUOTED)} or like it.")
             return flags.FLAGS(argv)
         except flags.Error as error:
             said = re.sub(r"\S{81,}", lambda word: plain(word[0], QUOTED), str(error))
@@ -82,7 +85,7 @@ def run(main: Callable[[], None]) -> None:
         except ValueError as error:
             refuse(str(error))
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             sizes = "hidden", "layers", "lanes", "window", "windows", "steps", "updates", "windows_per_call", "seeds"
             own = [f"--{size}" for size in sizes if size in flags.FLAGS]
@@ -219,6 +222,27 @@ def mesh(*, runs: int = 1, lanes: int = 1, window: int = 1, units: int = 1) -> M
     if lanes == 1:
         return sharding.mesh(run=min(runs, devices))
     return sharding.mesh(lane=sharding.lane_devices(lanes, window, units, devices))
+
+
+def needs(program: Any) -> tuple[int, int]:
+    """All bytes that a compiled program needs of a device, and of these the temporary ones; what is donated is not there twice."""
+    found = program.memory_analysis()
+    if not found:
+        return 0, 0
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.temp_size_in_bytes + kept, found.temp_size_in_bytes
+
+
+def train_all(train: Callable[..., Any], keys: jax.Array, lower: str) -> Any:
+    """``train(keys)`` as one program, which is looked at before it runs.
+
+    Raises:
+      ValueError: if it needs more than there is; ``lower`` names the flags to lower.
+    """
+    program = jax.jit(train).lower(keys).compile()
+    devices = len(jax.tree.leaves(program.output_shardings)[0].device_set)
+    check_fits("The training", needs(program)[0] * devices, lower)
+    return program(keys)
 
 
 def expanded(path: str, flag: str = "workdir") -> pathlib.Path:

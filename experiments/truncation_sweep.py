@@ -308,18 +308,10 @@ def compiled(task: Task, window: int, influence: str, chosen: dict[str, Any], me
         judge.lower(states.params, of_all, carried),
     )
 
-    def needs(program: Any) -> tuple[int, int]:
-        """All bytes, and of these the temporary ones; what is donated is not there twice."""
-        found = program.memory_analysis()
-        if not found:
-            return 0, 0
-        kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        return found.temp_size_in_bytes + kept, found.temp_size_in_bytes
-
     def compile_all() -> Program:
         began = time.perf_counter()
         first, then, last = (each.compile() for each in lowered)
-        (training, temporary), (judging, _) = needs(then), needs(last)
+        (training, temporary), (judging, _) = launch.needs(then), launch.needs(last)
 
         def begin() -> tuple:
             states, data = first(seeds)

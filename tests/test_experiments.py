@@ -3,23 +3,36 @@
 import json
 import os
 import pathlib
+import signal
+import socket
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+from programs import program_of
+
+from experiments import launch as shared
+from experiments import lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def launch(name, workdir, *arguments):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }  # compiling takes the time
-    command = [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes the time
+TINY = "influence_balancing", "--runs=truncate@10", "--steps=100", "--seeds=1"
+LONG = "influence_balancing", "--runs=truncate@1", "--steps=500000000", "--seeds=1"
+
+
+def command(name, workdir, *arguments):
+    return [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *arguments]
+
+
+def launch(name, workdir, *arguments, **options):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run(command(name, workdir, *arguments), text=True, cwd=ROOT, env=ENVIRONMENT, **options)
 
 
 def results(ran, workdir):
@@ -47,14 +60,17 @@ def test_first_bit_tells_the_seeds_story(tmp_path):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("the cat sat on the mat, and the dog ran. " * 40)
+    path.write_text("the cat \x1b[31msat on the mat, and\u202e the dog ran. " * 40)
     return path
 
 
 @pytest.mark.parametrize("stateless", ["--nostateless", "--stateless"])
 def test_char_lm_reads_any_text_and_goes_on(tmp_path, text, stateless):
     small = ("--window=7", "--lanes=3", "--hidden=8", "--layers=2", "--updates=60", "--learning_rate=0.02")
-    told = results(launch("char_lm", tmp_path / "run", f"--text={text}", stateless, *small), tmp_path / "run")
+    ran = launch("char_lm", tmp_path / "run", f"--text={text}", stateless, *small)
+    told = results(ran, tmp_path / "run")
+    assert "\x1b" in told["prompt"] and r"\x1b[31m" in ran.stdout  # a text is told of, not obeyed
+    assert not {"\x1b", "\u202e"} & set(ran.stdout)
     assert told["window"] == 7 and told["steps"] == 420 and told["characters_per_second"] > 0
     assert told["curve"][-1][1] < told["curve"][0][1]
     assert 0 < told["bits_per_character"] < 4.5 and len(told["sample"]) == 400
@@ -94,6 +110,7 @@ MISTAKES = {
     "survival": ("gradient_bias", ["--influences=replay:2:1.5"], "`survival` is 1.5"),
     "window": ("gradient_bias", ["--windows=5,0"], "--windows has '0': give whole numbers from 1 to 400"),
     "no influence": ("copy_memory", ["--influences="], "--influences is empty. Any of truncate"),
+    "no such flag": ("char_lm", [f"--{'x' * 5000}"], f"No flag is called --{'x' * 38}…{'x' * 39} or like it."),
     "no devices": ("char_lm", ["--devices=0"], "--devices=0"),
     "run": ("influence_balancing", ["--runs=rtrl"], "write INFLUENCE@WINDOW"),
     "sequence": ("copy_memory", ["--window=99"], "--window=99 is longer than a sequence of 30 steps"),
@@ -117,3 +134,149 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_computing(tmp_path):
     ran = launch("first_bit", blocked / "run")
     assert ran.returncode == 2 and "cannot be written to" in ran.stderr and "Traceback" not in ran.stderr
     assert not stat.S_ISDIR(blocked.stat().st_mode) and not ran.stdout
+
+
+MORE_THAN_FITS = [
+    ("char_lm", "--hidden=1000000", "--hidden"),
+    ("char_lm", "--windows_per_call=100000000 --updates=1000000000", "--windows_per_call"),
+    ("forecast", "--influence=replay:1000000000", "replay"),
+    ("first_bit", "--seeds=1000000000", "--seeds"),
+    ("first_bit", "--hidden=1000000", "--hidden"),
+    ("copy_memory", "--lag=1000000000", "--lag"),
+    ("copy_memory", "--updates=1000000000", "--updates"),
+    ("copy_memory", "--influences=replay:1000000000", "reach of replay"),
+    ("lag", "--lanes=1000000000", "--lanes"),
+    ("lag", "--hidden=1000000", "--hidden"),
+    ("influence_balancing", "--steps=2000000000", "--steps"),
+    ("influence_balancing", "--runs=replay:1000000000@10", "reach of replay"),
+    ("gradient_bias", "--updates=200000000", "--updates"),
+    ("gradient_bias", "--draws=1000000000", "--draws"),
+    ("gradient_bias", "--hidden=1000000", "--hidden"),
+    ("truncation_sweep", "--seeds=1000000000", "--seeds"),
+    ("truncation_sweep", "--hidden=1000000", "--hidden"),
+    ("truncation_sweep", "--task=copy_memory --lanes=10000000", "--lanes"),
+]
+
+
+@pytest.fixture
+def program(request):
+    yield from program_of(request.param)
+
+
+@pytest.mark.parametrize("program", sorted({name for name, *_ in MORE_THAN_FITS}), indirect=True)
+def test_what_does_not_fit_is_refused_before_it_is_allocated_with_the_flags_to_lower(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "memory", lambda: 16 * 10**9)
+    monkeypatch.setattr(sys, "argv", [program.__name__])
+    for given, lower in (case[1:] for case in MORE_THAN_FITS if program.__name__ == f"experiments.{case[0]}"):
+        with flagsaver.flagsaver(), pytest.raises(ValueError, match=r"GB: lower .*" + lower):
+            flags.FLAGS(["", f"--workdir={tmp_path / 'run'}", *given.split()])
+            program.main()
+        lock.release()
+        there = {path.name for path in (tmp_path / "run").glob("*")}
+        assert there <= {"train.csv", "valid.csv", "test.csv"}, given  # the series that is generated
+    with flagsaver.flagsaver():
+        flags.FLAGS(["", f"--{'steps' if 'steps' in flags.FLAGS else 'updates'}=1000000000000"])
+        with pytest.raises(ValueError, match=r"=1000000000000: give a number of at most 2147483647"):
+            shared.check_flags()
+
+
+@pytest.mark.parametrize("streams", [">&- 2>&-", ">/dev/full", "2>/dev/full | head -c 1 >/dev/null", "<&- >&-"])
+def test_a_stream_that_is_closed_or_full_costs_no_results_and_no_status(streams, tmp_path):
+    script = f'set -o pipefail; "$@" {streams}'
+    ran = subprocess.run(
+        ["bash", "-c", script, "-", *command(*TINY[:1], tmp_path, *TINY[1:])], cwd=ROOT, env=ENVIRONMENT
+    )
+    assert ran.returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["figure.png", "flags.txt", "results.json"]
+    if streams == ">&- 2>&-":
+        script = f'"$@" --runs=rtrl {streams}'
+        wrong = ["bash", "-c", script, "-", *command(*TINY[:1], tmp_path)]
+        assert subprocess.run(wrong, cwd=ROOT, env=ENVIRONMENT).returncode == 2
+
+
+def test_a_path_is_never_read_as_markup(tmp_path):
+    workdir = tmp_path / "[/x] [red]:cat: $a$"
+    ran = launch(*TINY[:1], workdir, *TINY[1:])
+    results(ran, workdir)
+    assert f"Written to {workdir}: results.json" in ran.stdout
+
+
+def start(workdir):
+    """A launch that would take hours, once it is at work."""
+    run = subprocess.Popen(
+        command(*LONG[:1], workdir, *LONG[1:]), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT, env=ENVIRONMENT
+    )  # fmt: skip
+    while run.poll() is None and not ((workdir / lock.NAME).exists() and (workdir / lock.NAME).read_text()):
+        time.sleep(0.01)
+    return run
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_launch_at_once_with_a_sentence_and_its_status(sent, tmp_path):
+    run = start(tmp_path / "run")
+    run.send_signal(sent)
+    _, told = run.communicate()
+    assert run.returncode == 128 + sent and told.endswith("the same command does what is missing.\n")
+    assert f"influence_balancing: stopped by {sent.name}" in told and "Traceback" not in told
+    assert not (tmp_path / "run").exists()  # nothing was in it
+
+
+def test_a_workdir_has_one_launch_at_a_time_and_is_taken_over_from_one_that_was_killed(tmp_path):
+    first = start(tmp_path)
+    second = launch(*TINY[:1], tmp_path, *TINY[1:])
+    said = (
+        f"another launch is at work there, process {first.pid} on {socket.gethostname()}: wait for it, stop it, or give"
+    )
+    assert second.returncode == 2 and said in second.stderr and not second.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [lock.NAME]
+    first.kill()
+    first.communicate()
+    assert (tmp_path / lock.NAME).exists()
+    results(launch(*TINY[:1], tmp_path, *TINY[1:]), tmp_path)
+
+
+def test_a_lock_of_another_host_stands_until_its_file_is_removed(tmp_path):
+    path = tmp_path / lock.NAME
+    path.write_text("elsewhere 1\n")
+    with pytest.raises(
+        ValueError, match=r"process 1 on elsewhere, or was killed: if it is gone, remove the file \.lock in it"
+    ):
+        shared.workdir(str(tmp_path))
+    assert path.read_text() == "elsewhere 1\n"
+    path.unlink()
+    assert shared.workdir(str(tmp_path)) == shared.workdir(str(tmp_path)) == tmp_path  # this process's own
+    assert path.read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_a_drive_has_no_locks_the_process_is_looked_for(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    path = tmp_path / lock.NAME
+    path.write_text(f"{socket.gethostname()} {os.getppid()}\n")
+    with pytest.raises(ValueError, match=f"process {os.getppid()} on"):
+        shared.workdir(str(tmp_path))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    path.write_text(f"{socket.gethostname()} {gone.pid}\n")
+    shared.workdir(str(tmp_path))
+    lock.release()
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "", "a\nb", "a\udcff", "x" * 4000, "/dev/null"])
+def test_a_workdir_that_is_none_is_a_short_sentence(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^--workdir") as raised:
+        shared.workdir(path)
+    assert len(str(raised.value)) < 300 and "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+
+
+def test_what_is_quoted_is_short_and_moves_no_cursor_and_a_cell_is_no_formula():
+    assert shared.plain("a\x1b[2J\r\n\u202e\udcff", keep="\n") == "a\\x1b[2J\\r\n\\u202e\\udcff"
+    assert shared.plain("é" * 80, 80) == "é" * 80
+    short = shared.plain("a" * 4000 + ".csv", 80)
+    assert len(short) == 80 and short.startswith("a") and short.endswith(".csv")
+    assert [shared.cell(text) for text in ("=1+1", "@x", "-2", "a=b", "")] == ["'=1+1", "'@x", "'-2", "a=b", ""]

@@ -191,6 +191,13 @@ def test_what_is_told_is_text_never_markup(tmp_path):
     } <= set(page.text)
 
 
+def test_what_is_told_is_no_formula_of_a_spreadsheet(tmp_path):
+    told = results(windows=(2,), rates=(0.01,), series=SERIES[:1], budgets=("data",))
+    told["rows"][0] |= {"task": "=cmd|' /C calc'!A0", "final_metric": -0.5, "@note": "+1"}
+    (line,) = csv.DictReader(written(tmp_path, told)["rows.csv"].decode().splitlines())
+    assert (line["task"], line["final_metric"], line["'@note"]) == ("'=cmd|' /C calc'!A0", "-0.5", "'+1")
+
+
 def test_a_failure_writes_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"have no metric, rows: give those of experiments\.truncation_sweep"):
         report.write(tmp_path, {"task": "lag"})

@@ -144,6 +144,29 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(whole, tmp_path):
     assert numbers(tmp_path) == numbers(whole)
 
 
+def test_asked_to_stop_it_ends_with_its_point_kept(tmp_path):
+    running = subprocess.Popen(
+        command(tmp_path, *SMALL, "--influences=truncate"),
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while running.poll() is None and not list((tmp_path / "points").glob("*.json")):
+        time.sleep(0.002)
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate()
+    assert running.returncode == 128 + signal.SIGTERM, err
+    assert "SIGTERM: stopping after this point, kept. Again: at once." in err and "Traceback" not in err
+    kept = len(list((tmp_path / "points").glob("*.json")))
+    assert f"Stopped after {kept} of 8 points; the same command does the others." in out
+    assert kept < 8 and {path.name for path in tmp_path.iterdir()} == {"points", "sweep.json"}
+
+
+def test_a_second_sweep_in_its_workdir_is_refused_before_anything_is_compiled(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "compiled", None)
+    (tmp_path / ".lock").write_text("elsewhere 1\n")
+    refused(program, tmp_path, SMALL, "another launch is at work there, process 1 on elsewhere")
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_shares_done_apart_join_to_the_whole(whole, tmp_path):
     shares = [tmp_path / "a", tmp_path / "b"]
     assert sweep(shares[0], *SMALL, "--points=1/2").returncode == 0
