@@ -1,5 +1,10 @@
 import os as _os
+import signal as _signal
 import sys as _sys
+
+if _sys.argv[0] == "-m":  # a launch that begins: until it listens itself, a signal ends it without a traceback
+    for _sent in (_signal.SIGINT, _signal.SIGTERM):
+        _signal.signal(_sent, lambda number, _: (_os.write(2, b"Stopped before it began.\n"), _os._exit(128 + number)))
 
 # A stream that whoever started this has closed: without one of its number, the next file opened would take its place.
 for _number, _name in enumerate(("stdin", "stdout", "stderr")):

@@ -80,7 +80,7 @@ def run(main: Callable[[], None]) -> None:
             check_flags()
             main()
         except OSError as error:
-            where = f"{plain(os.fsdecode(error.filename), QUOTED)}: {error.strerror}." if error.filename else str(error)
+            where = f"{plain(str(error.filename), QUOTED)}: {error.strerror}." if error.filename else str(error)
             refuse(where)
         except ValueError as error:
             refuse(str(error))

@@ -196,7 +196,11 @@ def check_same_sweep(directory: pathlib.Path, chosen: dict[str, Any]) -> None:
     path = directory / "sweep.json"
     if not path.exists():
         return
-    there = json.loads(path.read_text())
+    try:
+        there = dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        name = launch.plain(str(path), launch.QUOTED)
+        raise ValueError(f"{name} is broken, so the sweep there is not known: give another --workdir.") from error
     differ = [
         f"{name} {launch.plain(str(there.get(name)), launch.QUOTED)}, here {launch.plain(str(chosen[name]), launch.QUOTED)}"
         for name in chosen

@@ -211,6 +211,22 @@ def start(workdir):
     return run
 
 
+def test_a_launch_that_is_done_waits_for_no_thread():
+    program = (
+        "import sys, threading, time\n"
+        "from experiments import launch\n"
+        "def main():\n"
+        "    threading.Thread(target=time.sleep, args=[10**6]).start()\n"
+        "    print('done')\n"
+        "    sys.exit(3)\n"
+        "launch.run(main)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=300
+    )
+    assert (ran.returncode, ran.stdout) == (3, "done\n"), ran.stderr
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_launch_at_once_with_a_sentence_and_its_status(sent, tmp_path):
     run = start(tmp_path / "run")
