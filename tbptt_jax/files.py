@@ -206,8 +206,8 @@ def read_table(
             marked = kind if marked is None else marked
             if kind not in (None, marked):
                 raise ValueError(
-                    f"{path}, line {at}: some rows begin with # and others do not. Take the # from those that are rows, and "
-                    "take out those that are none."
+                    f"{path}, line {at}: some rows begin with # and others do not. Quote the first field of those that are "
+                    "rows, and take out those that are comments."
                 )
             yield f"{line}\n"
 

@@ -123,8 +123,10 @@ def test_no_row_is_taken_for_a_comment(tmp_path):
     path.write_text("y\n1\n#N/A\n# gap\n3\n")
     np.testing.assert_array_equal(tb.streams.read_csv(path, ["y"], missing=[]), [[1], [np.nan], [3]])
     path.write_text("t,x,y\n1,2,3\n#2,4,5\n")
-    with pytest.raises(ValueError, match="line 3: some rows begin with # and others do not"):
+    with pytest.raises(ValueError, match=r"line 3: some rows begin with # and others do not.*Quote the first field"):
         tb.streams.read_csv(path, ["x", "y"])
+    path.write_text('t,x,y\n1,2,3\n"#2",4,5\n')
+    assert tb.streams.read_csv(path, ["x", "y"]).tolist() == [[2, 3], [4, 5]]
 
 
 def test_columns_that_blanks_separate_are_read_once_the_advice_is_followed(tmp_path):
