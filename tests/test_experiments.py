@@ -98,7 +98,7 @@ MISTAKES = {
     "unreadable": ("char_lm", ["--text={dir}/none.txt"], "none.txt cannot be read: No such file"),
     "a directory": ("char_lm", ["--text={dir}"], "cannot be read: Is a directory"),
     "empty": ("char_lm", ["--text={dir}/empty.txt"], "empty.txt is empty"),
-    "latin-1": ("char_lm", ["--text={dir}/latin.txt"], "latin.txt is not UTF-8: byte 3 is 0xe9"),
+    "latin-1": ("char_lm", ["--text={dir}/latin.txt"], "latin.txt is not UTF-8: line 1, byte 4 of it, is 0xe9"),
     "too short": ("char_lm", ["--text={dir}/text.txt", "--lanes=100", "--window=50"], "100 lanes with windows of 50 need more than 5000"),
     "unknown flag": ("char_lm", ["--windows=3"], "Unknown command line flag 'windows'"),
     "no flag at all": ("char_lm", ["mine.txt"], "Unknown arguments: mine.txt"),
