@@ -41,7 +41,11 @@ def launch(workdir, updates, processes):
 def parameters(workdir, update):
     content = json.loads((workdir / "checkpoints" / str(update) / "run" / "metadata").read_text())["content"]
     arrays = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(update) / "arrays")
-    return {leaf["path"]: arrays[str(i)] for i, leaf in enumerate(content["leaves"]) if leaf["path"][:6] == "params"}
+    return {
+        leaf["path"]: np.asarray(arrays[str(i)]).view(leaf["dtype"])  # they are kept as bytes
+        for i, leaf in enumerate(content["leaves"])
+        if leaf["path"][:6] == "params"
+    }
 
 
 def test_processes_and_devices_change_nothing_and_go_on_from_each_others_checkpoints(tmp_path):
