@@ -77,7 +77,8 @@ def lstm(
           projection; reverse mode. On a CPU the kernels are interpreted, which is for tests.
 
     Raises:
-      ValueError: now, if a size is not positive, or the implementation unknown or not for this; from ``unroll``, when it is
+      ValueError: now, if a size is not positive, or the implementation unknown or not for this; from ``init``, if the inputs
+        have no axis of features, or a module has variables besides its parameters or looks along time or lanes; from ``unroll``, when it is
         traced, if what reaches the cell is not ``[lanes, time, inputs]`` of the weights' inputs, the carry does not fit,
         or ``"cudnn"`` was asked for and cannot do it.
     """

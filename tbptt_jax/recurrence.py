@@ -70,8 +70,9 @@ def from_step(
         cost*). None keeps everything.
 
     Raises:
-      ValueError: from ``unroll``, when it is traced, if the carry does not fit the inputs' lanes, or the step returns
-        another carry than it was given.
+      ValueError: from ``init``, if the encoder or the readout does not read each step of each lane by itself; from
+        ``unroll``, when it is traced, if the carry does not fit the inputs' lanes, or the step returns another carry than it
+        was given.
     """
 
     def scan(params: PyTree, carry: PyTree, x: PyTree, *masks: jax.Array | None) -> tuple[PyTree, PyTree]:
@@ -260,8 +261,9 @@ def from_linen(
       checkpoint: see :func:`from_step`.
 
     Raises:
-      ValueError: now, if ``cell`` is no cell; from ``init``, if the inputs are not ``[lanes, time, ...]`` or a module has
-        variables besides its parameters, such as batch statistics; from ``unroll``, as :func:`from_step`, and if
+      ValueError: now, if ``cell`` is no cell; from ``init``, if the inputs are not ``[lanes, time, ...]`` or have
+        no axis of features, a module has variables besides its parameters, such as batch statistics, or looks along time or
+        lanes; from ``unroll``, as :func:`from_step`, and if
         ``checkpoint`` is not as described.
     """
     if not isinstance(cell, nn.RNNCellBase):
@@ -414,7 +416,8 @@ def from_nnx(
 
     Raises:
       ValueError: now, if a part is a class, or its module holds variables other than ``nnx.Param`` (dropout keys, batch
-        statistics): they would change from step to step outside the carry; from ``unroll``, as :func:`from_step`, and if
+        statistics): they would change from step to step outside the carry; from ``init``, if the inputs have no axis of
+        features, or the encoder or the readout looks along time or lanes; from ``unroll``, as :func:`from_step`, and if
         ``checkpoint`` is not as described.
     """
     given = {"encoder": encoder, "cell": cell, "readout": readout}
