@@ -191,6 +191,20 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
     Raises:
       ValueError: if there is none, all are broken, or it is another.
     """
+    return newest(directory, like).state
+
+
+def newest(directory: str | pathlib.Path, like: PyTree, *, partial: bool = False) -> Saved:
+    """The newest checkpoint that is whole, as :func:`load` reads it, with its update and data.
+
+    Args:
+      directory: where it is.
+      like: the state's tree, of its leaves or ``jax.ShapeDtypeStruct``.
+      partial: of any run, whatever its settings, only those leaves that ``like`` has; subtrees that are not wanted are None.
+
+    Raises:
+      ValueError: if there is none, all are broken, or it is another.
+    """
     directory = pathlib.Path(directory).absolute()
     if not directory.is_dir():
         raise ValueError(f"There is no directory {directory}: give one that `checkpoint.save` has written.")
@@ -204,11 +218,11 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
             if broken
             else f"{directory} holds no checkpoint: give a directory that `checkpoint.save` has written."
         )
-    _, content, arrays = found
-    places = _check_same_run(directory, content, {}, like)
+    update, content, arrays = found
+    places = _check_same_run(directory, content, content["settings"] if partial else {}, like, partial)
     for sentence in broken.values():
         warnings.warn(f"{sentence} The one before it, {found[0]}, is used.", stacklevel=2)
-    return _unpack(arrays, content["leaves"], like, places)
+    return Saved(update, _unpack(arrays, content["leaves"], like, places), content["data"])
 
 
 def _newest(
@@ -378,9 +392,9 @@ def _unpack(arrays: list[np.ndarray], leaves: list[dict[str, Any]], like: PyTree
 
 
 def _check_same_run(
-    directory: pathlib.Path, content: dict[str, Any], settings: dict[str, Any], like: PyTree
+    directory: pathlib.Path, content: dict[str, Any], settings: dict[str, Any], like: PyTree, partial: bool = False
 ) -> list[int]:
-    """Where each leaf of ``like`` is among those of the checkpoint, if it is of this run and state."""
+    """Where each leaf of ``like`` is among those of the checkpoint, if it is of this run and state, or ``partial`` of it."""
     old, nothing = content["settings"], "nothing"
 
     def shown(settings: dict[str, Any], name: str) -> str:
@@ -399,10 +413,10 @@ def _check_same_run(
         )
         differ = [
             f"`{_cut(str(path))}` {then.get(path, nothing)}, here {now.get(path, nothing)}"
-            for path in {**then, **now}
+            for path in (now if partial else {**then, **now})
             if then.get(path) != now.get(path)
         ]
-        devices = _devices(content["leaves"], kinds)
+        devices = None if partial else _devices(content["leaves"], kinds)
         if devices:
             raise ValueError(
                 f"The checkpoints in {directory} hold {differ[0]}: of what the influence knows, every device has its own, "

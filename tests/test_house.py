@@ -9,7 +9,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
-    "window": 1, "pack": 2, "files": 2, "streams": 3, "tasks": 2, "influence": 2, "recurrence": 2, "lstm_gpu": 2, "lstm": 3, "streaming": 3, "schedules": 2, "ranges": 3, "gradient": 4, "training": 5, "horizon": 5, "sharding": 5, "checkpoint": 5,
+    "window": 1, "pack": 2, "files": 2, "streams": 3, "tasks": 2, "influence": 2, "recurrence": 2, "lstm_gpu": 2, "lstm": 3, "streaming": 3, "schedules": 2, "ranges": 3, "gradient": 4, "training": 5, "horizon": 5, "sharding": 5, "checkpoint": 5, "study": 6,
 }  # fmt: skip
 SIDEWAYS = {("tasks", "recurrence")}  # a task may bring the recurrence it is about
 
