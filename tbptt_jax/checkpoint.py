@@ -36,7 +36,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from tbptt_jax.window import check_whole, quoted
+from tbptt_jax.arrays import check_whole, quoted
 
 PyTree = Any
 

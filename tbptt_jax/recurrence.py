@@ -23,7 +23,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from tbptt_jax.window import Window, check_whole, time_shape, where_lanes
+from tbptt_jax.arrays import check_whole, where_lanes
+from tbptt_jax.window import Window, time_shape
 
 PyTree = Any
 Segment = int | Literal["sqrt"] | None
