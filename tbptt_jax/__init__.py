@@ -14,8 +14,8 @@ from tbptt_jax.cutting import stateless as stateless
 from tbptt_jax import streams as streams
 from tbptt_jax.recurrence import Recurrence as Recurrence
 from tbptt_jax.recurrence import from_step as from_step
-from tbptt_jax.recurrence import from_linen as from_linen
-from tbptt_jax.recurrence import from_nnx as from_nnx
+from tbptt_jax.flax_models import from_linen as from_linen
+from tbptt_jax.flax_models import from_nnx as from_nnx
 from tbptt_jax.recurrence import stack as stack
 from tbptt_jax.lstm import lstm as lstm
 from tbptt_jax.influence import Influence as Influence
