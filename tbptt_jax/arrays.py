@@ -77,5 +77,9 @@ def check_whole(name: str, value: int, hint: str = "") -> None:
 
 def quoted(x: Any) -> str:
     """``repr(x)`` on one line of at most 80 characters."""
-    text = " ".join(repr(x).split())
+    return shortened(" ".join(repr(x).split()))
+
+
+def shortened(text: str) -> str:
+    """``text``, or as much of it as goes into 80 characters."""
     return text if len(text) <= 80 else f"{text[:77]}..."
