@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tbptt_jax.arrays import PyTree, check_whole, where_lanes
+from tbptt_jax.flax_models import linen_parts, of_any_lanes
 from tbptt_jax.lstm_gpu import PALLAS, Loops, cudnn
-from tbptt_jax.recurrence import PyTree, Recurrence, Segment, linen_parts, of_any_lanes, recurrence, scale_cotangent
-from tbptt_jax.window import Window, check_whole, time_shape, where_lanes
+from tbptt_jax.recurrence import Recurrence, Segment, recurrence, scale_cotangent
+from tbptt_jax.window import Window, time_shape
 
 GATES = "ifgo"  # the order along the axis of four times the features, as PyTorch has it
 

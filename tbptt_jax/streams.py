@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tbptt_jax.arrays import check_whole
 from tbptt_jax.files import Path, read_text, reading
 from tbptt_jax.files import read_csv as read_csv
-from tbptt_jax.window import Window, check_whole, time_shape
+from tbptt_jax.window import Window, time_shape
 
 PyTree = Any
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from tbptt_jax.arrays import at_least_float32, where_lanes
 from tbptt_jax.gradient import (
     Estimate,
     Loss,
@@ -23,7 +24,7 @@ from tbptt_jax.gradient import (
 )
 from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, unroll_window
-from tbptt_jax.window import Window, at_least_float32, check, check_scored, time_shape, where_lanes
+from tbptt_jax.window import Window, check, check_scored, time_shape
 
 PyTree = Any
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import tbptt_jax as tb
+from tbptt_jax.arrays import check_whole
 from tbptt_jax.checkpoint import newest
 from tbptt_jax.sharding import over_lanes, own_lanes, place
 from tbptt_jax.study import averaging
@@ -25,7 +26,6 @@ from tbptt_jax.study.task import Task, check_task, checksum, data_of, figures, k
 from tbptt_jax.study.task import task as make_task
 from tbptt_jax.study.writing import QUOTED, plain, write_json
 from tbptt_jax.training import TrainState, TrainStep
-from tbptt_jax.window import check_whole
 
 RECORD = "run.json"
 
