@@ -72,6 +72,11 @@ def main() -> None:
     influence = launch.influence(FLAGS.influence, launch.LARGEST if "all" not in FLAGS.influence else 1000, "influence")
     task = study.task(FLAGS.task, **launch.arguments_of(FLAGS.set))
     launch.join_processes(FLAGS.lanes or task.lanes)
+    names = (
+        *("learning_rate", "stateless", "burn_in", "lanes", "seed", "windows_per_call", "checkpoint_every", "patience"),
+        *("not_finite", "profile", "resume"),
+    )
+    chosen: Any = {name: FLAGS[name].value for name in names}
     run = study.fit(
         task,
         window=FLAGS.window,
@@ -83,9 +88,8 @@ def main() -> None:
         listeners=listen,
         start=FLAGS.init_from,
         settings={"influence": FLAGS.influence},
-        **{name: FLAGS[name].value for name in ("learning_rate", "stateless", "burn_in", "lanes", "seed", "windows_per_call",
-                                                "checkpoint_every", "patience", "not_finite", "profile", "resume")},
-    )  # fmt: skip
+        **chosen,
+    )
     how = {"stateless": FLAGS.stateless, "burn_in": FLAGS.burn_in, "window": FLAGS.window if FLAGS.stateless else None}
     data = {name: streams for name in ("valid", "test") if (streams := getattr(task, name)) is not None}
     scores = {name: study.evaluate(task, run.params, s, seed=FLAGS.seed, **how) for name, s in data.items()}
@@ -101,7 +105,9 @@ def main() -> None:
     }
     launch.write_results(directory, results)
     shown = "; ".join(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in each.items()) for name, each in scores.items())
-    launch.say(f"{task.name}, windows of {FLAGS.window}, {run.updates} updates: {shown or f'loss {run.calls[-1].loss:.4g}'}. {seconds:.0f} s.")
+    launch.say(
+        f"{task.name}, windows of {FLAGS.window}, {run.updates} updates: {shown or f'loss {run.calls[-1].loss:.4g}'}. {seconds:.0f} s."
+    )
     launch.say(f"Written to {directory}: run.json, results.json, flags.txt, checkpoints")
 
 

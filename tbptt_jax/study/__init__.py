@@ -14,6 +14,8 @@ from tbptt_jax.study.listeners import jsonl as jsonl
 from tbptt_jax.study.listeners import tensorboard as tensorboard
 from tbptt_jax.study.listeners import wandb as wandb
 from tbptt_jax.study.scoring import evaluate as evaluate
+from tbptt_jax.study.bias import bias as bias
+from tbptt_jax.study.bias import probe_of as probe_of
 from tbptt_jax.study.sweep import sweep as sweep
 from tbptt_jax.study.engines import local as local
 from tbptt_jax.study.engines import ray as ray

@@ -55,13 +55,13 @@ class Average(NamedTuple):
     """Attributes:
     optimiser: the state of the optimiser itself.
     on: whether averaging has begun, bool; until then ``mean`` are the parameters.
-    count: updates averaged, int32.
+    updates: that are averaged, int32.
     mean: in the tree of the parameters.
     """
 
     optimiser: Any
     on: jax.Array
-    count: jax.Array
+    updates: jax.Array
     mean: Any
 
 
@@ -75,11 +75,11 @@ def averaged(optimiser: Any, averaging: Averaging) -> optax.GradientTransformati
 
     def update(grads: Any, state: Average, params: Any = None, **extra: Any) -> tuple[Any, Average]:
         updates, optimiser_state = inner.update(grads, state.optimiser, params, **extra)
-        count = jnp.where(state.on, state.count + 1, 0)
+        count = jnp.where(state.on, state.updates + 1, 0)
         if averaging.decay is None:
             share = 1 / jnp.maximum(count, 1)
         else:
-            share = 1 - jnp.minimum(averaging.decay, (1 + state.count) / (10 + state.count))
+            share = 1 - jnp.minimum(averaging.decay, (1 + state.updates) / (10 + state.updates))
 
         def follow(mean: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.where(state.on, mean + share.astype(mean.real.dtype) * (new - mean), new)

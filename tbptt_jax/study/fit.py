@@ -143,7 +143,7 @@ def fit(
     keys = keys_of(seed)
     data = data_of(task.train, keys.train)
     read = reader(task, data, window, lanes, stateless=stateless, burn_in=burn_in)
-    updates = epochs * read.count if epochs else updates
+    updates = epochs * read.windows if epochs else updates
     assert updates is not None
     first = jax.tree.map(lambda x: x[0], read.read(0, 1))
     lanes = len(jax.tree.leaves(first.inputs)[0])
@@ -184,7 +184,7 @@ def fit(
             source, arguments = task.source or (None, {})
             record = {"task": source, "arguments": arguments, "codec": task.codec, "settings": identity, "legs": legs}
             write_json(
-                directory / RECORD, record | {"judged": judge is not None, "windows": read.count, "inputs": inputs}
+                directory / RECORD, record | {"judged": judge is not None, "windows": read.windows, "inputs": inputs}
             )
         with progress(updates, "updates") as report:
 
@@ -213,7 +213,7 @@ def fit(
                 listeners=(listen, *listeners),
                 profile=profile,
             )
-    return _run(task, kept, calls, read.count, directory, identity)
+    return _run(task, kept, calls, read.windows, directory, identity)
 
 
 def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:

@@ -11,7 +11,8 @@ import tbptt_jax as tb
 from tbptt_jax.gradient import Loss, mean_of, of_each, step_losses, weighted_mean
 from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, unroll_window
-from tbptt_jax.study.task import Reader, Task, check_task, data_of, figures, keys_of, reader
+from tbptt_jax.study.task import Reader, Task, check_task, data_of, figures, keys_of
+from tbptt_jax.study.task import reader as reader_of
 from tbptt_jax.window import check_scored
 
 STRETCH = 1000  # steps of a window in which a corpus is read in one go
@@ -60,18 +61,18 @@ def test_reader(
     carried = task.free or not stateless
     if window is None or (carried and not isinstance(streams, tb.Window)):
         window = min(time, STRETCH) if carried else window or time
-    return reader(task, streams, min(window, time), None, stateless=not carried, burn_in=0 if carried else burn_in)
+    return reader_of(task, streams, min(window, time), None, stateless=not carried, burn_in=0 if carried else burn_in)
 
 
-def measure(task: Task, params: Any, windows: Reader) -> dict[str, float]:
+def measure(task: Task, params: Any, reader: Reader) -> dict[str, float]:
     """The task's figures over all windows, a few of which are in memory at once."""
     found = figures(task)
-    first = windows.read(0, 1)
+    first = reader.read(0, 1)
     lanes, steps = jax.tree.leaves(first.inputs)[0].shape[1:3]
-    per_call = max(1, min(windows.count, CALL // (lanes * steps)))
+    per_call = max(1, min(reader.windows, CALL // (lanes * steps)))
     carry, parts = task.model.initial_carry(params, lanes), []
-    for start in range(0, windows.count, per_call):
-        read = windows.read(start, min(start + per_call, windows.count))
+    for start in range(0, reader.windows, per_call):
+        read = reader.read(start, min(start + per_call, reader.windows))
         check_ranges(task.model, task.loss, params, read, ("windows", "lanes", "time"))
         carry, metrics = _read(task.model, tuple(figure.of for figure in found), params, carry, read)
         parts.append(jax.device_get(metrics))
@@ -80,7 +81,7 @@ def measure(task: Task, params: Any, windows: Reader) -> dict[str, float]:
         metrics = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(part[i] for part in parts))
         weights = of_each(metrics.weight, metrics.loss)
         if not any(w.sum() > 0 for w in jax.tree.leaves(weights)):
-            check_scored(windows.read(0, windows.count))
+            check_scored(reader.read(0, reader.windows))
         means = jax.tree.leaves(mean_of(metrics.loss, weights))
         values[figure.name] = math.fsum(map(float, means))
     return values

@@ -11,7 +11,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +63,7 @@ def sweep(
     seeds: int = 5,
     budget: str = "both",
     updates: int = 500,
-    params: dict[str, Sequence[Any]] | None = None,
+    params: Mapping[str, Sequence[Any]] | None = None,
     workdir: str | pathlib.Path,
     engine: Engine | None = None,
     share: tuple[int, int] | None = None,
@@ -138,7 +138,7 @@ def plan_of(
     seeds: int,
     budget: str,
     updates: int,
-    params: dict[str, Sequence[Any]],
+    params: Mapping[str, Sequence[Any]],
 ) -> Plan:
     """The sweep that is asked for.
 
@@ -198,8 +198,8 @@ def plan_of(
         "params": {name: list(values) for name, values in params.items()},
         "data": data,
     }  # fmt: skip
-    steps = {p: counts[p.params, p.window][1] / counts[p.params, p.window][0] for p in points}
-    return Plan(tasks, points, {p: updates_of(p) for p in points}, steps, settings)
+    steps_each = {p: counts[p.params, p.window][1] / counts[p.params, p.window][0] for p in points}
+    return Plan(tasks, points, {p: updates_of(p) for p in points}, steps_each, settings)
 
 
 def _do(plan: Plan, mine: list[Point], directory: pathlib.Path, engine: Engine, tensorboard: bool) -> bool:

@@ -89,13 +89,13 @@ class Task(NamedTuple):
 
 class Reader(NamedTuple):
     """Attributes:
-    count: windows of the streams.
+    windows: how many there are in the streams.
     steps: the scored and unscored steps of all lanes together.
     read: ``(first, last) -> windows`` ``[last - first, lanes, length, ...]`` in the host's memory, read in order and round
       again; at the beginning the windows themselves reset every lane.
     """
 
-    count: int
+    windows: int
     steps: int
     read: Callable[[int, int], tb.Window]
 
