@@ -40,9 +40,10 @@ from rich import box
 from rich.table import Table
 
 import tbptt_jax as tb
-from experiments import launch, report, resume, series, sweep_tasks
+from experiments import launch, resume, series, sweep_tasks
 from experiments.sweep_tasks import Task
 from tbptt_jax import sharding
+from tbptt_jax.study import report
 from tbptt_jax.tasks.first_bit import score_last
 
 CALL = 500  # updates in a call

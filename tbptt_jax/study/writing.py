@@ -1,0 +1,57 @@
+"""What is written for people and their programs: files whole or not at all, text that is safe to show."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+QUOTED = 80  # characters of a user's text in a sentence
+WHITE = "\n\t"
+# What moves a terminal's cursor, or turns the direction in which a line is read.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str, at_most: int | None = None, keep: str = "") -> str:
+    """A user's text as it is safe to show: control characters, but those to ``keep``, as Python writes them.
+
+    Of a text longer than ``at_most`` characters the middle is left out.
+    """
+    shown = CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+    if at_most is None or len(shown) <= at_most:
+        return shown
+    return f"{shown[: at_most // 2]}…{shown[at_most // 2 + 1 - at_most :]}"
+
+
+def cell(text: str) -> str:
+    """A user's text as a field of a CSV file, such that no spreadsheet takes it for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+@contextlib.contextmanager
+def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a path to write to, which is moved to ``target`` when all is written: nobody sees a half of it."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(target: pathlib.Path, content: Any) -> None:
+    """Whole or not at all; what is not finite, as where a training diverged, is written as null."""
+    with whole(target) as path:
+        path.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def finite(x: Any) -> Any:
+    """The same JSON with None for each number that is not finite."""
+    if isinstance(x, dict):
+        return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
