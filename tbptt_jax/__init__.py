@@ -37,3 +37,4 @@ from tbptt_jax.exporting import load_exported as load_exported
 from tbptt_jax import horizon as horizon
 from tbptt_jax import sharding as sharding
 from tbptt_jax import checkpoint as checkpoint
+from tbptt_jax import weights as weights

@@ -112,7 +112,7 @@ def export(
     given = [leaves[i] for i in kept]
     try:
         own_carry = jax.eval_shape(lambda g, m: model.initial_carry(whole(g), m.shape[0]), given, mask)
-        functions = {
+        functions: dict[str, tuple[Callable, tuple]] = {
             "initial_carry": (initial_carry, (given, mask)),
             "step": (step, (given, _plain(own_carry), _plain(x), mask, mask)),
         }
@@ -170,7 +170,7 @@ def load_exported(path: str | pathlib.Path) -> Served:
         raise ValueError(
             f"{path} cannot be read as what `tb.export` writes, by JAX {jax.__version__}: {error!r}. Export it again."
         ) from error
-    if not jax.config.jax_enable_x64 and any(
+    if any(
         not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
         for x in (*step.in_avals, *step.out_avals)
     ):
@@ -213,7 +213,7 @@ def _plain(tree: PyTree) -> PyTree:
         return {key: _plain(value) for key, value in tree.items()}
     if type(tree) is list:
         return [_plain(value) for value in tree]
-    children, _ = jax.tree_util.default_registry.flatten_one_level(tree)  # type: ignore[misc]
+    children, _ = jax.tree_util.default_registry.flatten_one_level(tree)
     return tuple(map(_plain, children))
 
 
