@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from tbptt_jax.study.report import charts, reading
-from tbptt_jax.study.report.reading import BUDGETS, Row, finite, number
+from tbptt_jax.study.report.reading import Row, finite
 from tbptt_jax.study.writing import cell, whole
 
 FIELDS = (
@@ -37,12 +37,13 @@ def write(directory: pathlib.Path, results: dict[str, Any]) -> None:
     missing = [name for name in ("task", "metric", "rows") if name not in results]
     if missing:
         raise ValueError(f"The results have no {', '.join(missing)}: give those of a sweep, as in its results.json.")
-    rows = [
-        {**dict.fromkeys(FIELDS), "curve": None, **row, "series": reading.series_of(row)} for row in results["rows"]
-    ]
+    some = {**dict.fromkeys(FIELDS), "curve": None}
+    rows = [{**some, **row, "series": reading.series_of(row)} for row in results["rows"]]
     bias = [{**row, "series": reading.series_of({"carry": "stateful", **row})} for row in results.get("bias") or []]
     metric = {"name": "metric", "better": "lower", "unit": "", **results["metric"]}
-    suggested, recommended = results.get("suggested") or {}, results.get("recommendation") or {}
+    recommended = {"window": None, **(results.get("recommendation") or {})}
+    asked = (results.get("suggested") or {}).items()
+    suggested = {model: {"window": None, "reason": "", **choice} for model, choice in asked if choice}
     higher = metric["better"] == "higher"
     best = reading.best_rates(rows, higher=higher)
     level, reached = reading.time_to_reach(best, higher=higher)
@@ -54,27 +55,22 @@ def write(directory: pathlib.Path, results: dict[str, Any]) -> None:
         "bias": charts.bias_panels(bias, best, suggested),
         "decay": charts.decay_panels(results.get("decay") or {}),
     }
-    theme = json.loads(beside("theme.json"))
-    files = {f"{kind}.svg": on_paper(charts.svg(these, theme)) for kind, these in panels.items() if these}
+    files = {f"{kind}.svg": on_paper(drawn(these)) for kind, these in panels.items() if these}
     files["rows.csv"] = csv_of(rows)
     files["report.html"] = page(
         results=results,
         metric=metric,
         higher=higher,
-        recommended={"window": None, **recommended, "series": reading.series_of(recommended)},
-        suggested={
-            model: {"window": None, "reason": "", **suggested[model]}
-            for model in ("untrained", "trained")
-            if suggested.get(model)
-        },
         rows=rows,
+        fields=FIELDS + ("params",) * any("params" in row for row in rows),
         best=best,
-        bias=bias,
         level=level,
         reached=reached,
+        bias=bias,
+        suggested=suggested,
+        recommended={**recommended, "series": reading.series_of(recommended)},
         two=reading.two_windows(recommended, suggested, best, bias, higher=higher),
-        fields=FIELDS + ("params",) * any("params" in row for row in rows),
-        charts={kind: [(p.title, p.says, charts.svg([p], theme)) for p in these] for kind, these in panels.items()},
+        charts=panels,
     )
     for kind in panels:
         if f"{kind}.svg" not in files:
@@ -89,20 +85,21 @@ def page(**told: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        name: getattr(reading, name) for name in ("value", "capital", "finite", "number", "best_of")
-    }
+    for each in (reading.value, reading.capital, reading.finite, reading.best_of, reading.name_of, drawn):
+        environment.filters[each.__name__] = each
     environment.tests["known"] = lambda x: isinstance(x, int | float) and math.isfinite(x)
-    environment.globals |= {"name_of": reading.name_of, "budgets": BUDGETS}
-    return environment.from_string(beside("report.html.j2")).render(
-        css=beside("palette.css") + beside("report.css"), **told
-    )
+    environment.globals |= {"css": beside("palette.css") + beside("report.css"), "budgets": reading.BUDGETS}
+    return environment.from_string(beside("report.html.j2")).render(told) + "\n"
+
+
+def drawn(panels: list[charts.Spec]) -> str:
+    return charts.svg(panels, json.loads(beside("theme.json")))
 
 
 def on_paper(svg: str) -> str:
     """A chart as a file of its own: with the palette's light colours in place of their names."""
     light = dict(re.findall(r"--(\w+): (#\w+)", beside("palette.css").partition("@media")[0]))
-    return re.sub(r"var\(--(\w+)\)", lambda name: light[name[1]], svg) + "\n"
+    return re.sub(r"var\(--(\w+)\)", lambda name: light.get(name[1], name[0]), svg) + "\n"
 
 
 def beside(name: str) -> str:
@@ -117,11 +114,9 @@ def csv_of(rows: list[Row]) -> str:
             return " ".join(str(y) if finite([y]) else "nan" for y in x)
         if isinstance(x, dict | str):
             return cell(x if isinstance(x, str) else json.dumps(x))
-        return "" if x is None or (isinstance(x, float) and not math.isfinite(number(x))) else x
+        return "" if x is None or (isinstance(x, float) and not math.isfinite(x)) else x
 
-    fields = [
-        key for key in dict.fromkeys((*FIELDS, *(key for row in rows for key in row))) if key not in ("curve", "series")
-    ]
+    fields = dict.fromkeys([*FIELDS, *(key for row in rows for key in row if key not in ("curve", "series"))])
     to = io.StringIO()
     out = csv.writer(to, lineterminator="\n")
     out.writerow(map(cell, fields))

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from tbptt_jax.study.report.reading import BUDGETS, Row, best_of, capital, finite, name_of, number, one_budget, value
 
@@ -23,27 +23,20 @@ BAND: Spec = {"y": {"field": "low"}, "y2": {"field": "high"}}
 DOTTED: Spec = {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 4], "strokeWidth": 1.5}
 
 
-class Panel(NamedTuple):
-    """A chart: its title, what it shows for those who cannot see it, and its specification."""
-
-    title: str
-    says: str
-    spec: Spec
-
-
-def svg(panels: list[Panel], theme: Spec) -> str:
-    """One panel, without its title, or several with theirs, two or three to a row."""
+def svg(panels: list[Spec], theme: Spec) -> str:
+    """One chart, without its title, or several with theirs, two or three to a row."""
     import vl_convert
 
     if len(panels) == 1:
-        spec = {**panels[0].spec, "width": WIDTH, "height": 240, "autosize": {"type": "fit-x", "contains": "padding"}}
+        fit = {"type": "fit-x", "contains": "padding"}
+        spec = {**panels[0], "title": None, "width": WIDTH, "height": 240, "autosize": fit}
     else:
-        parts = [{**panel.spec, "title": panel.title, "width": 330, "height": 230} for panel in panels]
-        spec = {"concat": parts, "columns": 3 if len(panels) == 3 else 2, "spacing": 40}
+        spec = {"concat": [{**panel, "width": 330, "height": 230} for panel in panels]}
+        spec |= {"columns": 3 if len(panels) == 3 else 2, "spacing": 40}
     return str(vl_convert.vegalite_to_svg(json.dumps({**spec, "config": theme}, allow_nan=False)))
 
 
-def metric_panels(best: list[Row], metric: Row) -> list[Panel]:
+def metric_panels(best: list[Row], metric: Row) -> list[Spec]:
     higher, series, panels = metric["better"] == "higher", names(best), []
     for budget, title in BUDGETS.items():
         mine = [row for row in best if row["budget"] == budget]
@@ -59,32 +52,26 @@ def metric_panels(best: list[Row], metric: Row) -> list[Panel]:
             layer({"type": "tick", "orient": "horizontal", "size": 18, "color": "var(--ink)"}, y={"field": "exact"}),
             crosses("height" if higher else 0),
         ]
-        y = vertical(
-            ", ".join(filter(None, (metric["name"], metric["unit"]))),
-            [y for at in data for y in (at["y"], at["exact"], *at["seeds"])],
-            log_from=30,
-        )
+        told = [y for at in data for y in (at["y"], at["exact"], *at["seeds"])]
+        y = vertical(", ".join(filter(None, (metric["name"], metric["unit"]))), told, log_from=30)
         if mine:
             top = best_of(mine, higher=higher)
-            says = (
-                f"{metric['name']} against window at {title}. Best: {value(top['final_metric'])} with {name_of(top)}."
-            )
+            says = f"{metric['name']} against window at {title}. Best: {value(top['final_metric'])}, {name_of(top)}."
             panels.append(panel(capital(title), says, data, windows_along(mine), y, layers))
     return panels
 
 
-def curve_panels(best: list[Row], windows: list[int], level: float) -> list[Panel]:
+def curve_panels(best: list[Row], windows: list[int], level: float) -> list[Spec]:
     """A chart for each series and budget, a line for each window; a dotted one at the ``level`` of the loss, if there is one."""
     places, key = range(len(windows)), {"columns": 6, "title": "window"}
     ramp = [RAMP[round(i * (len(RAMP) - 1) / max(1, len(windows) - 1))] for i in places]
     stroke = nominal("window", windows, ramp, key)
     shape = nominal("window", windows, [SHAPES[i % len(SHAPES)] for i in places], key)
+    marks = {"type": "point", "size": 34, "opacity": 1}
     layers = [
         layer({"type": "area", "opacity": 0.13}, **BAND, fill=stroke),
         layer({"type": "line", "strokeWidth": 1.6}, stroke=stroke),
-        layer(
-            {"type": "point", "size": 34, "opacity": 1}, filter="datum.mark", stroke=stroke, fill=stroke, shape=shape
-        ),
+        layer(marks, filter="datum.mark", stroke=stroke, fill=stroke, shape=shape),
     ]
     if math.isfinite(level):
         layers.append({**layer(DOTTED, x={"value": 0}, x2={"value": "width"}), "data": {"values": [{"y": level}]}})
@@ -111,12 +98,12 @@ def curve_panels(best: list[Row], windows: list[int], level: float) -> list[Pane
     return panels
 
 
-def reach_panels(reached: list[Row]) -> list[Panel]:
+def reach_panels(reached: list[Row]) -> list[Spec]:
     kinds = {f"{capital(unit)} to that loss": (unit, unit, 1.0) for unit in ("steps", "updates", "seconds")}
     return by_window(reached, kinds, never=True)
 
 
-def cost_panels(best: list[Row]) -> list[Panel]:
+def cost_panels(best: list[Row]) -> list[Spec]:
     budget, mine = one_budget(best)
     kinds = {
         f"Time to train, {budget}": ("seconds", "seconds", 1.0),
@@ -126,7 +113,7 @@ def cost_panels(best: list[Row]) -> list[Panel]:
     return by_window([{**r, "each": number(r["seconds"]) / (number(r["updates"]) or math.nan)} for r in mine], kinds)
 
 
-def by_window(rows: list[Row], kinds: dict[str, tuple[str, str, float]], never: bool = False) -> list[Panel]:
+def by_window(rows: list[Row], kinds: dict[str, tuple[str, str, float]], never: bool = False) -> list[Spec]:
     """By title: the unit, the field and what it is multiplied by. With ``never``, a cross where it has no number."""
     series, panels = names(rows), []
     for title, (unit, field, factor) in kinds.items():
@@ -138,7 +125,7 @@ def by_window(rows: list[Row], kinds: dict[str, tuple[str, str, float]], never: 
     return panels
 
 
-def bias_panels(bias: list[Row], best: list[Row], suggested: Row) -> list[Panel]:
+def bias_panels(bias: list[Row], best: list[Row], suggested: Row) -> list[Spec]:
     series, panels = list(dict.fromkeys([*names(best), *names(bias)])), []  # the colours of the other charts
     for model in ("untrained", "trained"):
         data, mine = [], [row for row in bias if row["model"] == model and finite([row["relative_bias"]])]
@@ -148,10 +135,9 @@ def bias_panels(bias: list[Row], best: list[Row], suggested: Row) -> list[Panel]
         key = {"values": names(mine), "labelExpr": "replace(datum.label, 'stateful, ', '')"}
         window = number((suggested.get(model) or {}).get("window"))
         near = [window] if any(row["window"] / 6 < window < row["window"] * 6 for row in mine) else []
-        dotted = [
-            {**layer(DOTTED, y={"value": 0}, y2={"value": "height"}), "data": {"values": [{"x": x}]}} for x in near
-        ]
-        layers = [layer({"type": "rule"}, **BAND, color=OWN), *lines(series, key), *dotted]
+        down = layer(DOTTED, y={"value": 0}, y2={"value": "height"})
+        layers = [layer({"type": "rule"}, **BAND, color=OWN), *lines(series, key)]
+        layers += [{**down, "data": {"values": [{"x": x}]}} for x in near]
         y = vertical("relative bias of the gradient", [at["y"] for at in data], log_from=3)
         says = f"Relative bias of each influence's gradient against window, {model} model."
         if mine:
@@ -159,7 +145,7 @@ def bias_panels(bias: list[Row], best: list[Row], suggested: Row) -> list[Panel]
     return panels
 
 
-def decay_panels(decay: Row) -> list[Panel]:
+def decay_panels(decay: Row) -> list[Spec]:
     data: list[Spec] = []
     for model in (model for model in ("untrained", "trained") if decay.get(model)):
         series = f"{model}: × {value(decay[model].get('rate'))} a step"
@@ -174,8 +160,10 @@ def decay_panels(decay: Row) -> list[Panel]:
 # The parts of a specification
 
 
-def panel(title: str, says: str, data: list[Spec], x: Spec, y: Spec, layers: list[Spec]) -> Panel:
-    return Panel(title, says, {"data": {"values": data}, "encoding": {"x": x, "y": y}, "layer": layers})
+def panel(title: str, says: str, data: list[Spec], x: Spec, y: Spec, layers: list[Spec]) -> Spec:
+    """A chart, and in words what it shows for those who cannot see it."""
+    told = {"title": title, "description": says, "data": {"values": data}}
+    return {**told, "encoding": {"x": x, "y": y}, "layer": layers}
 
 
 def layer(mark: Spec, *, flatten: Any = None, filter: Any = None, **encoding: Any) -> Spec:
@@ -198,9 +186,8 @@ def lines(series: list[str], key: Spec | None = None, first: int = 0, every: int
 
 def crosses(edge: int | str) -> Spec:
     """What has no number, at the edge where it would lie."""
-    return layer(
-        {"type": "text", "text": "✕", "fontSize": 13}, filter="!isValid(datum.y)", y={"value": edge}, color=OWN
-    )
+    cross = {"type": "text", "text": "✕", "fontSize": 13}
+    return layer(cross, filter="!isValid(datum.y)", y={"value": edge}, color=OWN)
 
 
 def point(row: Row, series: list[str], y: Any) -> Spec:
@@ -232,7 +219,7 @@ def vertical(title: str, values: Iterable[float | None], *, log_from: float) -> 
     ends = [low / 1.25, high * 1.25] if log else [low - room, high + room]
     tens = [float(f"{step}e{ten}") for ten in range(-9, 16) for step in ((1, 2, 5) if high < 60 * low else (1,))]
     axis = {"values": [x for x in tens if ends[0] <= x <= ends[1]]} if log else {}
-    scale = {"type": "log" if log else "linear", "domain": ends, "nice": False, **({} if log else {"zero": False})}
+    scale = {"type": "log" if log else "linear", "domain": ends, "nice": False, "clamp": True}
     return {"field": "y", "type": "quantitative", "title": title, "scale": scale, "axis": axis}
 
 

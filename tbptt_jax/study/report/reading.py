@@ -41,12 +41,13 @@ def best_of(rows: list[Row], *, higher: bool) -> Row:
 
 def as_good(best: list[Row], *, higher: bool) -> list[Row]:
     """The rows as good as the best one: within its standard error over seeds, or 2 % of the way to the worst."""
-    scores = [number(row["final_metric"]) * (1 if higher else -1) for row in best]
-    if not finite(scores):
+    if not best:
         return []
-    seeds = finite(best_of(best, higher=higher)["metrics"]) or [0.0]
-    slack = max(float(np.std(seeds)) / len(seeds) ** 0.5, 0.02 * (max(finite(scores)) - min(finite(scores))))
-    return [row for row, score in zip(best, scores, strict=True) if score >= max(finite(scores)) - slack]
+    top = best_of(best, higher=higher)
+    behind = [abs(number(top["final_metric"]) - number(row["final_metric"])) for row in best]
+    error = float(np.std(finite(top["metrics"]) or [0.0])) / len(top["metrics"] or [0.0]) ** 0.5
+    slack = max(error, 0.02 * max(finite(behind), default=0.0))
+    return [row for row, gap in zip(best, behind, strict=True) if gap <= slack]
 
 
 def one_budget(best: list[Row]) -> tuple[str, list[Row]]:
@@ -98,6 +99,7 @@ def two_windows(recommended: Row, suggested: Row, best: list[Row], bias: list[Ro
         "ask": ask,
         "score": best_of(here, higher=higher)["final_metric"],
         "top": best_of(mine, higher=higher)["final_metric"],
+        "as_good": here[0] in as_good(mine, higher=higher),
         "off": [r["relative_bias"] for r in bias if (r["model"], r["influence"], r["window"]) == (*place, at)],
         "shorter": [row for row in series if ask <= row["window"] < at],
         "carried": recommended["carry"] == "stateful",
