@@ -27,6 +27,6 @@ class Docstrings(griffe.Extension):
 def link(name: str, module: str) -> str:
     """``name``, of this module or of the package, linked to where it is documented."""
     if not name.startswith("tbptt_jax."):
-        return f"[`{name}`][{module}.{name}]"
+        return f"[`{name}`][{PLACE.get(name, f'{module}.{name}')}]"
     public = name.removeprefix("tbptt_jax.")
     return f"[`tb.{public}`][{PLACE.get(public, name)}]"

@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import tbptt_jax as tb
-from experiments import launch, resume, text
+from experiments import launch, text
 from experiments.text import loss
 from tbptt_jax import sharding
 

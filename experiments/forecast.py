@@ -31,7 +31,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import tbptt_jax as tb
-from experiments import launch, resume, series
+from experiments import launch, series
 from experiments.series import loss
 from tbptt_jax import sharding
 from tbptt_jax.recurrence import unroll_window

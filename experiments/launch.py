@@ -1,44 +1,46 @@
 """What every launch shares: one working directory, sentences for errors, progress, results written whole or not at all."""
 
-import contextlib
-import json
+import ast
 import math
-import os
 import pathlib
 import platform
 import re
 import signal
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import jax
 import matplotlib
-import numpy as np
 from absl import app, flags, logging
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import tbptt_jax as tb
-from experiments import lock, process
-from tbptt_jax import sharding
-from tbptt_jax.training import TrainStep
+from tbptt_jax.study import machine, process
+from tbptt_jax.study.console import console as console
+from tbptt_jax.study.console import progress as progress
+from tbptt_jax.study.console import say as say
+from tbptt_jax.study.influences import INFLUENCES as INFLUENCES
+from tbptt_jax.study.influences import LARGEST as LARGEST
+from tbptt_jax.study.influences import check_influences as check_influences
+from tbptt_jax.study.influences import influence as influence
+from tbptt_jax.study.lock import expanded as expanded
+from tbptt_jax.study.lock import workdir as workdir
+from tbptt_jax.study.machine import check_fits as check_fits
+from tbptt_jax.study.machine import check_training as check_training
+from tbptt_jax.study.machine import memory as memory
+from tbptt_jax.study.machine import size as size
+from tbptt_jax.study.machine import train_all as train_all
+from tbptt_jax.study.writing import QUOTED as QUOTED
+from tbptt_jax.study.writing import WHITE as WHITE
+from tbptt_jax.study.writing import cell as cell
+from tbptt_jax.study.writing import plain as plain
+from tbptt_jax.study.writing import whole as whole
+from tbptt_jax.study.writing import write_json as write_json
 
 matplotlib.use("agg")  # figures go to files; no display is needed
-INFLUENCES = "Any of truncate, replay:WINDOWS, replay:WINDOWS:SURVIVAL, rtrl, uoro; WINDOWS is a number, or all."
 
-LARGEST = 2**31 - 1  # what counts and axes are numbered with has 32 bits
-QUOTED = 80  # characters of a user's text in a sentence
-WHITE = "\n\t"
-# What moves a terminal's cursor, or turns the direction in which a line is read.
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-_DEVICES = flags.DEFINE_integer(
+FLAGS = flags.FLAGS
+DEVICES = flags.DEFINE_integer(
     "devices",
     None,
     "JAX devices to use; default all, which on a CPU is one for each core.",
@@ -46,7 +48,19 @@ _DEVICES = flags.DEFINE_integer(
     upper_bound=4096,
 )
 
-console = Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False)
+flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of the first of several processes, the same for all; auto: found by itself on Slurm and Kubernetes.",
+)
+flags.DEFINE_enum(
+    "not_finite",
+    "stop",
+    ["stop", "skip"],
+    "What a loss, gradient or carry that is not finite does: stop the run, or leave its window out and count it.",
+)
+flags.DEFINE_integer("processes", None, "How many processes there are, each with lanes of its own.", lower_bound=1)
+flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -75,7 +89,7 @@ def run(main: Callable[[], None]) -> None:
             said = plain(" ".join(argv[1:]), QUOTED)
             raise app.UsageError(f"Unknown arguments: {said}. Every setting is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)  # jax says at INFO which accelerators it did not find
-        prepare(_DEVICES.value)
+        machine.prepare(DEVICES.value)
         try:
             check_flags()
             main()
@@ -109,9 +123,8 @@ def run(main: Callable[[], None]) -> None:
 
     process.keep_streams()
     # What `--help` and `flags.txt` tell of: the program's own flags, and those of what launches share.
-    for module in (__name__, f"{__package__}.resume"):
-        for flag in flags.FLAGS.get_key_flags_for_module(module):
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    for flag in FLAGS.get_key_flags_for_module(__name__):
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     process.end(all_of_it)
 
 
@@ -126,195 +139,6 @@ def check_flags() -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
                 raise ValueError(f"--{flag.name}={plain(text, QUOTED)} is not UTF-8: give it another name.")
-
-
-def plain(text: str, at_most: int | None = None, keep: str = "") -> str:
-    """A user's text as it is safe to show: control characters, but those to ``keep``, as Python writes them.
-
-    Of a text longer than ``at_most`` characters the middle is left out.
-    """
-    shown = CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
-    if at_most is None or len(shown) <= at_most:
-        return shown
-    return f"{shown[: at_most // 2]}…{shown[at_most // 2 + 1 - at_most :]}"
-
-
-def say(text: str) -> None:
-    """Prints a line that may hold a user's words: nothing in it is interpreted, and it is not broken."""
-    console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
-
-
-def cell(text: str) -> str:
-    """A user's text as a field of a CSV file, such that no spreadsheet takes it for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def memory() -> int:
-    """Bytes that the devices of this host have; a CPU's, which have it in common, what this process may use."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    if all("bytes_limit" in each for each in stats):
-        return sum(each["bytes_limit"] for each in stats)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
-        with contextlib.suppress(OSError, ValueError):
-            there = min(there, int(pathlib.Path("/sys/fs/cgroup", limit).read_text()))
-    return there
-
-
-def size(tree: Any) -> int:
-    """Bytes of a tree's arrays, or of what will be arrays."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def check_fits(what: str, needed: int, lower: str) -> None:
-    """Raises a ``ValueError`` if ``what`` takes more bytes than there are; ``lower`` names the flags to lower."""
-    if needed > memory():
-        raise ValueError(
-            f"{what} would take {needed / 1e9:,.1f} GB or more, and there are {memory() / 1e9:,.1f} GB: lower {lower}."
-        )
-
-
-def check_training(step: TrainStep, windows: Any, runs: int, lower: str) -> None:
-    """Raises a ``ValueError`` if the state of so many trainings side by side, with a gradient, does not fit.
-
-    Args:
-      step: the train step.
-      windows: of one training, ``[windows, lanes, time, ...]``, or their shapes.
-      runs: how many trainings.
-      lower: the flags to lower, as a sentence has them.
-    """
-    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), windows)
-    state = jax.eval_shape(step.init, jax.random.key(0), first)
-    check_fits("The state of the training", runs * (size(state) + size(state.params)), lower)
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def prepare(devices: int | None = None) -> None:
-    """Sets JAX up, before it computes anything: a CPU's cores as ``devices`` devices, programs kept from run to run.
-
-    Compiled programs go to ``~/.cache/tbptt_jax``, or where ``JAX_COMPILATION_CACHE_DIR`` says. Vectors are as wide as the
-    CPU has them (XLA prefers half of that), which makes the gates of an LSTM faster.
-    """
-    options = os.environ.get("XLA_FLAGS", "")
-    if "xla_cpu_prefer_vector_width" not in options:
-        os.environ["XLA_FLAGS"] = f"{options} --xla_cpu_prefer_vector_width=512".strip()
-    jax.config.update("jax_num_cpu_devices", devices or cores())
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        with contextlib.suppress(RuntimeError):  # nobody's home
-            cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-            jax.config.update("jax_compilation_cache_dir", str(cache / "tbptt_jax"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def mesh(*, runs: int = 1, lanes: int = 1, window: int = 1, units: int = 1) -> Mesh:
-    """The devices that ``runs`` trainings side by side, or else ``lanes`` of an LSTM with ``units``, are worth spreading over.
-
-    Several processes take all their devices, one those that :func:`tbptt_jax.sharding.lane_devices` says are faster.
-    """
-    devices = jax.device_count()
-    if jax.process_count() > 1:
-        return sharding.mesh(run=devices) if lanes == 1 else sharding.mesh(lane=devices)
-    devices = min(devices, _DEVICES.value or devices)
-    if lanes == 1:
-        return sharding.mesh(run=min(runs, devices))
-    return sharding.mesh(lane=sharding.lane_devices(lanes, window, units, devices))
-
-
-def needs(program: Any) -> tuple[int, int]:
-    """All bytes that a compiled program needs of a device, and of these the temporary ones; what is donated is not there twice."""
-    found = program.memory_analysis()
-    if not found:
-        return 0, 0
-    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return found.temp_size_in_bytes + kept, found.temp_size_in_bytes
-
-
-def train_all(train: Callable[..., Any], keys: jax.Array, lower: str) -> Any:
-    """``train(keys)`` as one program, which is looked at before it runs.
-
-    Raises:
-      ValueError: if it needs more than there is; ``lower`` names the flags to lower.
-    """
-    program = jax.jit(train).lower(keys).compile()
-    devices = len(jax.tree.leaves(program.output_shardings)[0].device_set)
-    check_fits("The training", needs(program)[0] * devices, lower)
-    return program(keys)
-
-
-def expanded(path: str, flag: str = "workdir") -> pathlib.Path:
-    """The path that a flag names, ``~`` as the home directory.
-
-    Raises:
-      ValueError: if it names none.
-    """
-    if not path:
-        raise ValueError(f"--{flag} is empty: name a directory; . is the one you are in.")
-    try:
-        return pathlib.Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(
-            f"--{flag}={plain(path, QUOTED)}: there is no such home directory. Write the path out, or ./~ for a name."
-        ) from error
-
-
-def workdir(path: str) -> pathlib.Path:
-    """The directory to write into, made if it is missing, and this launch's alone until it ends.
-
-    Of several processes of one launch, the first holds it for all.
-
-    Raises:
-      ValueError: if it cannot be made or written to, or another launch is at work there.
-    """
-    directory, given, refused = expanded(path), f"--workdir={plain(path, QUOTED)}", ""
-    if re.search("[\n\r\ud800-\udfff]", str(directory.absolute())):
-        raise ValueError(f"{given}: its path has a line's end in it, or is not UTF-8. Name another directory.")
-    try:
-        if jax.process_index() == 0:
-            lock.take(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except BlockingIOError as error:
-        refused = f"{given}: {error}"
-    except OSError as error:
-        refused = f"{given} cannot be written to ({error.strerror}): name a directory that can."
-    if jax.process_count() > 1 and multihost_utils.process_allgather(np.bool_(bool(refused))).any():
-        refused = refused or f"{given} was refused to another of the processes, which says why."
-    if refused:
-        raise ValueError(refused)
-    return directory
-
-
-def influence(name: str, windows: int, flag: str = "influences") -> tb.Influence:
-    """The influence that a flag names, for a stream of ``windows`` windows.
-
-    Raises:
-      ValueError: if it names none.
-    """
-    kind, *settings = name.split(":")
-    if kind in ("truncate", "rtrl", "uoro") and not settings:
-        return {"truncate": tb.truncate, "rtrl": tb.rtrl, "uoro": tb.uoro}[kind]()
-    if kind == "replay" and re.fullmatch(r"(all|\d+)(:[\d.]+(e-?\d+)?)?", ":".join(settings)):
-        depth, *survival = settings
-        try:
-            if depth != "all" and (len(depth) > 10 or int(depth) > LARGEST):
-                raise ValueError(f"there are never more than {LARGEST} windows.")
-            return tb.replay(windows if depth == "all" else int(depth), *map(float, survival))
-        except ValueError as error:
-            raise ValueError(f"--{flag} has {plain(name, QUOTED)}: {plain(str(error), 200)} {INFLUENCES}") from error
-    raise ValueError(f"--{flag} has {plain(name, QUOTED)}, which is none. {INFLUENCES}")
-
-
-def check_influences(names: list[str]) -> None:
-    """Raises a ``ValueError`` unless each of ``names``, at least one, is an influence's."""
-    if not names:
-        raise ValueError(f"--influences is empty. {INFLUENCES}")
-    for name in names:
-        influence(name, 1)
 
 
 def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
@@ -333,64 +157,89 @@ def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
     return sorted({int(value) for value in values})
 
 
-def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any = None) -> None:
-    """Writes ``results.json`` with the flags and versions of this run, ``flags.txt`` for ``--flagfile``, and a figure.
-
-    Each file is written beside its place and moved into it, so that none is ever seen half-written. What is not finite,
-    as where a training diverged, is written as null.
-    """
-    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
-    made_by = {
+def made_by() -> dict[str, Any]:
+    """The flags, versions and devices of this launch."""
+    own = FLAGS.get_key_flags_for_module(sys.argv[0])
+    return {
         "flags": {flag.name: flag.value for flag in own},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "flax", "optax")}},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
+
+
+def write_flags(directory: pathlib.Path) -> None:
+    """``flags.txt``, to launch it again with ``--flagfile``."""
+    if jax.process_index() == 0:
+        with whole(directory / "flags.txt") as path:
+            own = FLAGS.get_key_flags_for_module(sys.argv[0])
+            path.write_text("".join(f"{flag.serialize()}\n" for flag in own if flag.serialize()))
+
+
+def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any = None) -> None:
+    """Writes ``results.json`` with the flags and versions of this run, ``flags.txt`` and a figure, each whole or not at all.
+
+    What is not finite, as where a training diverged, is written as null.
+    """
     if jax.process_index() > 0:
         return
-    with whole(directory / "flags.txt") as path:
-        path.write_text("".join(f"{flag.serialize()}\n" for flag in own if flag.serialize()))
+    write_flags(directory)
     if figure is not None:
         with whole(directory / "figure.png") as path:
             figure.savefig(path, dpi=150, bbox_inches="tight", format="png")
-    with whole(directory / "results.json") as path:
-        path.write_text(json.dumps(finite({**results, **made_by}), indent=1, allow_nan=False) + "\n")
+    write_json(directory / "results.json", {**results, **made_by()})
 
 
-@contextlib.contextmanager
-def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
-    """Shows ``report(done, text)``: a live bar on a terminal, elsewhere a plain line every few seconds."""
-    if console.is_terminal:
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda done, text: bar.update(task, completed=done, description=text)
+def join_processes(lanes: int) -> None:
+    """Joins the processes that the flags name, before JAX computes anything; none are named: this is the only one.
+
+    Raises:
+      ValueError: if the flags do not go together, the others are not found, or the lanes do not divide by all devices.
+    """
+    if FLAGS.coordinator is None and FLAGS.processes is FLAGS.process is None:
         return
-
-    began = last = time.monotonic()
-
-    def report(done: float, text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > 5 or done == total:
-            last = time.monotonic()
-            left = (last - began) * (total - done) / done if done else 0
-            print(f"{done:.4g} of {total} {unit}, {left:.0f} s left  {text}", flush=True)
-
-    yield report
-
-
-def finite(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {key: finite(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-@contextlib.contextmanager
-def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    part = target.with_name(f".{target.name}.part")
+    automatic = FLAGS.coordinator == "auto" and FLAGS.processes is FLAGS.process is None
+    if not automatic and (
+        None in (FLAGS.coordinator, FLAGS.processes, FLAGS.process) or FLAGS.process >= FLAGS.processes
+    ):
+        raise ValueError(
+            "Several processes need --coordinator=HOST:PORT, --processes=N and --process=I with I from 0 to N - 1, or "
+            "--coordinator=auto alone."
+        )
     try:
-        yield part
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+        jax.distributed.initialize(*(() if automatic else (FLAGS.coordinator, FLAGS.processes, FLAGS.process)))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"The processes did not meet: {str(error).splitlines()[0]}") from error
+    console.quiet = jax.process_index() > 0
+    if lanes % jax.device_count():
+        raise ValueError(
+            f"--lanes={lanes} cannot be spread over the {jax.device_count()} devices of {jax.process_count()} processes: "
+            f"give a multiple of {jax.device_count()}."
+        )
+
+
+def mesh(**sizes: int) -> Any:
+    """The devices that trainings or lanes are worth spreading over, of those that ``--devices`` allows."""
+    return machine.mesh(devices=DEVICES.value, **sizes)
+
+
+def arguments_of(given: list[str]) -> dict[str, Any]:
+    """The arguments of a task that ``--set=name=value`` gives: values as Python writes them, or else texts.
+
+    Raises:
+      ValueError: if one has no name, or is given twice.
+    """
+    found: dict[str, Any] = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            raise ValueError(f"--set={plain(each, QUOTED)}: give --set=name=value, each name once.")
+        found[name] = literal(value)
+    return found
+
+
+def literal(value: str) -> Any:
+    """A number, True, False, None, a list or a text, as Python writes it; without quotes it is a text."""
+    try:
+        return ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value

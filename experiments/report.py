@@ -1,4 +1,4 @@
-"""Makes a sweep's report again, from its results.json.
+"""Makes the report of a sweep again, from the results.json in its directory.
 
 python -m experiments.report runs/truncation_sweep
 """
@@ -7,8 +7,8 @@ import json
 import pathlib
 import sys
 
-from experiments import lock
-from tbptt_jax.study import report
+from tbptt_jax import study
+from tbptt_jax.study import lock
 from tbptt_jax.study.writing import plain
 
 if __name__ == "__main__":
@@ -18,8 +18,8 @@ if __name__ == "__main__":
     try:
         results = json.loads((place / "results.json").read_text())
         lock.take(place)
-        report.write(place, results)
-    except (ImportError, OSError, ValueError) as error:
+        study.report(place, results)
+    except (OSError, ValueError) as error:
         sys.exit(plain(f"report: {error}"))
     finally:
         lock.release()

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import tbptt_jax as tb
+from tbptt_jax.arrays import quoted
 from tbptt_jax.files import read_table
-from tbptt_jax.window import quoted
 
 GENERATED = {"train": 20_000, "valid": 4_000, "test": 4_000}
 

@@ -14,12 +14,10 @@ that is one, and else a JAX array; or a NumPy array, if JAX as it is configured 
 ``jax_enable_x64``, dates, strings, another byte order.
 """
 
-import collections
 import contextlib
 import errno
 import json
 import logging
-import math
 import operator
 import os
 import pathlib
@@ -36,9 +34,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from tbptt_jax.window import check_whole, quoted
-
-PyTree = Any
+from tbptt_jax.arrays import PyTree, check_whole, quoted, shortened
+from tbptt_jax.checkpoint_leaves import (
+    as_json,
+    devices_of,
+    is_packed,
+    is_whole,
+    kinds_of,
+    names_of,
+    pack,
+    stored_of,
+    unpack,
+)
 
 
 class Saved(NamedTuple):
@@ -93,7 +100,7 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
     directory = pathlib.Path(directory).absolute()
     if not isinstance(settings, dict):
         raise ValueError(f"`settings` is a {type(settings).__name__}; it needs to be a dict, such as {{'window': 16}}.")
-    settings = _as_json("settings", settings)
+    settings = as_json("settings", settings)
     check_whole("keep", keep)
 
     def written(write: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -114,9 +121,9 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
             raise ValueError(
                 f"`update` is {update}, and {directory} holds update {latest}: give a later one, or use another directory."
             )
-        arrays, leaves = _pack(state)
+        arrays, leaves = pack(state)
         # By way of text: what is written later, in another thread, is what `data` is now.
-        content = {"update": update, "settings": settings, "leaves": leaves, "data": _as_json("data", data)}
+        content = {"update": update, "settings": settings, "leaves": leaves, "data": as_json("data", data)}
         run = {"content": content, "checksum": _checksum_of_json(content)}
         items: dict[str, Any] = (
             {"arrays": ocp.args.StandardSave(arrays)} if arrays else {}
@@ -142,7 +149,7 @@ def open(directory: str | pathlib.Path, settings: dict[str, Any], keep: int = 3)
                 warnings.warn(f"{sentence} It is set aside as {aside.name}; update {update} is used.", stacklevel=2)
         _agree(True)  # the first process has set them aside
         manager.reload()
-        return Saved(update, _unpack(arrays, content["leaves"], like, places), content["data"])
+        return Saved(update, unpack(arrays, content["leaves"], like, places), content["data"])
 
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -191,6 +198,20 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
     Raises:
       ValueError: if there is none, all are broken, or it is another.
     """
+    return newest(directory, like).state
+
+
+def newest(directory: str | pathlib.Path, like: PyTree, *, partial: bool = False) -> Saved:
+    """The newest checkpoint that is whole, as :func:`load` reads it, with its update and data.
+
+    Args:
+      directory: where it is.
+      like: the state's tree, of its leaves or ``jax.ShapeDtypeStruct``.
+      partial: of any run, whatever its settings, only those leaves that ``like`` has; subtrees that are not wanted are None.
+
+    Raises:
+      ValueError: if there is none, all are broken, or it is another.
+    """
     directory = pathlib.Path(directory).absolute()
     if not directory.is_dir():
         raise ValueError(f"There is no directory {directory}: give one that `checkpoint.save` has written.")
@@ -204,11 +225,11 @@ def load(directory: str | pathlib.Path, like: PyTree) -> PyTree:
             if broken
             else f"{directory} holds no checkpoint: give a directory that `checkpoint.save` has written."
         )
-    _, content, arrays = found
-    places = _check_same_run(directory, content, {}, like)
+    update, content, arrays = found
+    places = _check_same_run(directory, content, content["settings"] if partial else {}, like, partial)
     for sentence in broken.values():
         warnings.warn(f"{sentence} The one before it, {found[0]}, is used.", stacklevel=2)
-    return _unpack(arrays, content["leaves"], like, places)
+    return Saved(update, unpack(arrays, content["leaves"], like, places), content["data"])
 
 
 def _newest(
@@ -233,48 +254,6 @@ def _agree(fine: bool) -> bool:
     return fine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(fine)).all())
 
 
-_PYTHON = {f"Python {kind.__name__}": kind for kind in (bool, int, float, complex, str)}
-
-
-def _pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """The leaves' bytes, as host arrays that are copies, and what is to be known of each."""
-    arrays: dict[str, np.ndarray] = {}
-    leaves: list[dict[str, Any]] = []
-    for kind, leaf in zip(_kinds("state", state), jax.tree.leaves(state), strict=True):
-        if kind["dtype"] in _PYTHON:
-            value = [leaf.real, leaf.imag] if isinstance(leaf, complex) else leaf
-            leaves.append({**kind, "value": _as_json(kind["path"], value)})
-            continue
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
-            raise ValueError(
-                f"`{kind['path']}` was donated, as `train_windows` donates the state that it is given: save the state that "
-                "it returned."
-            )
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        array = _whole(kind["path"], jax.random.key_data(leaf) if is_key else leaf)
-        data = array.tobytes()
-        array = array if is_key else np.frombuffer(data, np.uint8)  # of which no store changes a bit
-        impl = str(jax.random.key_impl(leaf)) if is_key else None
-        leaves.append(
-            {**kind, "key": impl, "checksum": zlib.crc32(data), "stored": [list(array.shape), str(array.dtype)]}
-        )
-        if array.size:  # Orbax refuses those without
-            arrays[str(len(leaves) - 1)] = array
-    return arrays, leaves
-
-
-def _whole(path: str, leaf: Any) -> np.ndarray:
-    """All of an array in this host's memory, wherever its parts are."""
-    if isinstance(leaf, jax.core.Tracer):
-        raise ValueError(f"`{path}` is traced: it has no numbers yet. Save outside of `jax.jit` and its like.")
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    array = np.asarray(leaf)
-    if array.dtype != leaf.dtype:  # numbers there are none, as in a `jax.ShapeDtypeStruct`
-        raise ValueError(f"`{path}` is {quoted(leaf)}, which has no numbers; {_AS_ARRAY}")
-    return array
-
-
 def _read(manager: ocp.CheckpointManager, update: int) -> tuple[dict[str, Any], list[np.ndarray]]:
     """The JSON and the arrays of a checkpoint, or an exception of any kind if something is wrong with it."""
     run = manager.restore(update, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
@@ -286,55 +265,28 @@ def _read(manager: ocp.CheckpointManager, update: int) -> tuple[dict[str, Any], 
     _check_content(content)
     if content.get("update", update) != update:  # those of before do not say
         raise ValueError(f"it is of update {content['update']}, under another's number")
-    templates = [np.broadcast_to(np.empty((), jax.numpy.dtype(d)), s) for s, d in map(_stored, content["leaves"])]
+    templates = [np.broadcast_to(np.empty((), jax.numpy.dtype(d)), s) for s, d in map(stored_of, content["leaves"])]
     wanted = {str(i): array for i, array in enumerate(templates) if array.size}
     items: dict[str, Any] = {"arrays": ocp.args.StandardRestore(wanted)} if wanted else {}
     stored = manager.restore(update, args=ocp.args.Composite(**items)).arrays if wanted else {}
     arrays = [stored.get(str(i), array) for i, array in enumerate(templates)]
     for leaf, array in zip(content["leaves"], arrays, strict=True):
         if "value" not in leaf and zlib.crc32(array.tobytes()) != leaf["checksum"]:
-            raise ValueError(f"`{_cut(str(leaf['path']))}` does not have its checksum")
+            raise ValueError(f"`{shortened(str(leaf['path']))}` does not have its checksum")
     return content, arrays
 
 
 def _check_content(content: Any) -> None:
     """Raises a ``ValueError`` unless it is as ``save`` writes it: a checksum that fits does not say so."""
 
-    def whole(x: Any) -> bool:
-        return type(x) is int and x >= 0
-
-    def shape(x: Any) -> bool:
-        return isinstance(x, list) and all(map(whole, x))
-
-    def value(x: Any, dtype: str) -> bool:
-        if _PYTHON[dtype] is complex:
-            return isinstance(x, list) and [type(part) for part in x] == [float, float]
-        return type(x) is _PYTHON[dtype]
-
-    def leaf(x: Any) -> bool:
-        if not isinstance(x, dict) or not isinstance(x.get("path"), str) or not isinstance(x.get("dtype"), str):
-            return False
-        if "value" in x or x["dtype"] in _PYTHON:
-            return x["dtype"] in _PYTHON and x.get("shape") == [] and value(x.get("value"), x["dtype"])
-        stored = x.get("stored")
-        if not shape(x.get("shape")) or not isinstance(stored, list) or [type(part) for part in stored] != [list, str]:
-            return False
-        if not shape(stored[0]) or not isinstance(x.get("key"), str | None) or type(x.get("checksum")) is not int:
-            return False
-        held = math.prod(stored[0]) * jax.numpy.dtype(stored[1]).itemsize
-        if x["key"] is None:
-            return held == math.prod(x["shape"]) * jax.numpy.dtype(x["dtype"]).itemsize
-        words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=x["key"])))
-        return stored == [[*x["shape"], *words.shape], str(words.dtype)]
-
     try:
         fine = (
             isinstance(content, dict)
-            and whole(content.get("update", 0))
+            and is_whole(content.get("update", 0))
             and isinstance(content.get("settings"), dict)
             and isinstance(content.get("leaves"), list)
             and "data" in content
-            and all(map(leaf, content["leaves"]))
+            and all(map(is_packed, content["leaves"]))
         )
     except Exception:  # a dtype or an implementation of keys that there is not
         fine = False
@@ -342,67 +294,32 @@ def _check_content(content: Any) -> None:
         raise ValueError("its JSON is not what is written here")
 
 
-def _stored(leaf: dict[str, Any]) -> tuple[list[int], str]:
-    """The shape and the dtype of what Orbax holds of a leaf."""
-    return leaf.get("stored", ([0], "uint8"))
-
-
-def _unpack(arrays: list[np.ndarray], leaves: list[dict[str, Any]], like: PyTree, places: list[int]) -> PyTree:
-    """The tree of ``like``, whose i-th leaf was saved as number ``places[i]``."""
-
-    def place(stored: np.ndarray, leaf: dict[str, Any], like: Any) -> Any:
-        if "value" in leaf:
-            value = leaf["value"]
-            return complex(*value) if _PYTHON[leaf["dtype"]] is complex else value
-        own: Any
-        if leaf["key"]:
-            own = jax.random.wrap_key_data(jax.numpy.array(stored), impl=leaf["key"])
-        else:
-            dtype = jax.numpy.dtype(leaf["dtype"])
-            array = np.frombuffer(bytearray(stored.tobytes()), dtype) if stored.size else np.empty(0, dtype)
-            array = array.reshape(leaf["shape"])
-            if isinstance(like, np.generic):
-                return array[()]
-            if isinstance(like, np.ndarray):
-                return array
-            try:
-                own = jax.numpy.array(array)  # not the host's memory: a train step may be given it to write into
-            except TypeError:  # of a dtype that JAX does not have
-                return array
-            if own.dtype != dtype:
-                return array
-        return jax.device_put(own, getattr(like, "sharding", None))
-
-    likes, tree = jax.tree.flatten(like)
-    return jax.tree.unflatten(tree, [place(arrays[i], leaves[i], x) for i, x in zip(places, likes, strict=True)])
-
-
 def _check_same_run(
-    directory: pathlib.Path, content: dict[str, Any], settings: dict[str, Any], like: PyTree
+    directory: pathlib.Path, content: dict[str, Any], settings: dict[str, Any], like: PyTree, partial: bool = False
 ) -> list[int]:
-    """Where each leaf of ``like`` is among those of the checkpoint, if it is of this run and state."""
+    """Where each leaf of ``like`` is among those of the checkpoint, if it is of this run and state, or ``partial`` of it."""
     old, nothing = content["settings"], "nothing"
 
     def shown(settings: dict[str, Any], name: str) -> str:
         return quoted(settings[name]) if name in settings else nothing
 
     differ = [
-        f"{_cut(str(name))} {shown(old, name)}, here {shown(settings, name)}"
+        f"{shortened(str(name))} {shown(old, name)}, here {shown(settings, name)}"
         for name in {**old, **settings}
         if name not in old or name not in settings or not _same(old[name], settings[name])
     ]
     if not differ:
-        kinds = _kinds("like", like)
+        kinds = kinds_of("like", like)
         then, now = (
-            dict(zip(_names(leaves), (f"{leaf['dtype']}{leaf['shape']}" for leaf in leaves), strict=True))
+            dict(zip(names_of(leaves), (f"{leaf['dtype']}{leaf['shape']}" for leaf in leaves), strict=True))
             for leaves in (content["leaves"], kinds)
         )
         differ = [
-            f"`{_cut(str(path))}` {then.get(path, nothing)}, here {now.get(path, nothing)}"
-            for path in {**then, **now}
+            f"`{shortened(str(path))}` {then.get(path, nothing)}, here {now.get(path, nothing)}"
+            for path in (now if partial else {**then, **now})
             if then.get(path) != now.get(path)
         ]
-        devices = _devices(content["leaves"], kinds)
+        devices = None if partial else devices_of(content["leaves"], kinds)
         if devices:
             raise ValueError(
                 f"The checkpoints in {directory} hold {differ[0]}: of what the influence knows, every device has its own, "
@@ -422,67 +339,6 @@ def _same(a: Any, b: Any) -> bool:
     return a == b or json.dumps(a) == json.dumps(b)  # a NaN is not equal to itself
 
 
-def _devices(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> tuple[int, int] | None:
-    """How many devices there were and are, if the states differ in this alone (see :func:`tbptt_jax.sharding.over_lanes`)."""
-    if [leaf["path"] for leaf in then] != [leaf["path"] for leaf in now]:
-        return None
-    pairs = [(a, b) for a, b in zip(then, now, strict=True) if (a["dtype"], a["shape"]) != (b["dtype"], b["shape"])]
-    numbers = {(a["shape"][0], b["shape"][0]) for a, b in pairs if a["shape"] and b["shape"]}
-    same = all(
-        ".influence" in a["path"] and (a["dtype"], a["shape"][1:]) == (b["dtype"], b["shape"][1:]) for a, b in pairs
-    )
-    return numbers.pop() if same and len(numbers) == 1 else None
-
-
-_AS_ARRAY = "give an array, such as `np.asarray` makes, a Python number or a string."
-
-
-def _kinds(name: str, tree: PyTree) -> list[dict[str, Any]]:
-    """The path, dtype and shape of each leaf.
-
-    Raises:
-      ValueError: if one is of a kind whose bits cannot be kept.
-    """
-    return [
-        {
-            "path": (at := jax.tree_util.keystr(path, simple=True, separator=".")),
-            "dtype": _dtype(f"`{at}`" if at else f"`{name}`", leaf),
-            "shape": list(getattr(leaf, "shape", ())),
-        }
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
-def _dtype(name: str, leaf: Any) -> str:
-    """The dtype of a leaf, for a Python number or string its type."""
-    if type(leaf) in _PYTHON.values():
-        return f"Python {type(leaf).__name__}"
-    if isinstance(leaf, np.ma.MaskedArray):
-        raise ValueError(f"{name} is a masked array: give its `.data` and its `.mask`, as two arrays.")
-    dtype: Any = getattr(leaf, "dtype", None)
-    is_key = str(dtype).startswith("key<")
-    if not hasattr(leaf, "shape") or not (isinstance(dtype, np.dtype) or is_key):
-        raise ValueError(f"{name} is {quoted(leaf)}, a {type(leaf).__name__}; {_AS_ARRAY}")
-    if not is_key and dtype.names is not None:
-        raise ValueError(f"{name} is a structured array of {quoted(dtype.names)}: give its fields, one array each.")
-    if not is_key and dtype.kind in "OT":
-        raise ValueError(
-            f"{name} has dtype {_cut(str(dtype))}, which only points to what it holds: give numbers or strings, such as "
-            "`np.asarray(x.tolist())` makes of them."
-        )
-    return str(dtype)
-
-
-def _names(leaves: list[dict[str, Any]]) -> list[str]:
-    """The leaves' paths; where several have one, such as ``{"a.b": x, "a": {"b": y}}``, they are numbered."""
-    seen: collections.Counter[str] = collections.Counter()
-    names = []
-    for path in (leaf["path"] for leaf in leaves):
-        seen[path] += 1
-        names.append(path if seen[path] == 1 else f"{path} ({seen[path]})")
-    return names
-
-
 def _update(update: Any) -> int:
     try:
         number = operator.index(update)
@@ -491,21 +347,6 @@ def _update(update: Any) -> int:
     if number < 0:
         raise ValueError(f"`update` is {quoted(update)}; it needs to be a whole number, at least 0.")
     return number
-
-
-def _as_json(name: str, value: Any) -> Any:
-    """What JSON makes of ``value``, a copy."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"`{name}` cannot be written as JSON: {_cut(str(error))}. Give dicts, lists, strings and Python numbers, "
-            "such as `x.tolist()` makes of an array."
-        ) from error
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _checksum_of_json(content: Any) -> int:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tbptt_jax.window import quoted
+from tbptt_jax.arrays import quoted
 
 Path = str | os.PathLike[str]
 

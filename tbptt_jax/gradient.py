@@ -12,21 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tbptt_jax.arrays import at_least_float32, is_leaf, same_tree, where_lanes
 from tbptt_jax.influence import Influence, Linearisation, truncate
 from tbptt_jax.influence.influence import WindowVJP, window_vjp
 from tbptt_jax.ranges import check_ranges
-from tbptt_jax.recurrence import Recurrence, check_carry, some_numbers, unroll_window
-from tbptt_jax.window import (
-    Window,
-    at_least_float32,
-    check,
-    is_leaf,
-    is_scored,
-    same_tree,
-    step_weights,
-    time_shape,
-    where_lanes,
-)
+from tbptt_jax.recurrence import Recurrence, check_carry, unroll_window
+from tbptt_jax.step_by_step import some_numbers
+from tbptt_jax.window import Window, check, is_scored, step_weights, time_shape
 
 PyTree = Any
 Loss = Callable[[PyTree, Window], Any]

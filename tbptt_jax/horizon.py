@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tbptt_jax.arrays import at_least_float32
+from tbptt_jax.cutting import split
 from tbptt_jax.gradient import Loss, as_real, gradient, objective, step_losses, weighted_mean
 from tbptt_jax.influence import Influence
 from tbptt_jax.recurrence import Recurrence, rematerialised, unroll_window
-from tbptt_jax.window import Window, at_least_float32, check, is_scored, split, time_shape
+from tbptt_jax.window import Window, check, is_scored, time_shape
 
 PyTree = Any
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tbptt_jax.window import Array, Window, check, check_whole, quoted, time_shape
+from tbptt_jax.arrays import Array, check_whole, quoted
+from tbptt_jax.window import Window, check, time_shape
 
 PyTree = Any
 

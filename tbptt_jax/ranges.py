@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tbptt_jax.recurrence import Recurrence, some_numbers
-from tbptt_jax.window import Window, is_scored, on_host
+from tbptt_jax.arrays import on_host
+from tbptt_jax.recurrence import Recurrence
+from tbptt_jax.step_by_step import some_numbers
+from tbptt_jax.window import Window, is_scored
 
 PyTree = Any
 MOST = 16  # labels out of range that are tried

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tbptt_jax.window import Window, check, check_scored, check_whole, pad, time_shape
+from tbptt_jax.arrays import check_whole, pad
+from tbptt_jax.window import Window, check, check_scored, time_shape
 
 PyTree = Any
 

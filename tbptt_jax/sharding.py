@@ -19,9 +19,10 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tbptt_jax.arrays import check_whole, is_leaf
 from tbptt_jax.gradient import Estimate, Metrics, StreamState, as_real, gradient, of_each, of_real
 from tbptt_jax.influence.influence import LANE, WindowVJP
-from tbptt_jax.window import Window, check_whole, is_leaf, step_weights, time_shape
+from tbptt_jax.window import Window, step_weights, time_shape
 
 PyTree = Any
 RUN = "run"

@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tbptt_jax.arrays import check_whole
 from tbptt_jax.files import Path, read_text, reading
 from tbptt_jax.files import read_csv as read_csv
-from tbptt_jax.window import Window, check_whole, time_shape
+from tbptt_jax.window import Window, time_shape
 
 PyTree = Any
 
@@ -70,16 +71,45 @@ def windows(
       ValueError: now, if the arrays disagree or cannot be laid out so; when the element is reached, if the data is not
         finite, with the step of the file.
     """
+    check_whole("per_call", per_call)
+    check_whole("epochs", 1 if epochs is None else epochs)
+    count, cut = cutter(inputs, targets, lanes=lanes, length=length, shard=shard)
+    total = sys.maxsize if epochs is None else epochs * count
+
+    def read(call: int) -> Window:
+        return cut(np.arange(call * per_call, min((call + 1) * per_call, total)) % count)
+
+    return grain.MapDataset.range(-(-total // per_call)).map(read).map(place).to_iter_dataset(_AHEAD)
+
+
+def cutter(
+    inputs: PyTree,
+    targets: PyTree = None,
+    *,
+    lanes: int,
+    length: int,
+    shard: tuple[int, int] = (0, 1),
+) -> tuple[int, Callable[[np.ndarray], Window]]:
+    """The windows of a corpus by their numbers, each read when it is asked for.
+
+    Args:
+      inputs: pytree of arrays ``[time, ...]``, in memory or mapped.
+      targets: pytree of arrays ``[time, ...]``, or None.
+      lanes: how many streams to read side by side.
+      length: steps in each window.
+      shard: as in :func:`windows`.
+
+    Returns:
+      How many windows there are, and ``numbers -> windows`` ``[numbers, lanes / count, length, ...]`` in the host's memory.
+
+    Raises:
+      ValueError: now, if the arrays disagree or cannot be laid out so; when a window is read, if it is not finite.
+    """
     (time,) = time_shape(Window(inputs, targets), ("time",))
     inputs, targets = jax.tree.map(np.asarray, (inputs, targets))
     corpus = f"a corpus of {time} steps{_of(_mapped(jax.tree.leaves(inputs)[0]))}"
-    for name, number in (
-        ("lanes", lanes),
-        ("length", length),
-        ("per_call", per_call),
-        ("epochs", 1 if epochs is None else epochs),
-    ):
-        check_whole(name, number)
+    check_whole("lanes", lanes)
+    check_whole("length", length)
     if lanes > time:
         raise ValueError(f"{lanes} lanes of {corpus} were asked for: choose from 1 to {time}.")
     stretch = -(-time // lanes)
@@ -96,13 +126,11 @@ def windows(
         )
     own = np.split(np.arange(lanes), shards)[index]
     count = -(-stretch // length)
-    total = sys.maxsize if epochs is None else epochs * count
     padded = lanes * stretch > time or count * length > stretch
     maps = {id(m): m for m in map(_mapped, jax.tree.leaves((inputs, targets))) if m is not None}.values()
 
-    def read(call: int) -> Window:
-        number = np.arange(call * per_call, min((call + 1) * per_call, total)) % count
-        t = number[:, None, None] * length + np.arange(length)  # steps of a lane [windows, 1, length]
+    def read(numbers: np.ndarray) -> Window:
+        t = numbers[:, None, None] * length + np.arange(length)  # steps of a lane [windows, 1, length]
         steps = t + stretch * own[:, None]  # of the corpus [windows, lanes, length]
         valid = (t < stretch) & (steps < time) if padded else None
         cut = functools.partial(_cut, steps=steps, valid=valid)
@@ -116,7 +144,7 @@ def windows(
             _forget(mapped)
         return window
 
-    return grain.MapDataset.range(-(-total // per_call)).map(read).map(place).to_iter_dataset(_AHEAD)
+    return count, read
 
 
 def open_npy(path: Path) -> np.memmap:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from tbptt_jax.arrays import at_least_float32, where_lanes
 from tbptt_jax.gradient import (
     Estimate,
     Loss,
@@ -23,7 +24,7 @@ from tbptt_jax.gradient import (
 )
 from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, unroll_window
-from tbptt_jax.window import Window, at_least_float32, check, check_scored, time_shape, where_lanes
+from tbptt_jax.window import Window, check, check_scored, time_shape
 
 PyTree = Any
 
@@ -75,16 +76,9 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation | opt
       ValueError: now, if they are not these; from ``init`` and ``update`` what the estimator's raise, and if the optimiser
         needs an argument that is not among these.
     """
-    several = getattr(getattr(optimiser, "update", None), "__self__", None)
-    if isinstance(several, optax.MultiSteps):  # its own `gradient_transformation` keeps the extra arguments from it
-        optimiser = optax.GradientTransformationExtraArgs(several.init, several.update)
-    for name, given, needed, like in (
-        ("estimate", estimate, Estimate, "`tb.gradient(model, loss)`"),
-        ("optimiser", optimiser, optax.GradientTransformation, "`optax.adam(1e-3)`"),
-    ):
-        if not isinstance(given, needed):
-            raise ValueError(f"`{name}` is {given!r}; it needs to be such as {like}.")
-    optimiser = optax.with_extra_args_support(optimiser)
+    if not isinstance(estimate, Estimate):
+        raise ValueError(f"`estimate` is {estimate!r}; it needs to be such as `tb.gradient(model, loss)`.")
+    optimiser = as_transformation(optimiser)
 
     @jax.jit  # every leaf a buffer of its own, so that `train_windows` can donate them
     def start(key: jax.Array, window: Window) -> TrainState:
@@ -129,6 +123,20 @@ def train_step(estimate: Estimate, optimiser: optax.GradientTransformation | opt
         return jax.tree.map(lambda n, o: jnp.where(scored, n, o), new, state)._replace(stream=stream), metrics
 
     return TrainStep(init, update, estimate)
+
+
+def as_transformation(optimiser: Any) -> optax.GradientTransformationExtraArgs:
+    """An optimiser as optax's extended transformation, ``optax.MultiSteps`` too.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    several = getattr(getattr(optimiser, "update", None), "__self__", None)
+    if isinstance(several, optax.MultiSteps):  # its own `gradient_transformation` keeps the extra arguments from it
+        optimiser = optax.GradientTransformationExtraArgs(several.init, several.update)
+    if not isinstance(optimiser, optax.GradientTransformation):
+        raise ValueError(f"`optimiser` is {optimiser!r}; it needs to be such as `optax.adam(1e-3)`.")
+    return optax.with_extra_args_support(optimiser)
 
 
 def skip_not_finite(step: TrainStep) -> TrainStep:

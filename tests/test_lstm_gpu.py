@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import rnn
 
 import tbptt_jax as tb
-from tbptt_jax import lstm_gpu
+from tbptt_jax.lstm import gpu
 
 LANES, TIME, INPUTS, FEATURES = 18, 9, 3, 6  # neither a multiple of a kernel's block
 KEYS = jax.random.split(jax.random.key(0), 6)
@@ -136,5 +136,5 @@ def test_for_a_gpu_the_loops_are_two_kernels(features, monkeypatch):
 
 def test_the_flat_weights_are_unpacked_by_jax_as_they_were():
     (weights,) = tb.lstm(FEATURES).init(KEYS[3], jnp.zeros((1, 1, INPUTS)))["cell"]
-    w_ih, w_hh, b_ih, b_hh = rnn.unpack_lstm_weights(lstm_gpu.flat_weights(weights), INPUTS, FEATURES, 1, False)
+    w_ih, w_hh, b_ih, b_hh = rnn.unpack_lstm_weights(gpu.flat_weights(weights), INPUTS, FEATURES, 1, False)
     agree((w_ih[0], w_hh[0], b_ih[0] + b_hh[0]), (weights.input.T, weights.recurrent.T, weights.bias), 0)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tbptt_jax.arrays import check_whole
 from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP
-from tbptt_jax.window import check_whole
 
 PyTree = Any
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from tbptt_jax.arrays import at_least_float32
 from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP, check_carried
-from tbptt_jax.window import at_least_float32
 
 PyTree = Any
 

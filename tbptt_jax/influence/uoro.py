@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tbptt_jax.arrays import at_least_float32
 from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP, check_carried, lane_keys
-from tbptt_jax.window import at_least_float32
 
 PyTree = Any
 

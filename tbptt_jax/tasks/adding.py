@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tbptt_jax.window import Window, sequences
+from tbptt_jax.cutting import sequences
+from tbptt_jax.window import Window
 
 
 def adding(key: jax.Array, n: int, length: int) -> Window:

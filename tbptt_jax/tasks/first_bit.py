@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tbptt_jax.window import Window, sequences
+from tbptt_jax.cutting import sequences
+from tbptt_jax.window import Window
 
 
 class Floor(NamedTuple):

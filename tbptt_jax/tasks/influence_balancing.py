@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tbptt_jax.cutting import sequences
 from tbptt_jax.recurrence import Recurrence, from_step
-from tbptt_jax.window import Window, sequences
+from tbptt_jax.window import Window
 
 PyTree = Any
 

@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from tbptt_jax.window import Window, sequences
+from tbptt_jax.cutting import sequences
+from tbptt_jax.window import Window
 
 SHORT, LONG = 3, 8
 

@@ -58,7 +58,7 @@ def write(directory: pathlib.Path, results: dict[str, Any]) -> None:
     files = {f"{kind}.svg": on_paper(drawn(these)) for kind, these in panels.items() if these}
     files["rows.csv"] = csv_of(rows)
     files["report.html"] = page(
-        results=results,
+        results=dict.fromkeys(("about", "command", "git", "device", "versions", "flags")) | results,
         metric=metric,
         higher=higher,
         rows=rows,

@@ -1,8 +1,9 @@
 """The LSTM's loop over time on NVIDIA GPUs: cuDNN's, and kernels that keep the recurrent weights on the chip.
 
 :func:`cudnn` is a whole window, forward and backward, by the library. :data:`PALLAS` is only what recurs, in the place of
-the scans of :mod:`tbptt_jax.lstm`: one program runs through all steps of a few lanes, so that a step is no launch of its own
-and the weights are fetched once a window (Diamos et al. 2016, *Persistent RNNs: stashing recurrent weights on-chip*).
+the scans of :mod:`tbptt_jax.lstm.window`: one program runs through all steps of a few lanes, so that a step is no launch of
+its own and the weights are fetched once a window (Diamos et al. 2016, *Persistent RNNs: stashing recurrent weights
+on-chip*).
 """
 
 import functools
@@ -15,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental import rnn
 from jax.experimental.pallas import triton as pltriton
+
+from tbptt_jax.lstm.weights import Weights
 
 LANES = 16  # of one program: the least that a tensor core's product takes
 
@@ -37,7 +40,7 @@ class Loops(NamedTuple):
     backward: Callable[..., tuple]
 
 
-def cudnn(weights: Any, carry: tuple, x: jax.Array) -> tuple[tuple, jax.Array]:
+def cudnn(weights: Weights, carry: tuple, x: jax.Array) -> tuple[tuple, jax.Array]:
     """A window by cuDNN: ``carry, x [lanes, time, inputs] -> carry, h [lanes, time, features]``, all float32.
 
     Products are float32 throughout, not TF32. Under ``vmap`` the windows go one after another.
@@ -72,14 +75,14 @@ def _settings(x: jax.Array, h: jax.Array) -> tuple[int, int, int, float, bool, l
 _window.defvjp(_window_forward, _window_backward)
 
 
-def flat_weights(weights: Any) -> jax.Array:
+def flat_weights(weights: Weights) -> jax.Array:
     """One layer's weights in cuDNN's order: W_ih, W_hh, each gate's matrix transposed, then two biases that are added."""
     parts = weights.input.T, weights.recurrent.T, weights.bias, jnp.zeros_like(weights.bias)
     return jnp.concatenate([part.ravel() for part in parts])
 
 
 def _forward(
-    dtype: Any, weights: Any, carry: tuple, gates: jax.Array, resets: jax.Array | None, valid: jax.Array | None
+    dtype: Any, weights: Weights, carry: tuple, gates: jax.Array, resets: jax.Array | None, valid: jax.Array | None
 ) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
     lanes, time, _ = gates.shape
     features = carry[0].shape[-1]
@@ -112,7 +115,7 @@ def _forward(
 
 def _backward(
     dtype: Any,
-    weights: Any,
+    weights: Weights,
     d_carry: tuple,
     d_hs: jax.Array,
     gates: jax.Array,

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from experiments import lock
+from tbptt_jax.study import lock
 
 STOP = signal.SIGTERM, signal.SIGINT
 
@@ -53,6 +53,9 @@ def heard(tell: Callable[[int], None]) -> Iterator[None]:
     Python runs its handlers between two instructions of the main thread, so not while a call compiles or runs. A thread
     therefore listens, woken by what the interpreter writes the moment a signal comes.
     """
+    if threading.current_thread() is not threading.main_thread():  # to which alone signals come
+        yield
+        return
     here, there = socket.socketpair()
     there.setblocking(False)
 
@@ -74,6 +77,25 @@ def heard(tell: Callable[[int], None]) -> Iterator[None]:
         there.close()
         thread.join()
         here.close()
+
+
+@contextlib.contextmanager
+def stop_asked(after: str = "after this call, saved") -> Iterator[Callable[[], int]]:
+    """Yields ``asked() -> int``: the first SIGTERM or SIGINT that has come, or 0. A second one ends the process at once.
+
+    Args:
+      after: when it stops and what becomes of the work, as it is told.
+    """
+    told: list[int] = []
+
+    def tell(number: int) -> None:
+        told.append(number)
+        if len(told) > 1:
+            leave(told[0])
+        print(f"{signal.Signals(number).name}: stopping {after}. Again: at once.", file=sys.stderr)
+
+    with heard(tell):
+        yield lambda: told[0] if told else 0
 
 
 def leave(number: int) -> None:

@@ -1,0 +1,40 @@
+"""What a study says while it runs: lines that are safe to show, and how far it is."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tbptt_jax.study.writing import plain
+
+console = Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """Prints a line that may hold a user's words: nothing in it is interpreted, and it is not broken."""
+    console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
+    """Shows ``report(done, text)``: a live bar on a terminal, elsewhere a plain line every few seconds."""
+    if console.is_terminal:
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done, text: bar.update(task, completed=done, description=text)
+        return
+
+    began = last = time.monotonic()
+
+    def report(done: float, text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5 or done == total:
+            last = time.monotonic()
+            left = (last - began) * (total - done) / done if done else 0
+            print(f"{done:.4g} of {total} {unit}, {left:.0f} s left  {text}", flush=True)
+
+    yield report

@@ -1,0 +1,168 @@
+"""Engines: where the trainings of a sweep run."""
+
+import concurrent.futures
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from tbptt_jax.study.machine import cores, memory
+from tbptt_jax.study.machine import mesh as devices_mesh
+from tbptt_jax.study.task import Task
+from tbptt_jax.study.trainings import Program, Trained, Training, compiled, train
+
+
+# Of JAX, what changes numbers: a worker has it as the launch has.
+CONFIG = "jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision", "jax_threefry_partitionable"
+
+
+class Job(NamedTuple):
+    """Attributes:
+    task: what is trained.
+    training: how.
+    name: for people.
+    """
+
+    task: Task
+    training: Training
+    name: str
+
+
+class Engine(Protocol):
+    """Does jobs, and yields what came of each as it comes: ``(number of the job, Trained or the exception)``."""
+
+    def __call__(
+        self, jobs: Sequence[Job], plan: Callable[[dict[int, int]], None], report: Callable[[int, int, float], None]
+    ) -> Iterator[tuple[int, Trained | Exception]]:
+        """Does the jobs.
+
+        Args:
+          jobs: what to do.
+          plan: is given the bytes that a device needs for each job, once and before any training, where they are known.
+          report: is given ``(number, updates, loss)`` of a job on its way, where that is known.
+        """
+
+
+def local(devices: int | None = None) -> Engine:
+    """This process, or the processes that work together: all seeds and rates of a job over their devices, job after job.
+
+    Programs are compiled first and side by side, each once: jobs that differ in their updates or carry share one. Memory is
+    looked at before anything is trained.
+
+    Args:
+      devices: to use at most; default all.
+    """
+
+    def run(
+        jobs: Sequence[Job], plan: Callable[[dict[int, int]], None], report: Callable[[int, int, float], None]
+    ) -> Iterator[tuple[int, Trained | Exception]]:
+        programs: dict[Any, Program | Exception] = {}
+        with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+            asked: dict[Any, Any] = {}
+            for job in jobs:
+                place = _program_of(job)
+                if place in asked or place in programs:
+                    continue
+                runs = len(job.training.rates) * job.training.seeds
+                try:
+                    asked[place] = pool.submit(
+                        compiled(job.task, job.training, devices_mesh(runs=runs, devices=devices))
+                    )
+                except Exception as error:  # as where a matrix of rtrl would be too large: the others go on
+                    programs[place] = error
+            for place, future in asked.items():
+                programs[place] = future.exception() or future.result()
+        needed = {i: p.bytes for i, job in enumerate(jobs) if isinstance(p := programs[_program_of(job)], Program)}
+        plan(needed)
+        limit = memory() // jax.local_device_count()
+        for i, most in needed.items():
+            if most > limit:
+                training = jobs[i].training
+                raise ValueError(
+                    f"Windows of {training.window} with {training.influence} need {most / 1e9:,.1f} GB, and a device has "
+                    f"{limit / 1e9:,.1f} GB: leave them out of --windows or --influences, or choose fewer --seeds, --lanes or "
+                    "--hidden."
+                )
+        for i, job in enumerate(jobs):
+            program = programs[_program_of(job)]
+            if isinstance(program, Exception):
+                yield i, program
+                continue
+            try:
+                yield i, train(job.training, program, lambda updates, loss, i=i: report(i, updates, loss))  # type: ignore[misc]
+            except Exception as error:  # whatever it is, the others go on
+                yield i, error
+
+    return run
+
+
+def _program_of(job: Job) -> Any:
+    return id(job.task), job.training._replace(carry="", updates=0)
+
+
+def ray(address: str | None = None, *, cpus: float = 1, gpus: float = 0, retries: int = 3) -> Engine:
+    """The machines of a Ray cluster: every job is a Ray task, tried again elsewhere when its worker or node dies.
+
+    Args:
+      address: of the cluster, as ``ray.init`` takes it, such as ``"auto"`` or ``"ray://head:10001"``. None: this machine.
+      cpus: CPU cores of each job.
+      gpus: GPUs of each job.
+      retries: how often a job is tried again after a worker or node died.
+
+    Raises:
+      ValueError: if Ray is not there (extra ``ray``).
+    """
+    try:
+        import ray as cluster
+    except ImportError as error:
+        raise ValueError(
+            "The engine is Ray, which is not installed: python -m pip install 'tbptt_jax[ray]', or leave the engine out."
+        ) from error
+
+    def run(
+        jobs: Sequence[Job], plan: Callable[[dict[int, int]], None], report: Callable[[int, int, float], None]
+    ) -> Iterator[tuple[int, Trained | Exception]]:
+        if not cluster.is_initialized():
+            cluster.init(address=address, log_to_driver=False, include_dashboard=False)
+        plan({})
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": False}
+        do = cluster.remote(**options)(_do)
+        waiting = {do.remote(_of(job)): i for i, job in enumerate(jobs)}
+        while waiting:
+            (done,), _ = cluster.wait(list(waiting), num_returns=1)
+            i = waiting.pop(done)
+            try:
+                yield i, cluster.get(done)
+            except cluster.exceptions.RayTaskError as error:
+                yield i, error.cause if isinstance(error.cause, Exception) else RuntimeError(str(error))
+            except cluster.exceptions.RayError as error:
+                yield i, RuntimeError(f"{error}".splitlines()[0])
+
+    return run
+
+
+def _of(job: Job) -> Any:
+    """A job as it is sent: a task by how it is made where that is known, so that its data is read where it is used."""
+    import cloudpickle
+
+    config = {name: getattr(jax.config, name) for name in CONFIG}
+    if job.task.source is not None:
+        return None, job.task.source, job.training, config
+    return cloudpickle.dumps(job.task), None, job.training, config
+
+
+def _do(job: Any) -> Trained:
+    """A job, in a worker."""
+    import cloudpickle
+
+    from tbptt_jax.study.machine import prepare
+    from tbptt_jax.study.task import task as make
+
+    pickled, source, training, config = job
+    prepare()
+    for name, value in config.items():
+        jax.config.update(name, value)
+    task = cloudpickle.loads(pickled) if source is None else make(source[0], **source[1])
+    runs = len(training.rates) * training.seeds
+    trained = train(training, compiled(task, training, devices_mesh(runs=runs))())
+    return trained._replace(params=jax.device_get(trained.params))

@@ -1,0 +1,394 @@
+"""Training a task, so that it lasts: kept on disk, gone on with bit for bit, judged on the way."""
+
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import tbptt_jax as tb
+from tbptt_jax.arrays import check_whole
+from tbptt_jax.checkpoint import newest
+from tbptt_jax.sharding import over_lanes, own_lanes, place
+from tbptt_jax.study import averaging
+from tbptt_jax.study.console import progress
+from tbptt_jax.study.guard import first_not_finite
+from tbptt_jax.study.lock import holding
+from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
+from tbptt_jax.study.machine import mesh as lane_mesh
+from tbptt_jax.study.scoring import measure, test_reader
+from tbptt_jax.study.task import Task, check_task, checksum, data_of, figures, keys_of, maker, reader
+from tbptt_jax.study.task import task as make_task
+from tbptt_jax.study.writing import QUOTED, plain, write_json
+from tbptt_jax.training import TrainState, TrainStep
+
+RECORD = "run.json"
+
+
+class Run(NamedTuple):
+    """Attributes:
+    task: what it is about.
+    params: those to use: the best on the validation data, or else the averaged, or else the last.
+    state: the state after the last update; ``state.params`` are the last parameters.
+    calls: what was measured, a :class:`tbptt_jax.study.loop.Call` for each compiled call.
+    updates: how many windows were read.
+    windows: in one reading of the training data.
+    workdir: where it is kept, or None.
+    settings: what makes it this run, as ``run.json`` has it.
+    """
+
+    task: Task
+    params: Any
+    state: TrainState
+    calls: list[Call]
+    updates: int
+    windows: int
+    workdir: pathlib.Path | None
+    settings: dict[str, Any]
+
+    @property
+    def model(self) -> tb.Recurrence:
+        """The task's model."""
+        return self.task.model
+
+
+def fit(
+    task: Task,
+    *,
+    window: int,
+    updates: int | None = None,
+    epochs: int | None = None,
+    workdir: str | pathlib.Path | None = None,
+    influence: tb.Influence | None = None,
+    optimiser: Any = None,
+    learning_rate: float = 0.01,
+    stateless: bool = False,
+    burn_in: int = 0,
+    lanes: int | None = None,
+    seed: int = 0,
+    windows_per_call: int = 50,
+    checkpoint_every: int = 500,
+    patience: int | None = None,
+    average: averaging.Averaging | None = None,
+    not_finite: str = "stop",
+    listeners: Sequence[Callable[[Event], None]] = (),
+    profile: int | None = None,
+    resume: bool = True,
+    start: "Run | str | pathlib.Path | None" = None,
+    settings: dict[str, Any] | None = None,
+    show: Callable[[list[Call]], str] | None = None,
+) -> Run:
+    """Trains a task; interrupted in any way, the same call goes on and ends with the same bits.
+
+    With more ``updates`` a run that is done is gone on with, from its last state, at another ``learning_rate`` if you like:
+    the rate of those that are added falls along a cosine of their own. For other data, or to begin from the best
+    parameters, ``start`` another run from it.
+
+    SIGTERM and SIGINT (Ctrl-C) finish the call, save, and exit with status 143 and 130; a second one exits at once.
+
+    Args:
+      task: the task.
+      window: steps of a window.
+      updates: one for each window, in all.
+      epochs: times to read the training data, instead.
+      workdir: where checkpoints and ``run.json`` go. None: nothing is kept.
+      influence: what the gradient knows of the past; default :func:`tbptt_jax.truncate`.
+      optimiser: an optax transformation. None: the gradient clipped to a norm of 1, then Adam.
+      learning_rate: Adam's at the start; it falls to zero along a cosine.
+      stateless: begin each window from the initial carry, for comparison.
+      burn_in: steps that a stateless window reads before those it scores.
+      lanes: training streams side by side; default the task's.
+      seed: of the parameters and of data that is drawn.
+      windows_per_call: windows, and so updates, in one compiled call.
+      checkpoint_every: updates from one checkpoint, and look at the validation data, to the next.
+      patience: stop after so many looks without a better one.
+      average: :func:`ema` or :func:`asgd`: what is judged and returned is an average of the parameters.
+      not_finite: ``"stop"`` or ``"skip"``: what a loss, gradient or carry that is not finite does.
+      listeners: each is given every :class:`Event`: :func:`jsonl`, :func:`tensorboard`, :func:`wandb`, or your own.
+      profile: the call that makes this update is traced by ``jax.profiler``, into ``workdir/profile``.
+      resume: False: begin afresh.
+      start: a run, or its workdir, whose parameters are begun from; its model needs to be of the same shapes.
+      settings: whatever else makes it this run, such as your optimiser's settings, as JSON.
+      show: ``calls -> text`` beside the progress; default the loss, and the validation's figure.
+
+    Returns:
+      The run.
+
+    Raises:
+      ValueError: before any compute, if an argument is not as described, the data does not fit the window and lanes, or the
+        workdir holds another run or is another process's; if a number is not finite, with its window, lane and step.
+      OSError: if a checkpoint could not be written.
+    """
+    check_task(task)
+    lanes = task.lanes if lanes is None else lanes
+    for name, number in {"window": window, "lanes": lanes, "windows_per_call": windows_per_call,
+                         "checkpoint_every": checkpoint_every, "patience": 1 if patience is None else patience}.items():  # fmt: skip
+        check_whole(name, number)
+    if (updates is None) == (epochs is None):
+        raise ValueError(f"`updates` is {updates} and `epochs` is {epochs}: give one of them.")
+    check_whole("updates" if epochs is None else "epochs", updates if epochs is None else epochs)  # type: ignore[arg-type]
+    if not_finite not in ("stop", "skip"):
+        raise ValueError(f"`not_finite` is {not_finite!r}; it needs to be 'stop' or 'skip'.")
+    needs_valid = patience is not None or (average is not None and average.nonmonotone is not None)
+    if needs_valid and task.valid is None:
+        raise ValueError("`patience` and `asgd` look at validation data, and the task has none: give it `valid`.")
+    if burn_in and not stateless:
+        raise ValueError(f"`burn_in` is {burn_in}, which is for stateless windows: give stateless=True, or leave it.")
+
+    keys = keys_of(seed)
+    data = data_of(task.train, keys.train)
+    read = reader(task, data, window, lanes, stateless=stateless, burn_in=burn_in)
+    updates = epochs * read.windows if epochs else updates
+    assert updates is not None
+    first = jax.tree.map(lambda x: x[0], read.read(0, 1))
+    lanes = len(jax.tree.leaves(first.inputs)[0])
+    begin_from = _params_of(start)
+    identity = {
+        "window": window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
+        "data": checksum(data), "average": average and list(average), "start": begin_from and checksum(begin_from),
+        **({"checkpoint_every": checkpoint_every, "patience": patience} if needs_valid else {}),
+        **(settings or {}),
+    }  # fmt: skip
+    with holding(workdir) as directory:
+        legs = _legs(directory, updates, None if optimiser is not None else learning_rate, resume)
+        units = max([h.shape[-1] for h in jax.tree.leaves(_carry(task, first)) if h.ndim > 1] or [1])
+        mesh = lane_mesh(lanes=lanes, window=window, units=units)
+        estimate = over_lanes(tb.gradient(task.model, task.loss, influence=influence), mesh)
+        chosen = _adam(legs) if optimiser is None else optimiser
+        step = tb.train_step(estimate, chosen if average is None else averaging.averaged(chosen, average))
+
+        def init() -> TrainState:
+            state = step.init(keys.init, first)
+            return state if begin_from is None else _started(state, step, begin_from, first)
+
+        own = own_lanes(lanes)
+
+        def windows(begin: int, end: int) -> tb.Window:
+            return place(jax.tree.map(lambda x: x[:, own], read.read(begin, end)), mesh)
+
+        judge = None
+        if task.valid is not None:
+            valid = test_reader(task, task.valid, "valid", window, stateless, burn_in, seed)
+            judge = Judge(
+                lambda params: measure(task, jax.device_get(params), valid),
+                figures(task)[0].better == "higher",
+                patience,
+            )
+        if directory is not None and jax.process_index() == 0:
+            inputs = _spec(first.inputs)
+            source, arguments = task.source or (None, {})
+            record = {"task": source, "arguments": arguments, "codec": task.codec, "settings": identity, "legs": legs}
+            write_json(
+                directory / RECORD, record | {"judged": judge is not None, "windows": read.windows, "inputs": inputs}
+            )
+        with progress(updates, "updates") as report:
+
+            def listen(event: Event) -> None:
+                if event.kind == "call":
+                    calls.append(Call(**_call(event)))
+                    report(event.updates, (show or _shown)(calls))
+                elif event.kind == "begin":
+                    calls.extend(Call(**_call(past)) for past in event.history)
+
+            calls: list[Call] = []
+            kept, calls = train(
+                step,
+                init,
+                windows,
+                lambda state, window: first_not_finite(task.model, task.loss, state.params, state.stream.carry, window),
+                updates=updates,
+                per_call=windows_per_call,
+                every=checkpoint_every,
+                directory=directory and directory / "checkpoints",
+                settings=identity,
+                resume=resume,
+                skip=not_finite == "skip",
+                judge=judge,
+                nonmonotone=average and average.nonmonotone,
+                listeners=(listen, *listeners),
+                profile=profile,
+            )
+    return _run(task, kept, calls, read.windows, directory, identity)
+
+
+def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:
+    """A run as it was last kept: its model, parameters and codec, ready to predict, stream, be prompted or exported.
+
+    Args:
+      workdir: of a :func:`fit`.
+      task: the task that was fitted, if it was made in a program. None: it is made again from the reference that
+        :func:`task` was given, such as ``"char_lm"`` or ``"file.py:function"``, its data unread where it can be.
+
+    Raises:
+      ValueError: if there is no run, it is broken, or its task is not known.
+    """
+    directory = pathlib.Path(workdir).expanduser()
+    path = directory / RECORD
+    if not path.exists():
+        raise ValueError(f"{plain(str(directory), QUOTED)} holds no run, as study.fit keeps one: there is no {RECORD}.")
+    try:
+        record = json.loads(path.read_text())
+        reference, arguments, codec = record["task"], record["arguments"], record["codec"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{plain(str(path), QUOTED)} is broken, so the run there is not known.") from error
+    if task is None:
+        if reference is None:
+            raise ValueError(
+                f"The run in {plain(str(directory), QUOTED)} was made from a Task in a program: give it as well, "
+                "`study.load(workdir, task)`, or make it by `study.task('file.py:function')`."
+            )
+        takes = inspect.signature(maker(reference)).parameters
+        task = make_task(reference, **arguments, **({"codec": codec} if "codec" in takes and codec else {}))
+    inputs = _of_spec(record["inputs"]) if record.get("inputs") else _inputs(task)
+    like = jax.eval_shape(task.model.init, jax.random.key(0), inputs)
+    averages = record["settings"].get("average")
+    whole = TrainState(like, averaging.Average(None, None, None, like) if averages else None, None, np.int32(0))  # type: ignore[arg-type]
+    saved = newest(directory / "checkpoints", Kept(whole, like if record["judged"] else ()), partial=True)
+    calls = [Call(*call) for call in saved.data["calls"]]
+    return _run(task, saved.state, calls, record["windows"], directory, record["settings"])
+
+
+def _run(
+    task: Task, kept: Kept, calls: list[Call], windows: int, directory: pathlib.Path | None, settings: dict[str, Any]
+) -> Run:
+    judged = any(call.valid for call in calls) and jax.tree.leaves(kept.best)
+    params = kept.best if judged else averaging.params_of(kept.state)
+    updates = calls[-1].updates if calls else 0
+    return Run(task, params, kept.state, calls, updates, windows, directory, settings)
+
+
+def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resume: bool) -> list[list[float]]:
+    """The stretches ``[first, last, rate]`` over which the rate falls, those of a run that is gone on with first.
+
+    Raises:
+      ValueError: if the run in the directory was made otherwise.
+    """
+    new: list[list[float]] = [[0, updates, rate if rate is not None else 0.0]]
+    path = directory and directory / RECORD
+    if not resume or path is None or not path.exists() or not (path.parent / "checkpoints").exists():
+        return new
+    try:
+        legs = json.loads(path.read_text())["legs"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{plain(str(path), QUOTED)} is broken, so the run there is not known: give another workdir."
+        ) from error
+    _, last, before = legs[-1]
+    if [last, before] == new[0][1:] or rate is None:
+        return legs if rate is not None else new
+    made = max((int(p.name) for p in (path.parent / "checkpoints").iterdir() if p.name.isdecimal()), default=0)
+    if made == last and updates > last:
+        return [*legs, [last, updates, rate]]
+    if made == 0:
+        return new
+    there = f"{plain(str(path.parent), QUOTED)} holds a run of {last} updates with the learning rate {before:g}"
+    if made < last:
+        raise ValueError(
+            f"{there}, of which {made} are made, and {updates} with {rate:g} were asked for: give --updates={last} "
+            f"--learning_rate={before:g} to end it first, or begin afresh with --noresume or in another --workdir."
+        )
+    raise ValueError(
+        f"{there}, and {updates} with {rate:g} were asked for. To go on with it give more --updates than {last}, at any rate; "
+        f"to begin from what it has learned, --init_from={plain(str(path.parent), QUOTED)} and another --workdir; to begin "
+        "afresh, --noresume."
+    )
+
+
+def _adam(legs: list[list[float]]) -> optax.GradientTransformation:
+    """Adam with clipped gradients; over each leg the rate falls to zero along a cosine (Loshchilov and Hutter 2017, SGDR)."""
+
+    def rate(count: jax.Array) -> jax.Array:
+        value = jnp.float32(0)
+        for first, last, height in legs:
+            falls = optax.cosine_decay_schedule(height, int(last - first))(count - int(first))
+            value = jnp.where(count >= int(first), falls, value)
+        return value
+
+    schedule = rate if len(legs) > 1 else optax.cosine_decay_schedule(legs[0][2], int(legs[0][1]))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+def _carry(task: Task, first: tb.Window) -> Any:
+    lanes = len(jax.tree.leaves(first.inputs)[0])
+
+    def initial(key: jax.Array, inputs: Any) -> Any:
+        return task.model.initial_carry(task.model.init(key, inputs), lanes)
+
+    return jax.eval_shape(initial, jax.random.key(0), first.inputs)
+
+
+def _params_of(start: "Run | str | pathlib.Path | None") -> Any:
+    if start is None or isinstance(start, Run):
+        return start and start.params
+    return load(start).params
+
+
+def _started(state: TrainState, step: TrainStep, params: Any, first: tb.Window) -> TrainState:
+    """The state at update 0, begun from other parameters."""
+    then, now = (
+        {
+            jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (params, state.params)
+    )
+    differ = [
+        f"{name} {then.get(name)}, here {now.get(name)}" for name in {**then, **now} if then.get(name) != now.get(name)
+    ]
+    if differ:
+        raise ValueError(
+            f"The run to start from has other parameters: there {'; '.join(differ[:3])}. Give the model its sizes, and text its "
+            "vocabulary."
+        )
+    params = jax.tree.map(jnp.array, params)
+    optimiser = state.optimiser
+    if isinstance(optimiser, averaging.Average):
+        optimiser = optimiser._replace(mean=jax.tree.map(jnp.array, params))
+    stream = step.estimate.init(state.stream.key, params, first)
+    return state._replace(params=params, optimiser=optimiser, stream=stream)
+
+
+def _call(event: Event) -> dict[str, Any]:
+    valid = {name.removeprefix("valid/"): x for name, x in event.metrics.items() if name.startswith("valid/")}
+    others = {name: x for name, x in event.metrics.items() if not name.startswith("valid/")}
+    return {**others, "updates": event.updates, "valid": valid or None}
+
+
+def _shown(calls: list[Call]) -> str:
+    valid = next((call.valid for call in reversed(calls) if call.valid), {})
+    return f"loss {calls[-1].loss:.4g}" + "".join(f", validation {name} {x:.4g}" for name, x in valid.items())
+
+
+def _inputs(task: Task) -> Any:
+    """A window's inputs, for their shapes."""
+    data = data_of(task.train, keys_of(0).train)
+    if isinstance(data, tb.Window):
+        return jax.tree.map(lambda x: x[:1, :1], data.inputs)
+    return jax.tree.map(lambda x: jnp.asarray(x[None, :1]), data[0])
+
+
+def _spec(tree: Any) -> Any:
+    """The shapes and dtypes of arrays in dicts, lists and tuples as JSON; None for other trees."""
+    if isinstance(tree, dict) and all(isinstance(name, str) for name in tree):
+        parts = {name: _spec(x) for name, x in tree.items()}
+        return None if None in parts.values() else {"dict": parts}
+    if type(tree) in (list, tuple):
+        specs = [_spec(x) for x in tree]
+        return None if None in specs else {type(tree).__name__: specs}
+    if hasattr(tree, "shape") and not jax.dtypes.issubdtype(tree.dtype, jax.dtypes.prng_key):
+        return {"shape": list(tree.shape), "dtype": str(tree.dtype)}
+    return None
+
+
+def _of_spec(spec: Any) -> Any:
+    if "dict" in spec:
+        return {name: _of_spec(x) for name, x in spec["dict"].items()}
+    if "shape" in spec:
+        return jax.ShapeDtypeStruct(tuple(spec["shape"]), jnp.dtype(spec["dtype"]))
+    kind = list if "list" in spec else tuple
+    return kind(map(_of_spec, spec[kind.__name__]))

@@ -1,0 +1,94 @@
+"""What stops a run: a loss, a gradient or a carry that is not finite, and where it was first."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+import tbptt_jax as tb
+from tbptt_jax.recurrence import unroll_window
+from tbptt_jax.training import TrainState, TrainStep, all_finite, stays_finite
+from tbptt_jax.window import is_scored
+
+
+class Watched(NamedTuple):
+    """Attributes:
+    loss: as :class:`tbptt_jax.Metrics` has it.
+    weight: likewise.
+    finite: bool, whether the loss is, and all of the state that the window led to.
+    """
+
+    loss: Any
+    weight: Any
+    finite: Any
+
+
+def watched(step: TrainStep) -> TrainStep:
+    """The same step, its metrics :class:`Watched`."""
+
+    def update(state: TrainState, window: tb.Window) -> tuple[TrainState, Any]:
+        new, metrics = step.update(state, window)
+        return new, Watched(*metrics, stays_finite(state, new, metrics))
+
+    return step._replace(update=update)
+
+
+def not_finite(
+    step: TrainStep,
+    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None],
+    state: TrainState,
+    windows: tb.Window,
+    number: int,
+    loss: float,
+) -> str:
+    """What of window ``number``, the only one of ``windows``, read from ``state``, is not finite, where, and what to do."""
+    window = jax.tree.map(lambda x: x[0], windows)
+    (new, _), fine = jax.jit(step.update)(state, window), jax.jit(all_finite)
+    if not np.isfinite(loss):
+        what = f"The loss of window {number} is {loss}"
+    elif not fine(new.stream.carry):
+        what = f"The carry at the end of window {number} is not finite"
+    elif not fine((new.params, new.optimiser)):
+        what = f"The loss of window {number} is {loss:.4g}, and its gradient, or the update made of it, is not finite"
+    else:
+        what = f"What the influence knows after window {number} is not finite"
+    place = locate(state, window)
+    where = f", first in lane {place[0]} at step {place[1]}" if place else ""
+    if place and jax.process_count() > 1:
+        lanes = len(jax.tree.leaves(window.inputs)[0]) // jax.process_count()
+        where += f", which process {place[0] // lanes} reads"
+    return (
+        f"{what}{where}: lower the learning rate, look at the data there, or go on with --not_finite=skip, which leaves such "
+        "windows out."
+    )
+
+
+def first_not_finite(
+    model: tb.Recurrence, loss: Callable, params: Any, carry: Any, window: tb.Window
+) -> tuple[int, int] | None:
+    """``(lane, step)`` of a window's earliest scored step whose outputs or loss are not finite, or None.
+
+    Args:
+      model: the recurrence.
+      loss: ``(outputs, window) -> [lanes, time]``.
+      params: its parameters.
+      carry: at the window's left edge.
+      window: ``[lanes, time, ...]``; with several processes, all lanes, and all of them ask at once.
+    """
+
+    @jax.jit
+    def not_finite(params: Any, carry: Any, window: tb.Window) -> jax.Array:
+        _, outputs = unroll_window(model, params, carry, window)
+        bad = ~jnp.isfinite(loss(outputs, window))
+        for leaf in jax.tree.leaves(outputs):
+            bad |= ~jnp.isfinite(leaf).reshape(*bad.shape, -1).all(-1)
+        return bad & is_scored(window)
+
+    bad = not_finite(params, carry, window)
+    if not bad.is_fully_addressable:
+        bad = multihost_utils.process_allgather(bad, tiled=True)
+    places = np.argwhere(np.asarray(bad).T)  # by time
+    return (int(places[0][1]), int(places[0][0])) if len(places) else None

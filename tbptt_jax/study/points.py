@@ -1,0 +1,140 @@
+"""The points of a sweep on disk: each whole or not at all, found again by its name."""
+
+import json
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tbptt_jax.study.task import Task
+from tbptt_jax.study.trainings import Trained, curve
+from tbptt_jax.study.writing import QUOTED, finite, plain, whole, write_json
+
+MARK = "sweep.json"
+
+
+class Point(NamedTuple):
+    """Attributes:
+    budget: ``"data"`` or ``"updates"``, what is equal for all windows.
+    carry: ``"stateful"`` or ``"stateless"``.
+    influence: its name.
+    window: steps.
+    params: of the task's arguments, ``(name, value)`` of each that is swept.
+    """
+
+    budget: str
+    carry: str
+    influence: str
+    window: int
+    params: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        chosen = "".join(f"-{name}={value}" for name, value in self.params).replace("/", "_")
+        return f"{self.budget}-{self.carry}-{self.influence.replace(':', '_')}-{self.window}{chosen}"
+
+    def __str__(self) -> str:
+        chosen = "".join(f", {name} {value}" for name, value in self.params)
+        return f"{self.carry}, {self.influence}, windows of {self.window}{chosen}, equal {self.budget}"
+
+
+def rows_of(task: Task, point: Point, trained: Trained, settings: dict[str, Any], steps_each: float) -> list[dict]:
+    """A row for each learning rate; ``steps_each`` are the steps of an update."""
+    seeds, updates = settings["seeds"], trained.losses.shape[1]
+    rows = []
+    for i, rate in enumerate(settings["learning_rates"]):
+        mine = slice(i * seeds, (i + 1) * seeds)
+        rows.append(
+            {
+                "task": settings["task"],
+                **point._asdict(),
+                "params": dict(point.params),
+                "learning_rate": rate,
+                "seeds": seeds,
+                "updates": updates,
+                "steps": round(updates * steps_each),
+                "final_loss": float(trained.scores[mine, 0].mean()),
+                "final_metric": float(trained.scores[mine, 1].mean()),
+                "losses": trained.scores[mine, 0].tolist(),
+                "metrics": trained.scores[mine, 1].tolist(),
+                "exact_metric": task.exact(point.carry == "stateful", point.window) if task.exact else None,
+                "curve": curve(trained.losses[mine], trained.weights[mine], steps_each),
+                "seconds": trained.seconds,
+                "compile_seconds": trained.compile_seconds,
+                "temp_bytes": trained.temp_bytes,
+            }
+        )
+    return rows
+
+
+def keep(directory: pathlib.Path, point: Point, rows: list[dict], params: Any) -> None:
+    """A point on disk: the parameters of its first seed at each rate, then its rows, which say that it is done."""
+    if jax.process_index() > 0:
+        return
+    with whole(directory / f"{point.name}.npz") as path, path.open("wb") as file:
+        np.savez(file, *jax.tree.leaves(params))
+    write_json(directory / f"{point.name}.json", rows)
+    (directory / f"{point.name}.failed.json").unlink(missing_ok=True)
+
+
+def keep_failed(directory: pathlib.Path, point: Point, error: Exception) -> str:
+    """Why a point failed, on disk until it is done."""
+    why = f"{type(error).__name__}: {error}".splitlines()[0]
+    if jax.process_index() == 0:
+        write_json(
+            directory / f"{point.name}.failed.json", {**point._asdict(), "params": dict(point.params), "error": why}
+        )
+    return why
+
+
+def mark(directory: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Says which sweep the directory holds."""
+    if jax.process_index() == 0:
+        write_json(directory / MARK, settings)
+
+
+def check_same_sweep(directory: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Raises a ``ValueError`` if the directory holds another sweep."""
+    path = directory / MARK
+    if not path.exists():
+        return
+    try:
+        there = dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        name = plain(str(path), QUOTED)
+        raise ValueError(f"{name} is broken, so the sweep there is not known: give another --workdir.") from error
+    here = json.loads(json.dumps(settings))
+    differ = [
+        f"{name} {plain(str(there.get(name)), QUOTED)}, here {plain(str(here[name]), QUOTED)}"
+        for name in here
+        if there.get(name) != here[name]
+    ]
+    if differ:
+        raise ValueError(
+            f"{plain(str(directory), QUOTED)} holds another sweep: there {'; '.join(differ)}. Give its flags to go on with it, or "
+            "another --workdir."
+        )
+
+
+def found_in(kept: list[pathlib.Path], points: list[Point], ending: str) -> dict[Point, pathlib.Path]:
+    """Those points of which one of the directories has the file."""
+    places = {p: [d / "points" / f"{p.name}{ending}" for d in kept] for p in points}
+    return {
+        p: next(path for path in each if path.exists()) for p, each in places.items() if any(x.exists() for x in each)
+    }
+
+
+def write_events(directory: pathlib.Path, point: Point, rows: list[dict[str, Any]]) -> None:
+    """TensorBoard's event files, one run for each row."""
+    from tensorboardX import SummaryWriter
+
+    for row in finite(rows):
+        name = f"{point.name}-{row['learning_rate']:g}"
+        shutil.rmtree(directory / name, ignore_errors=True)  # or its curves would be drawn twice
+        with SummaryWriter(str(directory / name)) as writer:
+            losses = [("loss", *at) for at in zip(row["curve"]["updates"], row["curve"]["loss"], strict=True)]
+            for tag, update, value in [*losses, ("final_metric", row["updates"], row["final_metric"])]:
+                if value is not None:  # it diverged
+                    writer.add_scalar(tag, value, update)
