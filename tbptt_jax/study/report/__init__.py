@@ -2,6 +2,7 @@
 
 import csv
 import importlib.resources
+import importlib.util
 import io
 import json
 import math
@@ -32,8 +33,11 @@ def write(directory: pathlib.Path, results: dict[str, Any]) -> None:
 
     Raises:
       ValueError: if the results are not those of a sweep.
-      ModuleNotFoundError: if Jinja or vl-convert are not installed: ``pip install tbptt_jax[experiments]``.
+      ModuleNotFoundError: if Jinja or vl-convert is not installed.
     """
+    lacking = [name for name in ("jinja2", "vl_convert") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise ModuleNotFoundError(f"A report needs {' and '.join(lacking)}: pip install 'tbptt_jax[experiments]'.")
     missing = [name for name in ("task", "metric", "rows") if name not in results]
     if missing:
         raise ValueError(f"The results have no {', '.join(missing)}: give those of a sweep, as in its results.json.")

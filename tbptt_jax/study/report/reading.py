@@ -93,13 +93,14 @@ def two_windows(recommended: Row, suggested: Row, best: list[Row], bias: list[Ro
     here = [row for row in series if row["window"] == recommended.get("window")]
     if model is None or not here:
         return None
-    at, ask, place = here[0]["window"], suggested[model]["window"], (model, recommended["influence"])
+    row, top = (best_of(rows, higher=higher) for rows in (here, mine))
+    at, ask, place = row["window"], suggested[model]["window"], (model, recommended["influence"])
     return {
         "at": at,
         "ask": ask,
-        "score": best_of(here, higher=higher)["final_metric"],
-        "top": best_of(mine, higher=higher)["final_metric"],
-        "as_good": here[0] in as_good(mine, higher=higher),
+        "score": row["final_metric"],
+        "top": top["final_metric"],
+        "as_good": row in as_good(mine, higher=higher),
         "off": [r["relative_bias"] for r in bias if (r["model"], r["influence"], r["window"]) == (*place, at)],
         "shorter": [row for row in series if ask <= row["window"] < at],
         "carried": recommended["carry"] == "stateful",
