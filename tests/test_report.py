@@ -212,7 +212,7 @@ def test_the_time_to_reach_a_loss_is_that_of_the_first_place_of_the_curve_at_or_
     ],
 )
 def test_the_page_says_why_the_recommended_and_the_suggested_window_differ(at, ask, bias, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(charts, "svg", lambda panels, theme: "<svg></svg>")  # not looked at here
+    monkeypatch.setattr(charts, "svg", lambda panels: "<svg></svg>")  # not looked at here
     told = results(rates=(0.01,), windows=(2, 8), series=SERIES[:1], budgets=("data",))
     told["recommendation"]["window"] = at
     told["suggested"]["trained"]["window"] = ask
@@ -287,7 +287,7 @@ def test_what_is_told_is_no_formula_of_a_spreadsheet(tmp_path):
 def test_a_failure_writes_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="have no metric, rows: give those of a sweep"):
         study.report(tmp_path, {"task": "lag"})
-    monkeypatch.setattr(charts, "svg", lambda panels, theme: 1 / (len(panels) - 1))  # the page draws one by one
+    monkeypatch.setattr(charts, "svg", lambda panels: 1 / (len(panels) - 1))  # the page draws one by one
     with pytest.raises(ZeroDivisionError):
         study.report(tmp_path, results(windows=(2,), rates=(0.01,), series=SERIES[:1], budgets=("updates",)))
     assert not list(tmp_path.iterdir())

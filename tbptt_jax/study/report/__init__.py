@@ -1,18 +1,14 @@
 """The report of a sweep over window lengths: one page that opens anywhere, its charts as SVG files, its rows as CSV."""
 
-import csv
 import importlib.resources
 import importlib.util
-import io
-import json
 import math
 import pathlib
 import re
 from typing import Any
 
 from tbptt_jax.study.report import charts, reading
-from tbptt_jax.study.report.reading import Row, finite
-from tbptt_jax.study.writing import cell, whole
+from tbptt_jax.study.writing import csv_text, whole
 
 FIELDS = (
     *("task", "budget", "carry", "influence", "window", "learning_rate", "seeds", "updates", "steps"),
@@ -20,7 +16,7 @@ FIELDS = (
 )
 
 
-def write(directory: pathlib.Path, results: dict[str, Any]) -> None:
+def report(directory: pathlib.Path, results: dict[str, Any]) -> None:
     """Writes ``report.html``, ``rows.csv`` and an SVG for each kind of chart that there is something to draw for.
 
     Everything is drawn before anything is written; each file is then written whole or not at all. The same results give the
@@ -59,8 +55,8 @@ def write(directory: pathlib.Path, results: dict[str, Any]) -> None:
         "bias": charts.bias_panels(bias, best, suggested),
         "decay": charts.decay_panels(results.get("decay") or {}),
     }
-    files = {f"{kind}.svg": on_paper(drawn(these)) for kind, these in panels.items() if these}
-    files["rows.csv"] = csv_of(rows)
+    files = {f"{kind}.svg": on_paper(charts.svg(these)) for kind, these in panels.items() if these}
+    files["rows.csv"] = csv_text(results["rows"], FIELDS, without=("curve",))
     files["report.html"] = page(
         results=dict.fromkeys(("about", "command", "git", "device", "versions", "flags")) | results,
         metric=metric,
@@ -89,15 +85,13 @@ def page(**told: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    for each in (reading.value, reading.capital, reading.finite, reading.best_of, reading.name_of, drawn):
-        environment.filters[each.__name__] = each
+    environment.filters |= {
+        name: getattr(reading, name) for name in ("value", "capital", "finite", "best_of", "name_of")
+    }
+    environment.filters["svg"] = charts.svg
     environment.tests["known"] = lambda x: isinstance(x, int | float) and math.isfinite(x)
     environment.globals |= {"css": beside("palette.css") + beside("report.css"), "budgets": reading.BUDGETS}
     return environment.from_string(beside("report.html.j2")).render(told) + "\n"
-
-
-def drawn(panels: list[charts.Spec]) -> str:
-    return charts.svg(panels, json.loads(beside("theme.json")))
 
 
 def on_paper(svg: str) -> str:
@@ -108,21 +102,3 @@ def on_paper(svg: str) -> str:
 
 def beside(name: str) -> str:
     return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
-
-
-def csv_of(rows: list[Row]) -> str:
-    """A line for each row, without its curve; a list over seeds is separated by spaces; what is not finite is nan there, else empty."""
-
-    def told(x: Any) -> Any:
-        if isinstance(x, list | tuple):
-            return " ".join(str(y) if finite([y]) else "nan" for y in x)
-        if isinstance(x, dict | str):
-            return cell(x if isinstance(x, str) else json.dumps(x))
-        return "" if x is None or (isinstance(x, float) and not math.isfinite(x)) else x
-
-    fields = dict.fromkeys([*FIELDS, *(key for row in rows for key in row if key not in ("curve", "series"))])
-    to = io.StringIO()
-    out = csv.writer(to, lineterminator="\n")
-    out.writerow(map(cell, fields))
-    out.writerows([told(row.get(field)) for field in fields] for row in rows)
-    return to.getvalue()

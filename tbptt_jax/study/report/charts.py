@@ -4,6 +4,7 @@ Colours are the variables of ``palette.css``, which has them for light and for d
 their markers as well, and series without a carried state are dashed and hollow.
 """
 
+import importlib.resources
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ Spec = dict[str, Any]
 
 COLOURS, RAMP = [f"var(--s{i})" for i in range(7)], [f"var(--w{i})" for i in range(8)]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"]
+THEME = json.loads((importlib.resources.files(__package__) / "theme.json").read_text(encoding="utf-8"))
 LEAST_BIAS = 1e-8  # below what float32 can tell from none
 WIDTH = 380
 OWN: Spec = {"field": "colour", "type": "nominal", "scale": None}  # the colour that a point brings along, in no legend
@@ -23,7 +25,7 @@ BAND: Spec = {"y": {"field": "low"}, "y2": {"field": "high"}}
 DOTTED: Spec = {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 4], "strokeWidth": 1.5}
 
 
-def svg(panels: list[Spec], theme: Spec) -> str:
+def svg(panels: list[Spec]) -> str:
     """One chart, without its title, or several with theirs, two or three to a row."""
     import vl_convert
 
@@ -33,11 +35,12 @@ def svg(panels: list[Spec], theme: Spec) -> str:
     else:
         spec = {"concat": [{**panel, "width": 330, "height": 230} for panel in panels]}
         spec |= {"columns": 3 if len(panels) == 3 else 2, "spacing": 40}
-    return str(vl_convert.vegalite_to_svg(json.dumps({**spec, "config": theme}, allow_nan=False)))
+    return str(vl_convert.vegalite_to_svg(json.dumps({**spec, "config": THEME}, allow_nan=False)))
 
 
 def metric_panels(best: list[Row], metric: Row) -> list[Spec]:
-    higher, series, panels = metric["better"] == "higher", names(best), []
+    higher, unit = metric["better"] == "higher", ", ".join(filter(None, (metric["name"], metric["unit"])))
+    series, panels = names(best), []
     for budget, title in BUDGETS.items():
         mine = [row for row in best if row["budget"] == budget]
         data = [point(row, series, row["final_metric"]) for row in mine]
@@ -52,8 +55,7 @@ def metric_panels(best: list[Row], metric: Row) -> list[Spec]:
             layer({"type": "tick", "orient": "horizontal", "size": 18, "color": "var(--ink)"}, y={"field": "exact"}),
             crosses("height" if higher else 0),
         ]
-        told = [y for at in data for y in (at["y"], at["exact"], *at["seeds"])]
-        y = vertical(", ".join(filter(None, (metric["name"], metric["unit"]))), told, log_from=30)
+        y = vertical(unit, [y for at in data for y in (at["y"], at["exact"], *at["seeds"])], log_from=30)
         if mine:
             top = best_of(mine, higher=higher)
             says = f"{metric['name']} against window at {title}. Best: {value(top['final_metric'])}, {name_of(top)}."

@@ -57,11 +57,8 @@ def one_budget(best: list[Row]) -> tuple[str, list[Row]]:
 
 
 def time_to_reach(best: list[Row], *, higher: bool) -> tuple[float, list[Row]]:
-    """The training loss at which the slowest of the windows as good as the best ends, and when each row first had it.
-
-    Returns:
-      The loss, NaN if there is none, and for each row its series and window, and the updates, steps and seconds to that
-      loss, NaN if it never had it. Each of a row's updates is taken to last as long as any other.
+    """The training loss at which the slowest of the windows as good as the best ends, NaN if there is none, and when each row
+    first had it: its updates, steps and seconds, each of a row's updates as long as any other, or NaN.
     """
     _, mine = one_budget(best)
     ends = [losses[-1] for row in as_good(mine, higher=higher) if (losses := finite((row["curve"] or {}).get("loss")))]
@@ -78,23 +75,18 @@ def time_to_reach(best: list[Row], *, higher: bool) -> tuple[float, list[Row]]:
 def two_windows(recommended: Row, suggested: Row, best: list[Row], bias: list[Row], *, higher: bool) -> Row | None:
     """The numbers that explain a measured window beside the one that the gradients suggest; None if one is missing.
 
-    Args:
-      recommended: of the results: ``window``, ``carry``, ``influence`` and perhaps ``params``.
-      suggested: by model, of which the trained one counts more: ``window`` and ``reason``.
-      best: a row for each point.
-      bias: rows of relative biases.
-      higher: whether a higher metric is better.
+    Of the suggestions that of the trained model counts. ``recommended`` has a window, a carry and an influence, and perhaps
+    ``params``; without, its row is the best of those.
     """
     model = next((m for m in ("trained", "untrained") if (suggested.get(m) or {}).get("window") is not None), None)
-    alike = {key: told for key, told in recommended.items() if key in ("carry", "influence", "params")}
-    _, mine = one_budget(best)
-    mine = [row for row in mine if finite([row["final_metric"]])]
-    series = [row for row in mine if all(row.get(key) == told for key, told in alike.items())]
+    mine = [row for row in one_budget(best)[1] if finite([row["final_metric"]])]
+    alike = [key for key in ("carry", "influence", "params") if key in recommended]
+    series = [row for row in mine if all(row.get(key) == recommended[key] for key in alike)]
     here = [row for row in series if row["window"] == recommended.get("window")]
     if model is None or not here:
         return None
     row, top = (best_of(rows, higher=higher) for rows in (here, mine))
-    at, ask, place = row["window"], suggested[model]["window"], (model, recommended["influence"])
+    at, ask, place = row["window"], suggested[model]["window"], (model, recommended.get("influence"))
     return {
         "at": at,
         "ask": ask,
@@ -103,7 +95,7 @@ def two_windows(recommended: Row, suggested: Row, best: list[Row], bias: list[Ro
         "as_good": row in as_good(mine, higher=higher),
         "off": [r["relative_bias"] for r in bias if (r["model"], r["influence"], r["window"]) == (*place, at)],
         "shorter": [row for row in series if ask <= row["window"] < at],
-        "carried": recommended["carry"] == "stateful",
+        "carried": recommended.get("carry") == "stateful",
     }
 
 
