@@ -11,7 +11,6 @@ from tbptt_jax.study.machine import mesh as devices_mesh
 from tbptt_jax.study.task import Task
 from tbptt_jax.study.trainings import Program, Trained, Training, compiled, train
 
-
 # Of JAX, what changes numbers: a worker has it as the launch has.
 CONFIG = "jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision", "jax_threefry_partitionable"
 
@@ -125,7 +124,7 @@ def ray(address: str | None = None, *, cpus: float = 1, gpus: float = 0, retries
         if not cluster.is_initialized():
             cluster.init(address=address, log_to_driver=False, include_dashboard=False)
         plan({})
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": False}
+        options: Any = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": False}
         do = cluster.remote(**options)(_do)
         waiting = {do.remote(_of(job)): i for i, job in enumerate(jobs)}
         while waiting:
