@@ -1,13 +1,17 @@
 """What is written for people and their programs: files whole or not at all, text that is safe to show."""
 
 import contextlib
+import csv
+import io
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import jax
 
 QUOTED = 80  # characters of a user's text in a sentence
 WHITE = "\n\t"
@@ -55,3 +59,19 @@ def finite(x: Any) -> Any:
     if isinstance(x, list | tuple):
         return [finite(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def write_bytes(target: pathlib.Path, content: bytes) -> None:
+    """Whole or not at all, by the first of several processes."""
+    if jax.process_index() == 0:
+        with whole(target) as path:
+            path.write_bytes(content)
+
+
+def csv_bytes(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
+    """A CSV file, in which no text is taken for a formula, and what is not a number is blank."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(map(cell, heads))
+    writer.writerows([cell(x) if isinstance(x, str) else "" if x != x else x for x in row] for row in rows)
+    return text.getvalue().encode()
