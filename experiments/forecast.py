@@ -17,7 +17,6 @@ is to be told from the pump alone, as it has been working for hundreds of steps.
 import time
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from experiments import launch
@@ -25,7 +24,7 @@ from experiments.pictures import picture
 from tbptt_jax import study
 from tbptt_jax.study import forecasting, series, tables
 from tbptt_jax.study.task import reader
-from tbptt_jax.study.writing import csv_bytes, write_bytes
+from tbptt_jax.study.writing import check_own, csv_bytes, write_files
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("train", None, "CSV file whose first line names the columns. None: two tanks, generated.")
@@ -59,13 +58,16 @@ flags.DEFINE_integer("seed", 0, "Of the parameters.")
 flags.DEFINE_integer("checkpoint_every", 500, "Updates from a checkpoint, and look at --valid, to the next.", lower_bound=1)  # fmt: skip
 flags.DEFINE_bool("resume", True, "Go on from the checkpoint in the workdir, if there is one; --noresume begins afresh.")  # fmt: skip
 flags.DEFINE_string("workdir", "runs/forecast", "Where predictions.csv, results.json, figure.png and the rest go.")
-READ = "missing", "fill", "decimal", "series", "time"
+ARGUMENTS = (
+    *("train", "valid", "test", "inputs", "targets", "missing", "fill", "decimal", "series", "time", "warm_up"),
+    *("ahead", "ahead_by", "hidden", "layers", "lanes"),
+)
 
 
 def check_flags() -> None:
     """Raises a ``ValueError`` if the flags do not go together."""
     if FLAGS.train is None:
-        given = [name for name in ("valid", "test", "inputs", "targets", *READ) if FLAGS[name].value]
+        given = [name for name in ARGUMENTS[:10] if FLAGS[name].value]
         if given:
             raise ValueError(f"--{given[0]} needs --train=FILE: give --train, --test and --targets, or none of them.")
     elif FLAGS.test is None or not FLAGS.targets:
@@ -76,11 +78,11 @@ def check_flags() -> None:
         raise ValueError(f"--updates={FLAGS.updates} and --epochs={FLAGS.epochs} were both given: give one of them.")
     if FLAGS.burn_in and not is_stateless():
         raise ValueError(
-            f"--burn_in={FLAGS.burn_in} is for stateless windows, which begin with no state: give --stateless, or leave it."
+            f"--burn_in={FLAGS.burn_in} is for windows that begin with no state: give --stateless as well."
         )
     if FLAGS.burn_in >= FLAGS.window:
         raise ValueError(
-            f"--burn_in={FLAGS.burn_in} leaves nothing of windows of {FLAGS.window} to score: choose less than --window."
+            f"--burn_in={FLAGS.burn_in} leaves no step to score: choose less than --window={FLAGS.window}."
         )
     launch.influence(FLAGS.influence, 1, "influence")
 
@@ -92,83 +94,49 @@ def is_stateless() -> bool:
 def main() -> None:
     check_flags()
     launch.join_processes(FLAGS.lanes)
-    own = FLAGS.train is None
-    inputs, targets = (["pump"], ["level"]) if own else (FLAGS.inputs, FLAGS.targets)
-    series.check_columns(inputs, targets, FLAGS.ahead, FLAGS.ahead_by, FLAGS.series, FLAGS.time)
-    files = {name: path for name in ("train", "valid", "test") if (path := FLAGS[name].value)}
-    how: dict[str, Any] = {name: FLAGS[name].value for name in READ}
-    data = tables.generated() if own else tables.read(files, inputs, targets, **how)
-    if not own and (warning := tables.sentinels(data, inputs, targets)):
-        launch.say(warning)
-    data = tables.warmed(data, FLAGS.warm_up)
-    layout = series.layout_of(data, inputs, targets, FLAGS.ahead, FLAGS.ahead_by)
+    arguments: dict[str, Any] = {name: FLAGS[name].value for name in ARGUMENTS}
+    if FLAGS.influence == "uoro":
+        arguments["implementation"] = "fused"  # cuDNN's LSTM, the default on a GPU, has no transpose
+    task = study.task("forecast", **arguments)
+    layout, data = series.Layout(**task.codec), series.data_of(**arguments)
     forecasting.check_test(layout, data["test"], FLAGS.origins)
+    if FLAGS.train and (warning := tables.sentinels(data, layout.inputs, layout.targets)):
+        launch.say(warning)
     if late := [layout.inputs[i] for i in layout.late]:
         launch.say(f"Read one row late, as the past of what is told: {', '.join(late)}.")
-    files_of_own = {
-        f"{n}.csv": csv_bytes([*inputs, *targets], np.hstack(d[0][:2]).tolist()) for n, d in data.items() if own
-    }
-    for name, content in files_of_own.items():
-        if (there := launch.expanded(FLAGS.workdir) / name).exists() and there.read_bytes() != content:
-            raise ValueError(
-                f"{there} is not the series that is generated here, which would take its place: give it as --{there.stem}, or "
-                "another --workdir."
-            )
-    implementation = (
-        "fused" if FLAGS.influence == "uoro" else None
-    )  # cuDNN's LSTM, the default on a GPU, has no transpose
-    sizes = {name: FLAGS[name].value for name in ("hidden", "layers", "lanes")}
-    task = series.task_of(layout, lambda: data, list(data), **sizes, implementation=implementation)
-    arguments = {
-        **files,
-        **how,
-        **sizes,
-        "inputs": inputs,
-        "targets": targets,
-        "ahead": FLAGS.ahead,
-        "ahead_by": FLAGS.ahead_by,
-    }
-    task = task._replace(source=("forecast", sizes if own else {**arguments, "warm_up": FLAGS.warm_up}))
+    own = {} if FLAGS.train else {f"{name}.csv": csv_bytes(*tables.columns(each)) for name, each in data.items()}
+    check_own(launch.expanded(FLAGS.workdir), own)
     streams = series.check_streams(task.train(), FLAGS.lanes, FLAGS.window, FLAGS.train or "The series")
-    count = reader(task, streams, FLAGS.window, FLAGS.lanes, stateless=is_stateless(), burn_in=FLAGS.burn_in).count
+    how: dict[str, Any] = {"stateless": is_stateless(), "burn_in": FLAGS.burn_in}
+    count, *_ = reader(task, streams, FLAGS.window, FLAGS.lanes, **how)
+    how |= {name: FLAGS[name].value for name in ("learning_rate", "seed", "resume", "not_finite")}
     updates = FLAGS.epochs * count if FLAGS.epochs else FLAGS.updates or 4000
     directory = launch.workdir(FLAGS.workdir)
-    for name, content in files_of_own.items():
-        write_bytes(directory / name, content)
-    chosen: dict[str, Any] = {
-        name: FLAGS[name].value for name in ("learning_rate", "seed", "resume", "not_finite", "burn_in")
-    }
+    write_files(directory, own)
     run = study.fit(
-        task._replace(train=streams),
+        task,
         window=FLAGS.window,
         updates=updates,
         workdir=directory,
         influence=launch.influence(FLAGS.influence, count, "influence"),
-        stateless=is_stateless(),
         windows_per_call=min(FLAGS.windows_per_call, -(-updates // 20)),
         checkpoint_every=min(FLAGS.checkpoint_every, -(-updates // 8)),
-        settings={"hidden": FLAGS.hidden, "layers": FLAGS.layers, "influence": FLAGS.influence},
-        **chosen,
+        settings={name: FLAGS[name].value for name in ("hidden", "layers", "influence")},
+        **how,
     )
     began = time.perf_counter()
     found = forecasting.forecasts(task.model, run.params, layout, data["test"])
     results = forecasting.evaluate(layout, data["train"], data["test"], found, FLAGS.season, FLAGS.origins)
+    write_files(directory, {"predictions.csv": csv_bytes(*forecasting.table(layout, data["test"], found, FLAGS.series, FLAGS.time))})  # fmt: skip
     curve = [(call.updates, call.loss, next(iter((call.valid or {}).values()), None)) for call in run.calls]
     seconds = sum(call.seconds for call in run.calls) + time.perf_counter() - began
-    heads, rows = forecasting.table(layout, data["test"], found, FLAGS.series, FLAGS.time)
-    write_bytes(directory / "predictions.csv", csv_bytes(heads, rows))
-    settings = {name: FLAGS[name].value for name in ("window", "influence", "seed", "fill", "warm_up", "season")}
-    made = {
-        "updates": run.updates,
-        "epochs": run.updates / run.windows,
-        "seconds": seconds,
-        "stateless": is_stateless(),
-    }
-    valid = {"valid_mse": min((error for *_, error in curve if error is not None), default=None)}
     kind = f"{'stateless' if is_stateless() else 'stateful'}, windows of {FLAGS.window}"
     figure = picture(layout.targets, *forecasting.shown(layout, data["test"], found), curve, results["test_mse"], kind)
-    told = {**tables.counts(data), **study.health_of(run.calls), "curve": curve}
-    launch.write_results(directory, {**settings, **results, **made, **valid, **told}, figure)
+    results |= {name: FLAGS[name].value for name in ("window", "influence", "seed", "fill", "warm_up", "season")}
+    results |= {"stateless": is_stateless(), "valid_mse": min((x for *_, x in curve if x is not None), default=None)}
+    results |= {"updates": run.updates, "epochs": run.updates / run.windows, "seconds": seconds}
+    results |= {**tables.counts(data), **study.health_of(run.calls), "curve": curve}
+    launch.write_results(directory, results, figure)
     launch.say(f"Test file, {kind}: {forecasting.summary(results)}. {seconds:.0f} s in all.")
     launch.say(f"Written to {directory}: predictions.csv, results.json, figure.png, flags.txt")
 

@@ -191,7 +191,7 @@ def scores(
     wanted = {"naive": None} | ({"seasonal": season} if season else {})
     rows = []
     for k in range(layout.ahead):
-        errors: dict[str, list[np.ndarray]] = {"model": []} | {name: [] for name in wanted}
+        errors: dict[str, list[np.ndarray]] = {name: [] for name in ("model", *wanted)}
         for series, forecast in zip(test, found, strict=True):
             told = {"model": by_row(series, forecast)[: len(series.rows), k]}
             told |= {name: naive(series, layout.ahead, of)[:, k] for name, of in wanted.items()}

@@ -15,7 +15,7 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.arrays import check_whole, quoted
-from tbptt_jax.study.tables import GENERATED, Series, generated, read, scale_of, warmed
+from tbptt_jax.study.tables import GENERATED, Series, load, scale_of
 from tbptt_jax.study.task import Figure, Task
 
 
@@ -91,33 +91,38 @@ def forecast(
       warm_up: ``"train"``: the test goes on where the training file ends; a number: where its last rows end. 0: it begins from
         the initial carry.
       missing: what stands for a missing number, as for :func:`tbptt_jax.streams.read_csv`.
-      fill: what is read where an input is missing, as for :func:`read`.
+      fill: what is read where an input is missing, as for :func:`tbptt_jax.study.tables.read`.
       decimal: as for :func:`tbptt_jax.streams.read_csv`.
       implementation: of :func:`tbptt_jax.lstm`.
       codec: of a task that was made before: the files are read only when their data is needed.
 
     Raises:
-      ValueError: as from :func:`read`, or if the arguments do not go together.
+      ValueError: as from :func:`tbptt_jax.study.tables.read`, or if the arguments do not go together.
     """
+    names = names_of(inputs), names_of(targets)
+    given: dict[str, Any] = {"train": train, "valid": valid, "test": test, "inputs": names[0], "targets": names[1]}
+    check_columns(train, *names, ahead, ahead_by, series, time)
+    how: dict[str, Any] = {"warm_up": warm_up, "missing": missing, "fill": fill, "decimal": decimal, "series": series, "time": time}
+    data = functools.partial(data_of, **given, **how)
+    layout = layout_of(data(), *columns_of(train, *names), ahead, ahead_by) if codec is None else Layout(**codec)
+    there = [name for name, path in (("train", train), ("valid", valid), ("test", test)) if path is not None]
+    return task_of(layout, data, there or list(GENERATED), hidden, layers, lanes, implementation)
+
+
+def data_of(
+    train: str | None = None, valid: str | None = None, test: str | None = None, inputs: Sequence[str] | str = (),
+    targets: Sequence[str] | str = (), *, missing: Sequence[str] | str = (), **how: Any,
+) -> dict[str, list[Series]]:  # fmt: skip
+    """The series that a :func:`forecast` with these arguments is of; those that are not of the data are taken, and not used."""
     files = {name: path for name, path in (("train", train), ("valid", valid), ("test", test)) if path is not None}
-    inputs, targets, missing = map(names_of, (inputs, targets, missing))
-    if train is None:
-        if files or inputs or targets:
-            raise ValueError(
-                "A forecast of your own needs a training file: give train, test and targets, or none of them."
-            )
-        inputs, targets = ["pump"], ["level"]
-    check_columns(inputs, targets, ahead, ahead_by, series, time)
+    columns = columns_of(train, names_of(inputs), names_of(targets))
+    used = {name: how[name] for name in ("warm_up", "fill", "decimal", "series", "time") if name in how}
+    return load(files, *columns, missing=names_of(missing), **used)
 
-    @functools.cache
-    def data() -> dict[str, list[Series]]:
-        if not files:
-            return warmed(generated(), warm_up)
-        how = {"missing": missing, "fill": fill, "decimal": decimal, "series": series, "time": time}
-        return warmed(read(files, inputs, targets, **how), warm_up)
 
-    layout = layout_of(data(), inputs, targets, ahead, ahead_by) if codec is None else Layout(**codec)
-    return task_of(layout, data, list(files or GENERATED), hidden, layers, lanes, implementation)
+def columns_of(train: str | None, inputs: list[str], targets: list[str]) -> tuple[list[str], list[str]]:
+    """The inputs and the targets, those of what is generated where there is no training file."""
+    return (["pump"], ["level"]) if train is None else (inputs or targets, targets)
 
 
 def names_of(given: Sequence[str] | str | None) -> list[str]:
@@ -126,6 +131,7 @@ def names_of(given: Sequence[str] | str | None) -> list[str]:
 
 
 def check_columns(
+    train: str | None,
     inputs: Sequence[str],
     targets: Sequence[str],
     ahead: int,
@@ -134,8 +140,8 @@ def check_columns(
     time: str | None,
 ) -> None:
     """Raises a ``ValueError`` unless the columns and the steps ahead go together."""
-    if not targets:
-        raise ValueError("There is no target: say which columns are to be told.")
+    if (train is None) != (not targets) or (train is None and inputs):
+        raise ValueError("A forecast needs a training file and targets: give train, test and targets, or none of them.")
     for which, names in (("inputs", inputs), ("targets", targets)):
         twice = [name for name in names if list(names).count(name) > 1]
         if twice:
@@ -150,7 +156,8 @@ def check_columns(
     check_whole("ahead", ahead)
     if ahead_by not in (None, "recursive", "direct"):
         raise ValueError(f"`ahead_by` is {quoted(ahead_by)}; it needs to be 'recursive' or 'direct'.")
-    if ahead > 1 and ahead_by == "recursive" and inputs and not set(inputs) & set(targets):
+    inputs, targets = columns_of(train, list(inputs), list(targets))
+    if ahead > 1 and ahead_by == "recursive" and not set(inputs) & set(targets):
         raise ValueError(
             f"{ahead} steps ahead by recursion feed forecasts back as the targets' past, and no target is among the inputs: "
             "name it there as well, or choose direct."
@@ -168,7 +175,7 @@ def layout_of(
     inputs = list(inputs or targets)
     own_past = bool(set(inputs) & set(targets))
     direct = ahead > 1 and (ahead_by == "direct" or (ahead_by is None and not own_past))
-    scales = {}
+    scales: dict[str, Sequence[float]] = {}
     for names, values in ((inputs, [s.inputs for s in data["train"]]), (targets, [s.targets for s in data["train"]])):
         for name, *scale in zip(names, *(x.tolist() for x in scale_of(np.concatenate(values))), strict=True):
             scales[name] = scale  # those of a target, which may have gaps, come last
@@ -184,11 +191,12 @@ def task_of(
     def streams_of(name: str) -> tb.Window:
         return streams(layout, data()[name], lanes if name == "train" else 1, name)
 
+    parts: dict[str, Any] = {name: functools.partial(streams_of, name) for name in names}
     outputs = len(layout.targets) * (layout.ahead if layout.direct else 1)
     return Task(
         model=tb.lstm(hidden, layers=layers, readout=nn.Dense(outputs), implementation=implementation),
         loss=loss,
-        **{name: functools.partial(streams_of, name) for name in names},
+        **parts,
         lanes=lanes,
         figures=(Figure("squared error, standardised", loss),),
         name="forecast",

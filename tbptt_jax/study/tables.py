@@ -1,8 +1,10 @@
 """Tables of people's own as time series: many of one file, their gaps filled, those that go on where others end."""
 
+import functools
 import math
+import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,7 +92,7 @@ def read(
             missed = np.isnan(values) & (np.arange(len(rows)) < np.where(own_past, last, length)[:, None]).T
             gaps += [(int(rows[t]), int(i)) for t, i in np.argwhere(missed)]
             values = filled(values, fill, means[[columns.index(c) for c in inputs]])
-            times = [table.texts[time][row] for row in rows[:length]] if time else None
+            times = [table.texts[time][row] for row in rows[:length].tolist()] if time else None
             found[name].append(Series(values[:length], goal[:length], rows[:length], of, times))
         if gaps and fill is None:
             i = min(i for _, i in gaps)
@@ -106,9 +108,25 @@ def read(
             )
         if (name == "train" and not told.all()) or (name == "valid" and not told.any()):
             raise ValueError(
-                f"{files[name]} has no number to be told in column {quoted(targets[told.argmin()])}: leave it out."
+                f"{files[name]} has no number to be told in column {quoted(targets[int(told.argmin())])}: leave it out."
             )
     return found
+
+
+def load(
+    files: dict[str, str], inputs: Sequence[str], targets: Sequence[str], warm_up: str | int = 0, **how: Any
+) -> dict[str, list[Series]]:
+    """:func:`read`, or :func:`generated` where no file is named, and :func:`warmed`; what was read last is kept."""
+    stamps = tuple(
+        (pathlib.Path(path).stat().st_mtime_ns, path) for path in files.values() if pathlib.Path(path).exists()
+    )
+    how["missing"] = tuple(how.get("missing", ()))
+    return _load(tuple(files.items()), tuple(inputs), tuple(targets), warm_up, tuple(how.items()), stamps)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(files: tuple, inputs: tuple, targets: tuple, warm_up: str | int, how: tuple, stamps: tuple) -> Any:
+    return warmed(read(dict(files), inputs, targets, **dict(how)) if files else generated(), warm_up)
 
 
 def _rows_of(table: Table, series: str | None) -> dict[str, np.ndarray]:
@@ -211,6 +229,13 @@ def generated() -> dict[str, list[Series]]:
     """The pump and the level of :func:`tanks`."""
     tables = {name: tanks(seed, steps) for seed, (name, steps) in enumerate(GENERATED.items())}
     return {name: [Series(x[:, :1], x[:, 1:], np.arange(len(x)))] for name, x in tables.items()}
+
+
+def columns(
+    data: Sequence[Series], names: Sequence[str] = ("pump", "level")
+) -> tuple[Sequence[str], list[list[float]]]:
+    """Header and rows of a table of what was :func:`generated`."""
+    return names, np.hstack([data[0].inputs, data[0].targets])[data[0].warm :].tolist()
 
 
 def tanks(seed: int, steps: int) -> np.ndarray:

@@ -61,11 +61,22 @@ def finite(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def write_bytes(target: pathlib.Path, content: bytes) -> None:
-    """Whole or not at all, by the first of several processes."""
-    if jax.process_index() == 0:
-        with whole(target) as path:
+def write_files(directory: pathlib.Path, files: dict[str, bytes]) -> None:
+    """Each whole or not at all, by the first of several processes."""
+    for name, content in files.items() if jax.process_index() == 0 else ():
+        with whole(directory / name) as path:
             path.write_bytes(content)
+
+
+def check_own(directory: pathlib.Path, files: dict[str, bytes]) -> None:
+    """Raises a ``ValueError`` if a file is there already and holds something else than what is generated here."""
+    for name, content in files.items():
+        there = directory / name
+        if there.exists() and there.read_bytes() != content:
+            raise ValueError(
+                f"{there} is not the series that is generated here, which would take its place: give it as --{there.stem}, or "
+                "another --workdir."
+            )
 
 
 def csv_bytes(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
