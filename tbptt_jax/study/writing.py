@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
+
 QUOTED = 80  # characters of a user's text in a sentence
 WHITE = "\n\t"
 # What moves a terminal's cursor, or turns the direction in which a line is read.
@@ -78,3 +80,30 @@ def finite(x: Any) -> Any:
     if isinstance(x, list | tuple):
         return [finite(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def write_files(directory: pathlib.Path, files: dict[str, bytes]) -> None:
+    """Each whole or not at all, by the first of several processes."""
+    for name, content in files.items() if jax.process_index() == 0 else ():
+        with whole(directory / name) as path:
+            path.write_bytes(content)
+
+
+def check_own(directory: pathlib.Path, files: dict[str, bytes]) -> None:
+    """Raises a ``ValueError`` if a file is there already and holds something else than what is generated here."""
+    for name, content in files.items():
+        there = directory / name
+        if there.exists() and there.read_bytes() != content:
+            raise ValueError(
+                f"{there} is not the series that is generated here, which would take its place: give it as --{there.stem}, or "
+                "another --workdir."
+            )
+
+
+def csv_bytes(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
+    """A CSV file, in which no text is taken for a formula, and what is not a number is blank."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(map(cell, heads))
+    writer.writerows([cell(x) if isinstance(x, str) else "" if x != x else x for x in row] for row in rows)
+    return text.getvalue().encode()
