@@ -38,6 +38,11 @@ def test_imports_go_down():
                 assert not (name or "").startswith("experiments")
 
 
+def test_no_file_of_the_library_is_longer_than_400_lines():
+    for path in (ROOT / "tbptt_jax").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
 def test_no_scan_is_associative():
     """On a CPU its gradient, with resets and inside a scan over windows, ends the process (jaxlib 0.10)."""
     for path in (ROOT / "tbptt_jax").rglob("*.py"):
