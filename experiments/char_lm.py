@@ -2,7 +2,7 @@
 
 python -m experiments.char_lm
 python -m experiments.char_lm --text=mine.txt --window=32 --stateless --workdir=runs/mine
-python -m experiments.char_lm --text=poems.txt --documents=$'\\n\\n' --unit=bytes --workdir=runs/poems
+python -m experiments.char_lm --text=poems.txt --documents='\\n\\n' --unit=bytes --workdir=runs/poems
 python -m experiments.char_lm --workdir=runs/mine --prompt="Once upon" --temperature=0.7     asks a finished run
 python -m experiments.char_lm --text=other.txt --init_from=runs/mine --workdir=runs/other    begins from one
 
@@ -16,13 +16,15 @@ import math
 import statistics
 from typing import Any
 
+import numpy as np
 from absl import flags
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import study
-from tbptt_jax.study.text import decode, prompt
+from tbptt_jax.study.text import check_codec, decode, prompt
 
 READ = 100  # symbols of the held-out text that the sample goes on from
 
@@ -30,7 +32,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_multi_string(
     "text", [], "A text file; may be given again. None: the reference manual that ships in Python."
 )
-flags.DEFINE_string("documents", None, "What is a document, begun anew: files, lines, or what stands between two. Default: each of several files.")  # fmt: skip
+flags.DEFINE_string("documents", None, "What is a document, begun anew: files, lines, or the text that ends each, such as '\\n\\n'. Default: each of several files.")  # fmt: skip
 flags.DEFINE_enum("unit", "characters", ["characters", "bytes"], "What is predicted; bytes are of UTF-8.")
 flags.DEFINE_integer("window", 16, "Steps of a window.", lower_bound=1)
 flags.DEFINE_integer("lanes", 32, "Places of the text read side by side.", lower_bound=1)
@@ -88,6 +90,9 @@ def main() -> None:
     names = "text", "documents", "unit", "hidden", "layers", "lanes"
     arguments: dict[str, Any] = {name: FLAGS[name].value for name in names}
     if before is not None:
+        check_codec(before.task.codec)
+        made = before.task.source[1] if before.task.source else {}
+        arguments |= {name: made[name] for name in ("hidden", "layers") if name in made and not FLAGS[name].present}
         arguments |= {"codec": before.task.codec}
     task = study.task("char_lm", **arguments)
     chosen: Any = {name: FLAGS[name].value for name in ("window", "updates", "learning_rate", "windows_per_call", "seed",
@@ -139,9 +144,13 @@ def main() -> None:
 
 
 def held_out_text(task: study.Task) -> str:
-    """The beginning of the held-out text, of those symbols that the vocabulary has."""
+    """The beginning of the held-out text, of those symbols that the vocabulary has; of documents the first half of one."""
     streams = task.test()  # type: ignore[misc]
-    ids = streams[0][:READ] if isinstance(streams, tuple) and len(streams) == 2 else streams.inputs[0, :READ]
+    if isinstance(streams, tb.Window):
+        ids = np.split(streams.inputs[0], np.flatnonzero(streams.resets[0]))[1]
+        ids = ids[: max(1, min(READ, len(ids) // 2))]
+    else:
+        ids = streams[0][:READ]
     return "".join(c for c in decode(ids, task.codec) if c != "\ufffd")
 
 
