@@ -62,10 +62,12 @@ class Table(NamedTuple):
     """Attributes:
     values: ``[time, columns]`` float64, NaN where a number is missing.
     lines: ``[time]``, the line of the file, from 1, that each row ends in.
+    texts: name → ``time`` fields as they stand there, of the columns that are read as text.
     """
 
     values: np.ndarray
     lines: np.ndarray
+    texts: dict[str, list[str]] = {}  # noqa: RUF012
 
 
 def read_text(path: Path) -> str:
@@ -188,17 +190,23 @@ def read_csv(
 
 
 def read_table(
-    path: Path, columns: Sequence[str], *, missing: Sequence[str] | None = None, decimal: str | None = None
+    path: Path,
+    columns: Sequence[str],
+    *,
+    missing: Sequence[str] | None = None,
+    decimal: str | None = None,
+    texts: Sequence[str] = (),
 ) -> Table:
-    """As :func:`read_csv`, with the lines that the rows stand in."""
+    """As :func:`read_csv`, with the lines that the rows stand in, and the columns ``texts`` as text."""
     if decimal not in (None, ",", "."):
         raise ValueError(f'`decimal` is {quoted(decimal)}; it needs to be "," or ".", or None.')
     columns = [name.strip() for name in columns]
     if not columns:
         raise ValueError("`columns` is empty: name at least one.")
     text = read_text(path)
-    header, separator, start, at = _header(path, text, columns, decimal)
+    header, separator, start, at = _header(path, text, [*columns, *texts], decimal)
     places = [(name, header.index(name)) for name in columns]
+    kept: dict[str, list[str]] = {name: [] for name in texts}
     number, check = _numbers(path, separator, missing, decimal)
     marked: bool | None = None  # whether rows begin with "#", as ids may
     ends: list[int] = []
@@ -244,6 +252,8 @@ def read_table(
                 hint = f" If its comma is that of a decimal, {_SAY}." if (has, len(header)) == (2, 1) else ""
                 raise ValueError(f"{path}, line {line}: the row has {has} fields, and the header {len(header)}.{hint}")
             ends.append(at)
+            for name, fields in kept.items():
+                fields.append(row[header.index(name)].strip())
             yield row
 
     values = np.fromiter(
@@ -253,7 +263,7 @@ def read_table(
     if not len(values):
         raise ValueError(f"{path} has a header and no rows: give a file with at least one step.")
     check()
-    return Table(values, np.array(ends))
+    return Table(values, np.array(ends), kept)
 
 
 def _lines(text: str, start: int = 0) -> Iterator[str]:

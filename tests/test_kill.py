@@ -296,6 +296,7 @@ def test_a_finished_run_is_not_trained_again_and_another_is_refused(whole):
         "figure.png",
         "flags.txt",
         "results.json",
+        "run.json",
     }
     run = start(directory, "whole", "--seed=1")
     _, err = run.communicate()

@@ -1,6 +1,5 @@
 """A sweep on a cluster ends with the numbers of a sweep on one machine, also when one of its nodes dies."""
 
-import time
 
 import numpy as np
 import pytest
