@@ -29,18 +29,14 @@ from tbptt_jax.study.text import check_codec, decode, prompt
 READ = 100  # symbols of the held-out text that the sample goes on from
 
 FLAGS = flags.FLAGS
-flags.DEFINE_multi_string(
-    "text", [], "A text file; may be given again. None: the reference manual that ships in Python."
-)
+flags.DEFINE_multi_string("text", [], "A file; may be given again. None: the reference manual that ships in Python.")
 flags.DEFINE_string("documents", None, "What is a document, begun anew: files, lines, or the text that ends each, such as '\\n\\n'. Default: each of several files.")  # fmt: skip
 flags.DEFINE_enum("unit", "characters", ["characters", "bytes"], "What is predicted; bytes are of UTF-8.")
 flags.DEFINE_integer("window", 16, "Steps of a window.", lower_bound=1)
 flags.DEFINE_integer("lanes", 32, "Places of the text read side by side.", lower_bound=1)
 flags.DEFINE_integer("hidden", 128, "Units of a layer.", lower_bound=1)
 flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1, upper_bound=1000)
-flags.DEFINE_float(
-    "learning_rate", 0.005, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0
-)
+flags.DEFINE_float("learning_rate", 0.005, "Adam's at the start; it falls to zero along a cosine.", lower_bound=0.0)
 flags.DEFINE_integer("updates", 5000, "Updates, one a window.", lower_bound=1)
 flags.DEFINE_integer("windows_per_call", 50, "Windows, and so updates, in one compiled call.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of the parameters and the sample.")
@@ -49,13 +45,9 @@ flags.DEFINE_integer("checkpoint_every", 500, "Updates from one checkpoint to th
 flags.DEFINE_bool("resume", True, "Go on from the checkpoint in the workdir; --noresume begins afresh.")
 flags.DEFINE_string("init_from", None, "A run's workdir, whose parameters and vocabulary are begun from.")
 flags.DEFINE_string("prompt", None, "Train nothing: let the run in the workdir go on from this text.")
-flags.DEFINE_float(
-    "temperature", 1.0, "Of what it writes: below 1 safer, above bolder, 0 the likeliest.", lower_bound=0.0
-)
+flags.DEFINE_float("temperature", 1.0, "Below 1 it writes safer, above 1 bolder, at 0 the likeliest.", lower_bound=0.0)
 flags.DEFINE_integer("length", 400, "Symbols that it writes.", lower_bound=0)
-flags.DEFINE_string(
-    "workdir", "runs/char_lm", "Where run.json, results.json, figure.png, flags.txt and checkpoints go."
-)
+flags.DEFINE_string("workdir", "runs/char_lm", "Where run.json, results.json, figure.png and checkpoints go.")
 
 
 def picture(curve: list[tuple[int, float]], held_out: float, one: str) -> Figure:
@@ -77,9 +69,8 @@ def ask() -> None:
 
 
 def written(run: study.Run, text: str) -> str:
-    return prompt(
-        run.model, run.params, run.task.codec, text, FLAGS.length, temperature=FLAGS.temperature, seed=FLAGS.seed
-    )
+    how: Any = {"temperature": FLAGS.temperature, "seed": FLAGS.seed}
+    return prompt(run.model, run.params, run.task.codec, text, FLAGS.length, **how)
 
 
 def main() -> None:
@@ -147,7 +138,7 @@ def held_out_text(task: study.Task) -> str:
     """The beginning of the held-out text, of those symbols that the vocabulary has; of documents the first half of one."""
     streams = task.test()  # type: ignore[misc]
     if isinstance(streams, tb.Window):
-        ids = np.split(streams.inputs[0], np.flatnonzero(streams.resets[0]))[1]
+        ids = np.split(streams.inputs[0], np.flatnonzero(np.asarray(streams.resets)[0]))[1]
         ids = ids[: max(1, min(READ, len(ids) // 2))]
     else:
         ids = streams[0][:READ]

@@ -92,7 +92,7 @@ def char_lm(
     if not 0 < held_out < 1:
         raise ValueError(f"`held_out` is {held_out}; it needs to be a number between 0 and 1.")
     end = _end(documents)
-    vocabulary = codec and codec.get("vocabulary")
+    vocabulary: Any = codec and codec.get("vocabulary")
     corpus = functools.lru_cache(maxsize=1)(lambda: read(files, documents, unit, held_out, vocabulary))
     own: dict[str, Any] = {"unit": unit}
     if unit == "characters":
@@ -205,12 +205,12 @@ def read(
             "on this text afresh, or on bytes, if that is too many.",
             stacklevel=2,
         )
-    corpus = Corpus(*([ids[b:e] for b, e in zip(*side, strict=True)] for side in (train, rest)), known)
+    first, last = ([ids[b:e] for b, e in zip(*side, strict=True)] for side in (train, rest))
     if len(begins) > 1:
         left = f"; {skipped:,} of less than two symbols are left out" if skipped else ""
         tail = "the end of the last one" if rest[0][0] not in begins else f"{len(rest[0]):,}"
         say(f"{len(begins):,} documents, each begun anew: {len(train[0]):,} to train on, held out {tail}{left}.")
-    return corpus
+    return Corpus(first, last, known)
 
 
 def _end(documents: str | None) -> str | None:
@@ -245,7 +245,8 @@ def _places(parts: list[Any], end: str | None, documents: str | None) -> np.ndar
     places, start, found = [0], 0, False
     for part in parts:
         if end is not None:
-            whole, wanted = (part, end) if isinstance(part, str) else (memoryview(part), end.encode())
+            wanted: Any = end if isinstance(part, str) else end.encode()
+            whole: Any = part if isinstance(part, str) else memoryview(part)
             inside = [start + match.end() for match in re.finditer(re.escape(wanted), whole)]
             found = found or bool(inside)
             places += inside
@@ -329,7 +330,7 @@ def prompt(
         raise ValueError(f"`temperature` is {temperature}; it needs to be a number from 0.")
     key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
     ids = encode(text, codec)
-    carry, logits = model.initial_carry(params, 1), None
+    carry, logits = model.initial_carry(params, 1), jnp.zeros(())
     for first in range(0, len(ids), PART):
         part = ids[first : first + PART]
         carry, logits = _read(model, params, carry, np.pad(part, (0, PART - len(part))), len(part))
@@ -339,7 +340,7 @@ def prompt(
     keys = jax.random.split(key, length)
     written = _write(model, never, params, carry, logits, keys, jnp.float32(temperature), ids.dtype.type(0))
     told = decode(np.asarray(written), codec)
-    end = codec.get("end")
+    end = codec.get("end") or ""
     place = (text + told).find(end, max(0, len(text) - len(end) + 1)) if end else -1
     return told if place < 0 else told[: place + len(end) - len(text)]
 
