@@ -102,7 +102,14 @@ def forecast(
     names = names_of(inputs), names_of(targets)
     given: dict[str, Any] = {"train": train, "valid": valid, "test": test, "inputs": names[0], "targets": names[1]}
     check_columns(train, *names, ahead, ahead_by, series, time)
-    how: dict[str, Any] = {"warm_up": warm_up, "missing": missing, "fill": fill, "decimal": decimal, "series": series, "time": time}
+    how: dict[str, Any] = {
+        "warm_up": warm_up,
+        "missing": missing,
+        "fill": fill,
+        "decimal": decimal,
+        "series": series,
+        "time": time,
+    }
     data = functools.partial(data_of, **given, **how)
     layout = layout_of(data(), *columns_of(train, *names), ahead, ahead_by) if codec is None else Layout(**codec)
     there = [name for name, path in (("train", train), ("valid", valid), ("test", test)) if path is not None]
