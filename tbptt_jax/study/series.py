@@ -102,7 +102,14 @@ def forecast(
     names = names_of(inputs), names_of(targets)
     given: dict[str, Any] = {"train": train, "valid": valid, "test": test, "inputs": names[0], "targets": names[1]}
     check_columns(train, *names, ahead, ahead_by, series, time)
-    how: dict[str, Any] = {"warm_up": warm_up, "missing": missing, "fill": fill, "decimal": decimal, "series": series, "time": time}
+    how: dict[str, Any] = {
+        "warm_up": warm_up,
+        "missing": missing,
+        "fill": fill,
+        "decimal": decimal,
+        "series": series,
+        "time": time,
+    }
     data = functools.partial(data_of, **given, **how)
     layout = layout_of(data(), *columns_of(train, *names), ahead, ahead_by) if codec is None else Layout(**codec)
     there = [name for name, path in (("train", train), ("valid", valid), ("test", test)) if path is not None]
@@ -266,20 +273,19 @@ def streams(layout: Layout, data: Sequence[Series], lanes: int, name: str = "") 
     return window._replace(targets=window.targets[:2], weights=None if there.all() else window.targets[2])
 
 
-def check_streams(window: tb.Window, lanes: int, length: int, name: str) -> tb.Window:
-    """The same training streams.
-
-    Raises:
-      ValueError: if they are shorter than a window of ``length``; ``name`` is that of the file.
-    """
-    time = window.valid.shape[1] if window.valid is not None else window.resets.shape[1]  # type: ignore[union-attr]
-    if time < length:
-        valid = window.resets.size if window.valid is None else window.valid.sum()  # type: ignore[union-attr]
+def check_long_enough(window: tb.Window, data: Sequence[Series], lanes: int, length: int, name: str) -> None:
+    """Raises a ``ValueError`` if training streams are too short for windows of ``length``; ``name`` is that of the file."""
+    steps = sum(len(each.rows) for each in data)
+    if len(data) == 1 and steps < lanes * length:
         raise ValueError(
-            f"{name} has {valid} steps; {lanes} lanes with windows of {length} need at least {lanes * length}. Give a longer "
+            f"{name} has {steps} steps; {lanes} lanes with windows of {length} need at least {lanes * length}. Give a longer "
             "file, or fewer --lanes or a shorter --window."
         )
-    return window
+    if (time := window.inputs.shape[1]) < length:
+        raise ValueError(
+            f"The {len(data)} series of {name} fill {len(window.inputs)} lanes of {time} steps, and windows have {length}: "
+            f"give fewer --lanes, or a --window of at most {time}."
+        )
 
 
 def _shifted(values: np.ndarray, steps: int) -> np.ndarray:
