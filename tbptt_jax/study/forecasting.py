@@ -42,6 +42,7 @@ def forecasts(model: Recurrence, params: Any, layout: Layout, data: Sequence[Ser
       layout: of its task, ``Layout(**task.codec)``.
       data: the series.
     """
+    params = jax.device_get(params)  # of several processes, each forecasts by itself
     found = [features(layout, each) for each in data]
     length = np.array([known(layout, each) for each in data])
     time, targets = max(len(x) for x in found), len(layout.targets)

@@ -196,7 +196,8 @@ def task_of(
     """The task of a layout, its data read when it is needed; ``names`` says which of train, valid and test there are."""
 
     def streams_of(name: str) -> tb.Window:
-        return streams(layout, data()[name], lanes if name == "train" else 1, name)
+        found = data()[name]
+        return streams(layout, found, lanes if name == "train" or len(found) > 1 else 1, name)
 
     parts: dict[str, Any] = {name: functools.partial(streams_of, name) for name in names}
     outputs = len(layout.targets) * (layout.ahead if layout.direct else 1)
