@@ -1,39 +1,37 @@
-"""A character language model: an LSTM that reads a text as a few continuous lanes, its state carried from window to window.
+"""A language model of characters: an LSTM that reads a text as a few continuous lanes, its state carried from window to window.
 
 python -m experiments.char_lm
 python -m experiments.char_lm --text=mine.txt --window=32 --stateless --workdir=runs/mine
+python -m experiments.char_lm --text=poems.txt --documents=$'\\n\\n' --unit=bytes --workdir=runs/poems
+python -m experiments.char_lm --workdir=runs/mine --prompt="Once upon" --temperature=0.7     asks a finished run
+python -m experiments.char_lm --text=other.txt --init_from=runs/mine --workdir=runs/other    begins from one
 
 Interrupted in any way, the same command goes on from the last checkpoint and ends with the same bits. SIGTERM and SIGINT
-(Ctrl-C) finish the call, save and exit with status 143 and 130; a second one exits at once.
+(Ctrl-C) finish the call, save and exit with status 143 and 130; a second one exits at once. With more --updates it goes on
+after its end, at another --learning_rate if you like.
 """
 
 import itertools
 import math
 import statistics
-import time
-import zlib
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from absl import flags
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-import tbptt_jax as tb
-from experiments import launch, text
-from experiments.text import loss
-from tbptt_jax import sharding
+from experiments import launch
+from tbptt_jax import study
+from tbptt_jax.study.text import decode, prompt
 
-PROMPT, SAMPLE = 100, 400
+READ = 100  # symbols of the held-out text that the sample goes on from
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string(
-    "text", [], "A UTF-8 file; may be given again. None: the reference manual that ships in Python."
+    "text", [], "A text file; may be given again. None: the reference manual that ships in Python."
 )
+flags.DEFINE_string("documents", None, "What is a document, begun anew: files, lines, or what stands between two. Default: each of several files.")  # fmt: skip
+flags.DEFINE_enum("unit", "characters", ["characters", "bytes"], "What is predicted; bytes are of UTF-8.")
 flags.DEFINE_integer("window", 16, "Steps of a window.", lower_bound=1)
 flags.DEFINE_integer("lanes", 32, "Places of the text read side by side.", lower_bound=1)
 flags.DEFINE_integer("hidden", 128, "Units of a layer.", lower_bound=1)
@@ -46,125 +44,105 @@ flags.DEFINE_integer("windows_per_call", 50, "Windows, and so updates, in one co
 flags.DEFINE_integer("seed", 0, "Of the parameters and the sample.")
 flags.DEFINE_bool("stateless", False, "Begin each window from the initial carry, for comparison.")
 flags.DEFINE_integer("checkpoint_every", 500, "Updates from one checkpoint to the next.", lower_bound=1)
-flags.DEFINE_bool(
-    "resume", True, "Go on from the checkpoint in the workdir, if there is one; --noresume begins afresh."
+flags.DEFINE_bool("resume", True, "Go on from the checkpoint in the workdir; --noresume begins afresh.")
+flags.DEFINE_string("init_from", None, "A run's workdir, whose parameters and vocabulary are begun from.")
+flags.DEFINE_string("prompt", None, "Train nothing: let the run in the workdir go on from this text.")
+flags.DEFINE_float(
+    "temperature", 1.0, "Of what it writes: below 1 safer, above bolder, 0 the likeliest.", lower_bound=0.0
 )
-flags.DEFINE_string("workdir", "runs/char_lm", "Where results.json, figure.png, flags.txt and checkpoints go.")
+flags.DEFINE_integer("length", 400, "Symbols that it writes.", lower_bound=0)
+flags.DEFINE_string(
+    "workdir", "runs/char_lm", "Where run.json, results.json, figure.png, flags.txt and checkpoints go."
+)
 
 
-def cut(ids: np.ndarray, lanes: int) -> tb.Window:
-    """Windows in which each character is to be told from those before it."""
-    windows = tb.split(tb.lanes(ids[:-1], ids[1:], lanes=lanes), min(FLAGS.window, -(-(len(ids) - 1) // lanes)))
-    return tb.stateless(windows) if FLAGS.stateless else windows
-
-
-def language_model(vocabulary: int) -> tb.Recurrence:
-    embed, readout = nn.Embed(vocabulary, FLAGS.hidden), nn.Dense(vocabulary)
-    return tb.lstm(FLAGS.hidden, layers=FLAGS.layers, encoder=embed, readout=readout)
-
-
-def sample(model: tb.Recurrence, params: Any, prompt: np.ndarray, key: jax.Array) -> np.ndarray:
-    """Reads ``prompt`` ``[time]`` and goes on from the carry, one character at a time: ids ``[SAMPLE]``."""
-
-    @jax.jit
-    def generate(params: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
-        carry, logits = model.unroll(params, model.initial_carry(params, 1), prompt[None], None, None)
-
-        def one_step(state: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
-            carry, logits = state
-            character = jax.random.categorical(key, logits.at[:, 0].set(-jnp.inf))
-            carry, logits = model.unroll(params, carry, character[:, None], None, None)
-            return (carry, logits[:, 0]), character[0]
-
-        return jax.lax.scan(one_step, (carry, logits[:, -1]), jax.random.split(key, SAMPLE))[1]
-
-    return np.asarray(generate(params, prompt, key))
-
-
-def picture(curve: list[tuple[int, float]], held_out: float) -> Figure:
+def picture(curve: list[tuple[int, float]], held_out: float, one: str) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
     characters, bits = zip(*curve, strict=True)
     axes.plot(characters, bits, label="training text, as read")
     axes.axhline(held_out, color="C1", linestyle="--", label=f"held-out text, at the end: {held_out:.3f}")
-    axes.set(xlabel="characters read", ylabel="bits per character")
+    axes.set(xlabel=f"{one}s read", ylabel=f"bits per {one}")
     axes.set_title(f"{'Stateless' if FLAGS.stateless else 'Stateful'} LSTM, windows of {FLAGS.window}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
 
 
-def main() -> None:
-    resume.join_processes(FLAGS.lanes)
-    corpus = text.encode(text.read(FLAGS.text), FLAGS.lanes, FLAGS.window)
-    directory = launch.workdir(FLAGS.workdir)
-    train_windows, held_out = cut(corpus.train, FLAGS.lanes), cut(corpus.held_out, 1)
-    model = language_model(len(corpus.characters))
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(FLAGS.learning_rate, FLAGS.updates))
-    )
-    mesh = launch.mesh(lanes=FLAGS.lanes, window=FLAGS.window, units=FLAGS.hidden)
-    step = tb.train_step(sharding.over_lanes(tb.gradient(model, loss), mesh), optimiser)
-    init_key, sample_key = jax.random.split(jax.random.key(FLAGS.seed))
+def ask() -> None:
+    """Prints what a finished run writes after ``--prompt``."""
+    run = study.load(launch.expanded(FLAGS.workdir))
+    print(launch.plain(FLAGS.prompt + written(run, FLAGS.prompt), keep=launch.WHITE))
 
-    def speed(calls: list[resume.Call]) -> float:
+
+def written(run: study.Run, text: str) -> str:
+    return prompt(
+        run.model, run.params, run.task.codec, text, FLAGS.length, temperature=FLAGS.temperature, seed=FLAGS.seed
+    )
+
+
+def main() -> None:
+    if FLAGS.prompt is not None:
+        return ask()
+    launch.join_processes(FLAGS.lanes)
+    before = study.load(launch.expanded(FLAGS.init_from, "init_from")) if FLAGS.init_from else None
+    names = "text", "documents", "unit", "hidden", "layers", "lanes"
+    arguments: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    if before is not None:
+        arguments |= {"codec": before.task.codec}
+    task = study.task("char_lm", **arguments)
+    chosen: Any = {name: FLAGS[name].value for name in ("window", "updates", "learning_rate", "windows_per_call", "seed",
+                                                        "stateless", "checkpoint_every", "resume", "not_finite")}  # fmt: skip
+
+    def speed(calls: list) -> float:
         return statistics.median(call.weight / call.seconds for call in calls)  # leaves out the calls that compiled
 
-    names = "window", "lanes", "hidden", "layers", "learning_rate", "seed", "stateless"
-    with launch.progress(FLAGS.updates, "updates") as report:
-        state, calls = resume.train(
-            step,
-            lambda: step.init(init_key, jax.tree.map(lambda x: x[0], train_windows)),
-            resume.windows_of(train_windows, FLAGS.lanes, mesh),
-            lambda state, window: resume.first_not_finite(model, loss, state.params, state.stream.carry, window),
-            updates=FLAGS.updates,
-            per_call=FLAGS.windows_per_call,
-            every=FLAGS.checkpoint_every,
-            directory=directory / "checkpoints",
-            settings={**{name: FLAGS[name].value for name in names}, "text": zlib.crc32(corpus.train.tobytes())},
-            resume=FLAGS.resume,
-            skip=FLAGS.not_finite == "skip",
-            report=lambda done, calls: report(
-                done, f"{calls[-1].loss / math.log(2):.3f} bits per character, {speed(calls):,.0f} characters/s"
-            ),
-        )
-
-    began = time.perf_counter()
-    params = jax.device_get(state.params)  # the rest is one device's work
-    held_out_bits = float(tb.evaluate(model, loss, params, held_out).loss) / math.log(2)
-    seconds = sum(call.seconds for call in calls) + time.perf_counter() - began
-    read_by = itertools.accumulate(round(call.weight) for call in calls)
-    curve = [(read, call.loss / math.log(2)) for read, call in zip(read_by, calls, strict=True)]
-    ids = sample(model, params, corpus.held_out[:PROMPT], sample_key)
-    prompt, told = ("".join(corpus.characters[i] for i in part) for part in (corpus.held_out[:PROMPT], ids))
+    one = "byte" if task.codec["unit"] == "bytes" else "character"
+    run = study.fit(
+        task,
+        workdir=FLAGS.workdir,
+        start=before,
+        show=lambda calls: f"{calls[-1].loss / math.log(2):.3f} bits per {one}, {speed(calls):,.0f} {one}s/s",
+        **chosen,
+    )
+    (scores,) = study.evaluate(task, run.params, window=FLAGS.window, stateless=FLAGS.stateless).values()
+    seconds = sum(call.seconds for call in run.calls)
+    read_by = itertools.accumulate(round(call.weight) for call in run.calls)
+    curve = [(read, call.loss / math.log(2)) for read, call in zip(read_by, run.calls, strict=True)]
+    first = held_out_text(task)
+    told = written(run, first) if first else ""
     results = {
         "window": FLAGS.window,
         "stateless": FLAGS.stateless,
         "seed": FLAGS.seed,
-        "bits_per_character": held_out_bits,
-        "characters_per_second": speed(calls),
-        "updates": FLAGS.updates,
-        "steps": FLAGS.updates * FLAGS.window,  # of each lane
-        **resume.health_of(calls),
-        "train_characters": len(corpus.train),
-        "held_out_characters": len(corpus.held_out),
-        "vocabulary": len(corpus.characters),
+        f"bits_per_{one}": scores,
+        f"{one}s_per_second": speed(run.calls),
+        "updates": run.updates,
+        "steps": run.updates * FLAGS.window,  # of each lane
+        **study.health_of(run.calls),
+        "vocabulary": len(task.codec.get("vocabulary", range(256))),
         "seconds": seconds,
         "curve": curve,
-        "prompt": prompt,
+        "prompt": first,
         "sample": told,
     }
-    launch.write_results(directory, results, picture(curve, held_out_bits))
+    directory = launch.expanded(FLAGS.workdir)
+    launch.write_results(directory, results, picture(curve, scores, one))
     launch.console.rule("read", align="left")
-    launch.console.print(launch.plain(prompt, keep=launch.WHITE), markup=False, highlight=False)
+    launch.console.print(launch.plain(first, keep=launch.WHITE), markup=False, highlight=False)
     launch.console.rule("and went on", align="left")
     launch.console.print(launch.plain(told, keep=launch.WHITE), markup=False, highlight=False)
     launch.console.rule()
     kind = "stateless" if FLAGS.stateless else "stateful"
-    launch.console.print(
-        f"Held-out text, {kind}, windows of {FLAGS.window}: {held_out_bits:.4f} bits per character. "
-        f"{speed(calls):,.0f} characters/s, {seconds:.0f} s in all."
-    )
-    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
+    launch.console.print(f"Held-out text, {kind}, windows of {FLAGS.window}: {scores:.4f} bits per {one}. "
+                         f"{speed(run.calls):,.0f} {one}s/s, {seconds:.0f} s in all.")  # fmt: skip
+    launch.say(f"Written to {directory}: run.json, results.json, figure.png, flags.txt")
+
+
+def held_out_text(task: study.Task) -> str:
+    """The beginning of the held-out text, of those symbols that the vocabulary has."""
+    streams = task.test()  # type: ignore[misc]
+    ids = streams[0][:READ] if isinstance(streams, tuple) and len(streams) == 2 else streams.inputs[0, :READ]
+    return "".join(c for c in decode(ids, task.codec) if c != "\ufffd")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments import launch
+from experiments import launch, tasks
 from tbptt_jax import study
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("task", None, "A task's name, package.module:function, or path/to/file.py:function.", required=True)
-flags.DEFINE_multi_string("set", [], "name=value: an argument of the task; may be given again.")
+tasks.define(None)
 flags.DEFINE_integer("window", 16, "Steps of a window.", lower_bound=1)
-flags.DEFINE_integer("lanes", None, "Streams side by side; default the task's own.", lower_bound=1)
 flags.DEFINE_string("influence", "truncate", launch.INFLUENCES)
 flags.DEFINE_bool("stateless", False, "Begin each window from the initial carry, for comparison.")
 flags.DEFINE_integer("burn_in", 0, "Steps that a stateless window reads before those it scores.", lower_bound=0)
@@ -70,10 +68,10 @@ def main() -> None:
     directory, average = launch.expanded(FLAGS.workdir), averaging(FLAGS.average)
     listen = listeners(FLAGS.log, directory)
     influence = launch.influence(FLAGS.influence, launch.LARGEST if "all" not in FLAGS.influence else 1000, "influence")
-    task = study.task(FLAGS.task, **launch.arguments_of(FLAGS.set))
-    launch.join_processes(FLAGS.lanes or task.lanes)
+    task = tasks.chosen()()
+    launch.join_processes(task.lanes)
     names = (
-        *("learning_rate", "stateless", "burn_in", "lanes", "seed", "windows_per_call", "checkpoint_every", "patience"),
+        *("learning_rate", "stateless", "burn_in", "seed", "windows_per_call", "checkpoint_every", "patience"),
         *("not_finite", "profile", "resume"),
     )
     chosen: Any = {name: FLAGS[name].value for name in names}

@@ -16,17 +16,15 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from experiments import launch
+from experiments import launch, tasks
 from tbptt_jax import horizon, study
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("task", "lag", "A task's name, package.module:function, or path/to/file.py:function.")
-flags.DEFINE_multi_string("set", [], "name=value: an argument of the task; may be given again.")
+tasks.define("lag")
 flags.DEFINE_list("windows", ["1", "2", "5", "10", "20", "50"], "Window lengths to measure, in steps.")
 flags.DEFINE_list(
     "influences", ["truncate", "replay:1", "replay:3", "replay:all:0.5", "rtrl", "uoro"], launch.INFLUENCES
 )
-flags.DEFINE_integer("lanes", 8, "Lanes of the training and of the probe.", lower_bound=1)
 flags.DEFINE_integer("steps", 400, "Steps of the probe.", lower_bound=4)
 flags.DEFINE_integer("lags", 60, "The longest lag to trace.", lower_bound=2)
 flags.DEFINE_float("tolerance", 0.1, "The relative bias that the suggested window may have.", lower_bound=1e-6)
@@ -92,17 +90,16 @@ def main() -> None:
     launch.check_influences(FLAGS.influences)
     if FLAGS.lags > FLAGS.steps:
         raise ValueError(f"--lags={FLAGS.lags} is more than --steps={FLAGS.steps}: trace at most the probe's length.")
-    task = study.task(FLAGS.task, **launch.arguments_of(FLAGS.set))
+    task = tasks.chosen(lanes=8, hidden=16)()
     directory = launch.workdir(FLAGS.workdir)
     run = study.fit(
         task,
         window=FLAGS.train_window,
         updates=FLAGS.updates,
-        lanes=FLAGS.lanes,
         seed=FLAGS.seed,
         learning_rate=FLAGS.learning_rate,
     )
-    probe: Any = {"lanes": FLAGS.lanes, "steps": FLAGS.steps, "seed": FLAGS.seed + 1}
+    probe: Any = {"lanes": task.lanes, "steps": FLAGS.steps, "seed": FLAGS.seed + 1}
     streams = study.probe_of(task, **probe)
     fading = horizon.decay(task.model, task.loss, run.params, streams, lags=FLAGS.lags)
     choice = horizon.suggest(fading, tolerance=FLAGS.tolerance)

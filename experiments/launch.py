@@ -1,6 +1,5 @@
 """What every launch shares: one working directory, sentences for errors, progress, results written whole or not at all."""
 
-import ast
 import math
 import pathlib
 import platform
@@ -220,26 +219,3 @@ def join_processes(lanes: int) -> None:
 def mesh(**sizes: int) -> Any:
     """The devices that trainings or lanes are worth spreading over, of those that ``--devices`` allows."""
     return machine.mesh(devices=DEVICES.value, **sizes)
-
-
-def arguments_of(given: list[str]) -> dict[str, Any]:
-    """The arguments of a task that ``--set=name=value`` gives: values as Python writes them, or else texts.
-
-    Raises:
-      ValueError: if one has no name, or is given twice.
-    """
-    found: dict[str, Any] = {}
-    for each in given:
-        name, equals, value = each.partition("=")
-        if not equals or not name.isidentifier() or name in found:
-            raise ValueError(f"--set={plain(each, QUOTED)}: give --set=name=value, each name once.")
-        found[name] = literal(value)
-    return found
-
-
-def literal(value: str) -> Any:
-    """A number, True, False, None, a list or a text, as Python writes it; without quotes it is a text."""
-    try:
-        return ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return value

@@ -19,7 +19,7 @@ if __name__ == "__main__":
         results = json.loads((place / "results.json").read_text())
         lock.take(place)
         study.report(place, results)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(plain(f"report: {error}"))
     finally:
         lock.release()

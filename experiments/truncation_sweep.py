@@ -13,25 +13,19 @@ Many machines: ``--engine=ray``; or ``--points=2/5`` does the second fifth of th
 ``--process``.
 """
 
-import functools
-import inspect
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
-from typing import Any
 
 from absl import flags
 
-from experiments import launch
+from experiments import launch, tasks
 from tbptt_jax import study
-from tbptt_jax.study.task import maker
-from tbptt_jax.study.task import task as make
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("task", "first_bit", "A task's name, package.module:function, or path/to/file.py:function.")
-flags.DEFINE_multi_string("set", [], "name=value: an argument of the task; may be given again.")
+tasks.define("first_bit")
 flags.DEFINE_multi_string(
     "param", [], "name=value,value: an argument of the task to sweep as well; may be given again."
 )
@@ -48,8 +42,6 @@ flags.DEFINE_enum("budget", "both", ["data", "updates", "both"], "Equal data for
 flags.DEFINE_integer(
     "updates", 500, "Updates of each window, or with equal data of the longest; the others make more.", lower_bound=1
 )
-flags.DEFINE_integer("hidden", None, "Units of the task's model: --set=hidden=…", lower_bound=1)
-flags.DEFINE_integer("lanes", None, "Streams side by side: --set=lanes=…", lower_bound=1)
 flags.DEFINE_enum("engine", "local", ["local", "ray"], "Where the points are trained.")
 flags.DEFINE_string("ray_address", None, "Of a Ray cluster, such as auto; default this machine.")
 flags.DEFINE_float("ray_cpus", 1, "CPU cores of a point on Ray.", lower_bound=0.0)
@@ -98,24 +90,14 @@ def main() -> None:
     launch.check_influences(FLAGS.influences)
     part, learning_rates = share(FLAGS.points), rates()
     launch.join_processes(0)  # they share the trainings, not the lanes
-    arguments = launch.arguments_of(FLAGS.set)
-    takes = inspect.signature(maker(FLAGS.task)).parameters
-    for name in ("hidden", "lanes"):
-        if FLAGS[name].value:
-            if name not in takes:
-                raise ValueError(f"--{name} was given, and --task={FLAGS.task} has no use for it: leave it out.")
-            arguments[name] = FLAGS[name].value
-    if "uoro" in FLAGS.influences and "implementation" in takes:
-        arguments.setdefault("implementation", "fused")  # cuDNN's LSTM, the default on a GPU, has no transpose
-    params = {name: str(values).split(",") for name, _, values in (each.partition("=") for each in FLAGS.param)}
-    if any(not name.isidentifier() or not all(values) for name, values in params.items()):
-        raise ValueError("--param needs name=value,value, such as --param=hidden=8,16.")
-    swept: dict[str, list[Any]] = {name: [launch.literal(value) for value in values] for name, values in params.items()}
+    # cuDNN's LSTM, the default on a GPU, has no transpose, by which uoro moves forward.
+    make = tasks.chosen(**({"implementation": "fused"} if "uoro" in FLAGS.influences else {}))
+    params = tasks.swept(FLAGS.param)
     engine = study.local(launch.DEVICES.value)
     if FLAGS.engine == "ray":
         engine = study.ray(FLAGS.ray_address, cpus=FLAGS.ray_cpus, gpus=FLAGS.ray_gpus)
     results = study.sweep(
-        functools.partial(make, FLAGS.task, **arguments),
+        make,
         windows,
         carry=FLAGS.carry,
         influences=FLAGS.influences,
@@ -123,7 +105,7 @@ def main() -> None:
         seeds=FLAGS.seeds,
         budget=FLAGS.budget,
         updates=FLAGS.updates,
-        params=swept,
+        params=params,
         workdir=FLAGS.workdir,
         engine=engine,
         share=part,

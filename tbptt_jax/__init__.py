@@ -32,6 +32,9 @@ from tbptt_jax.training import evaluate as evaluate
 from tbptt_jax.training import skip_not_finite as skip_not_finite
 from tbptt_jax.training import carry_health as carry_health
 from tbptt_jax.streaming import streaming as streaming
+from tbptt_jax.exporting import export as export
+from tbptt_jax.exporting import load_exported as load_exported
 from tbptt_jax import horizon as horizon
 from tbptt_jax import sharding as sharding
 from tbptt_jax import checkpoint as checkpoint
+from tbptt_jax import weights as weights

@@ -8,6 +8,8 @@ typed keys, else None.
 import collections
 import json
 import math
+import os
+import pathlib
 import zlib
 from typing import Any
 
@@ -36,7 +38,7 @@ def pack(state: PyTree) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
                 "it returned."
             )
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        array = _whole(kind["path"], jax.random.key_data(leaf) if is_key else leaf)
+        array = on_this_host(kind["path"], jax.random.key_data(leaf) if is_key else leaf)
         data = array.tobytes()
         array = array if is_key else np.frombuffer(data, np.uint8)  # of which no store changes a bit
         impl = str(jax.random.key_impl(leaf)) if is_key else None
@@ -184,7 +186,7 @@ def _dtype(name: str, leaf: Any) -> str:
     return str(dtype)
 
 
-def _whole(path: str, leaf: Any) -> np.ndarray:
+def on_this_host(path: str, leaf: Any) -> np.ndarray:
     """All of an array in this host's memory, wherever its parts are."""
     if isinstance(leaf, jax.core.Tracer):
         raise ValueError(f"`{path}` is traced: it has no numbers yet. Save outside of `jax.jit` and its like.")
@@ -194,3 +196,15 @@ def _whole(path: str, leaf: Any) -> np.ndarray:
     if array.dtype != leaf.dtype:  # numbers there are none, as in a `jax.ShapeDtypeStruct`
         raise ValueError(f"`{path}` is {quoted(leaf)}, which has no numbers; {_AS_ARRAY}")
     return array
+
+
+def write_whole(path: str | pathlib.Path, data: bytes) -> None:
+    """A file, whole or not at all: whoever reads it meanwhile reads the one before. Directories are made if missing."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -23,6 +23,9 @@ def pack(
 ) -> Window:
     """Lays sequences into lanes: the lane that ends first takes the next sequence at once, with its reset.
 
+    The targets of a next-step task are each sequence's own: ``inputs[:-1], inputs[1:]`` of all of them together would make the
+    first step of another sequence the target of a last one. :func:`tbptt_jax.streams.documents` lays them rightly.
+
     For epochs in different orders: ``pack(..., key=jax.random.fold_in(key, epoch))``.
 
     Args:

@@ -27,6 +27,7 @@ import numpy as np
 from tbptt_jax.arrays import check_whole
 from tbptt_jax.files import Path, read_text, reading
 from tbptt_jax.files import read_csv as read_csv
+from tbptt_jax.pack import pack
 from tbptt_jax.window import Window, time_shape
 
 PyTree = Any
@@ -145,6 +146,36 @@ def cutter(
         return window
 
     return count, read
+
+
+def documents(documents: Sequence[np.ndarray], *, lanes: int, key: jax.Array | int | None = None) -> Window:
+    """Many short texts or series laid into lanes, each step's target the next one of the same document.
+
+    Each document begins anew, and none of its targets is of another: the last step of a document is only a target.
+
+    Args:
+      documents: arrays ``[time, ...]``; one of fewer than two steps has nothing to predict and is left out.
+      lanes: how many streams to fill side by side.
+      key: draws their order, as in :func:`tbptt_jax.pack`. None: the order given.
+
+    Returns:
+      A window ``[lanes, time, ...]``, as :func:`tbptt_jax.pack` makes it.
+
+    Raises:
+      ValueError: if no document has two steps, or they do not go together.
+    """
+    long = [np.asarray(each) for each in documents if len(each) > 1]
+    if not long:
+        raise ValueError(f"None of {len(documents)} documents has two steps: there is nothing to predict.")
+    kinds = {(each.shape[1:], each.dtype) for each in long}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The documents are of {len(kinds)} kinds, {sorted(map(str, kinds))[:3]}: give them one shape and dtype."
+        )
+    inputs, targets = np.concatenate([each[:-1] for each in long]), np.concatenate([each[1:] for each in long])
+    return pack(
+        inputs, targets, lengths=np.array([len(each) - 1 for each in long]), lanes=min(lanes, len(long)), key=key
+    )
 
 
 def open_npy(path: Path) -> np.memmap:

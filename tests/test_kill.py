@@ -21,7 +21,7 @@ import pytest
 from streams import first, loss, lstm, stream
 
 import tbptt_jax as tb
-from experiments import resume
+from tbptt_jax.study import guard, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = int(os.environ.get("TBPTT_KILLS", "4"))
@@ -156,8 +156,8 @@ def test_asked_to_stop_it_saves_the_call_it_is_in_and_says_so(whole, sent):
 def test_a_second_signal_ends_it_at_once():
     program = (
         "import os, signal, time, hashlib\n"
-        "from experiments import resume\n"
-        "with resume.stop_asked() as asked:\n"
+        "from tbptt_jax.study.process import stop_asked\n"
+        "with stop_asked() as asked:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    while not asked(): time.sleep(0.001)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -168,20 +168,24 @@ def test_a_second_signal_ends_it_at_once():
 
 
 def trainer(directory, windows, step, updates, **options):
-    """``(**more options) -> (state, calls)`` trains as the launches do, on windows in memory."""
-    return functools.partial(
-        resume.train,
+    """``(**more options) -> (state, calls)`` trains as a fit does, on windows in memory."""
+    train = functools.partial(
+        loop.train,
         step,
         lambda: step.init(jax.random.key(0), first(windows)),
         lambda first, last: jax.tree.map(lambda x: x[first:last], windows),
-        lambda state, window: resume.first_not_finite(lstm(), loss, state.params, state.stream.carry, window),
+        lambda state, window: guard.first_not_finite(lstm(), loss, state.params, state.stream.carry, window),
         updates=updates,
         directory=directory,
         settings={},
-        resume=True,
-        report=lambda done, calls: None,
         **{"every": 8, "skip": False, **options},
     )
+
+    def state_and_calls(**more):
+        kept, calls = train(**more)
+        return kept.state, calls
+
+    return state_and_calls
 
 
 def saved(directory):
@@ -200,8 +204,8 @@ def test_a_loss_that_is_not_finite_stops_it_names_the_place_and_saves_what_was_b
         with pytest.raises(ValueError, match=told):
             train()
         assert saved(tmp_path / "run") == 5
-    with tb.checkpoint.open(tmp_path / "run", {"updates": 8, "updates in a call": per_call}) as store:
-        there = store.restore(jax.eval_shape(lambda: before)).state
+    with tb.checkpoint.open(tmp_path / "run", {"updates in a call": per_call}) as store:
+        there = store.restore(loop.Kept(jax.eval_shape(lambda: before), ())).state.state
     for left, right in zip(jax.tree.leaves(there[:2]), jax.tree.leaves(before[:2]), strict=True):
         np.testing.assert_array_equal(left, right)
     state, calls = train(skip=True)  # and may be told to go on from there
@@ -292,6 +296,7 @@ def test_a_finished_run_is_not_trained_again_and_another_is_refused(whole):
         "figure.png",
         "flags.txt",
         "results.json",
+        "run.json",
     }
     run = start(directory, "whole", "--seed=1")
     _, err = run.communicate()

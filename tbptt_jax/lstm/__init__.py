@@ -3,6 +3,4 @@
 from tbptt_jax.lstm.lstm import lstm as lstm
 from tbptt_jax.lstm.weights import Weights as Weights
 from tbptt_jax.lstm.weights import from_flax as from_flax
-from tbptt_jax.lstm.weights import from_torch as from_torch
 from tbptt_jax.lstm.weights import to_flax as to_flax
-from tbptt_jax.lstm.weights import to_torch as to_torch

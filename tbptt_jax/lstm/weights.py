@@ -1,6 +1,5 @@
-"""An LSTM layer's parameters: at first, and as Flax and PyTorch have them."""
+"""An LSTM layer's parameters: at first, and as Flax has them."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -77,54 +76,3 @@ def to_flax(weights: Weights) -> PyTree:
     for gate, input_kernel, kernel, bias in parts:
         cell |= {f"i{gate}": {"kernel": input_kernel}, f"h{gate}": {"kernel": kernel, "bias": bias}}
     return {"params": cell}
-
-
-def from_torch(state: Mapping[str, Any]) -> tuple[Weights, ...]:
-    """The layers of a ``torch.nn.LSTM`` from its ``state_dict()``, or from arrays under the same names.
-
-    PyTorch's two biases only ever appear as their sum, and become one.
-
-    Args:
-      state: for each layer, ``weight_ih_l0`` ``[4 * features, inputs]`` and ``weight_hh_l0`` ``[4 * features, outputs]``;
-        where there are any, ``bias_ih_l0`` and ``bias_hh_l0`` ``[4 * features]``, ``weight_hr_l0`` ``[outputs, features]``.
-
-    Returns:
-      The weights of each layer, in order.
-
-    Raises:
-      ValueError: if the LSTM is bidirectional, or there is no ``weight_ih_l0``.
-      KeyError: if a layer has ``weight_ih`` without ``weight_hh``.
-    """
-    if any(name.endswith("_reverse") for name in state):
-        raise ValueError("This PyTorch LSTM is bidirectional; a stream is read in one direction only.")
-    layers: list[Weights] = []
-    while (name := f"_l{len(layers)}") and f"weight_ih{name}" in state:
-        recurrent = jnp.asarray(state[f"weight_hh{name}"]).T
-        bias = jnp.zeros(recurrent.shape[1:], recurrent.dtype)
-        for key in (f"bias_ih{name}", f"bias_hh{name}"):
-            bias = bias + jnp.asarray(state[key]) if key in state else bias
-        down = jnp.asarray(state[f"weight_hr{name}"]).T if f"weight_hr{name}" in state else None
-        layers.append(Weights(jnp.asarray(state[f"weight_ih{name}"]).T, recurrent, bias, down))
-    if not layers:
-        raise ValueError(f"There is no `weight_ih_l0` among {sorted(state)}: give the `state_dict()` of one nn.LSTM.")
-    return tuple(layers)
-
-
-def to_torch(layers: Sequence[Weights]) -> dict[str, jax.Array]:
-    """Arrays under the names of a ``torch.nn.LSTM``'s ``state_dict()``; the second bias of each layer is 0.
-
-    Args:
-      layers: the weights of each layer, in order.
-
-    Returns:
-      Name → array, in the shapes that :func:`from_torch` reads; no layers, no arrays.
-    """
-    state = {}
-    for n, weights in enumerate(layers):
-        state[f"weight_ih_l{n}"] = weights.input.T
-        state[f"weight_hh_l{n}"] = weights.recurrent.T
-        state[f"bias_ih_l{n}"] = weights.bias
-        state[f"bias_hh_l{n}"] = jnp.zeros_like(weights.bias)
-        if weights.projection is not None:
-            state[f"weight_hr_l{n}"] = weights.projection.T
-    return state

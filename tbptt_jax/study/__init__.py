@@ -19,4 +19,4 @@ from tbptt_jax.study.bias import probe_of as probe_of
 from tbptt_jax.study.sweep import sweep as sweep
 from tbptt_jax.study.engines import local as local
 from tbptt_jax.study.engines import ray as ray
-from tbptt_jax.study.report import write as report
+from tbptt_jax.study.report import report as report

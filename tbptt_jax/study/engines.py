@@ -11,6 +11,9 @@ from tbptt_jax.study.machine import mesh as devices_mesh
 from tbptt_jax.study.task import Task
 from tbptt_jax.study.trainings import Program, Trained, Training, compiled, train
 
+# Of JAX, what changes numbers: a worker has it as the launch has.
+CONFIG = "jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision", "jax_threefry_partitionable"
+
 
 class Job(NamedTuple):
     """Attributes:
@@ -121,7 +124,7 @@ def ray(address: str | None = None, *, cpus: float = 1, gpus: float = 0, retries
         if not cluster.is_initialized():
             cluster.init(address=address, log_to_driver=False, include_dashboard=False)
         plan({})
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": False}
+        options: Any = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": False}
         do = cluster.remote(**options)(_do)
         waiting = {do.remote(_of(job)): i for i, job in enumerate(jobs)}
         while waiting:
@@ -141,9 +144,10 @@ def _of(job: Job) -> Any:
     """A job as it is sent: a task by how it is made where that is known, so that its data is read where it is used."""
     import cloudpickle
 
+    config = {name: getattr(jax.config, name) for name in CONFIG}
     if job.task.source is not None:
-        return None, job.task.source, job.training
-    return cloudpickle.dumps(job.task), None, job.training
+        return None, job.task.source, job.training, config
+    return cloudpickle.dumps(job.task), None, job.training, config
 
 
 def _do(job: Any) -> Trained:
@@ -153,8 +157,10 @@ def _do(job: Any) -> Trained:
     from tbptt_jax.study.machine import prepare
     from tbptt_jax.study.task import task as make
 
-    pickled, source, training = job
+    pickled, source, training, config = job
     prepare()
+    for name, value in config.items():
+        jax.config.update(name, value)
     task = cloudpickle.loads(pickled) if source is None else make(source[0], **source[1])
     runs = len(training.rates) * training.seeds
     trained = train(training, compiled(task, training, devices_mesh(runs=runs))())

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from tbptt_jax import sharding
+import tbptt_jax as tb
 from tbptt_jax.training import TrainStep
 
 
@@ -105,11 +105,11 @@ def mesh(*, runs: int = 1, lanes: int = 1, window: int = 1, units: int = 1, devi
     """
     there = jax.device_count()
     if jax.process_count() > 1:
-        return sharding.mesh(run=there) if lanes == 1 else sharding.mesh(lane=there)
+        return tb.sharding.mesh(run=there) if lanes == 1 else tb.sharding.mesh(lane=there)
     there = min(there, devices or there)
     if lanes == 1:
-        return sharding.mesh(run=min(runs, there))
-    return sharding.mesh(lane=sharding.lane_devices(lanes, window, units, there))
+        return tb.sharding.mesh(run=min(runs, there))
+    return tb.sharding.mesh(lane=tb.sharding.lane_devices(lanes, window, units, there))
 
 
 def meet(where: str) -> None:

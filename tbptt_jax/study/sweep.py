@@ -27,7 +27,7 @@ from tbptt_jax.study.lock import expanded, holding
 from tbptt_jax.study.machine import largest, meet
 from tbptt_jax.study.points import Point, check_same_sweep, found_in, keep, keep_failed, mark, rows_of, write_events
 from tbptt_jax.study.process import stop_asked
-from tbptt_jax.study.report import write as report
+from tbptt_jax.study.report import report
 from tbptt_jax.study.task import Task, checksum, data_of, figures, is_drawn, keys_of
 from tbptt_jax.study.trainings import Training, check_sizes, shape_of, streams_of, windows_of
 from tbptt_jax.study.writing import QUOTED, finite, plain, write_json

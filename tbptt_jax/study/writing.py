@@ -35,6 +35,27 @@ def cell(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
+def csv_text(rows: list[dict[str, Any]], first: Iterable[str] = (), without: Iterable[str] = ()) -> str:
+    """A line for each row, with the columns ``first`` and one for each other key of any, but those ``without``.
+
+    A list's numbers are separated by spaces; what is not finite is nan there, and else empty.
+    """
+
+    def told(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return " ".join("nan" if y is None or not math.isfinite(y) else str(y) for y in x)
+        if isinstance(x, dict | str):
+            return cell(x if isinstance(x, str) else json.dumps(x))
+        return "" if finite(x) is None else x
+
+    fields = [key for key in dict.fromkeys([*first, *(key for row in rows for key in row)]) if key not in without]
+    to = io.StringIO()
+    out = csv.writer(to, lineterminator="\n")
+    out.writerow(map(cell, fields))
+    out.writerows([told(row.get(field)) for field in fields] for row in rows)
+    return to.getvalue()
+
+
 @contextlib.contextmanager
 def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a path to write to, which is moved to ``target`` when all is written: nobody sees a half of it."""
