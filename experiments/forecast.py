@@ -106,7 +106,8 @@ def main() -> None:
         launch.say(f"Read one row late, as the past of what is told: {', '.join(late)}.")
     own = {} if FLAGS.train else {f"{name}.csv": csv_bytes(*tables.columns(each)) for name, each in data.items()}
     check_own(launch.expanded(FLAGS.workdir), own)
-    streams = series.check_streams(task.train(), FLAGS.lanes, FLAGS.window, FLAGS.train or "The series")
+    streams = task.train()
+    series.check_long_enough(streams, data["train"], FLAGS.lanes, FLAGS.window, FLAGS.train or "The series")
     how: dict[str, Any] = {"stateless": is_stateless(), "burn_in": FLAGS.burn_in}
     count, *_ = reader(task, streams, FLAGS.window, FLAGS.lanes, **how)
     how |= {name: FLAGS[name].value for name in ("learning_rate", "seed", "resume", "not_finite")}

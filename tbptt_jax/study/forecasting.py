@@ -42,6 +42,7 @@ def forecasts(model: Recurrence, params: Any, layout: Layout, data: Sequence[Ser
       layout: of its task, ``Layout(**task.codec)``.
       data: the series.
     """
+    params = jax.device_get(params)  # of several processes, each forecasts by itself
     found = [features(layout, each) for each in data]
     length = np.array([known(layout, each) for each in data])
     time, targets = max(len(x) for x in found), len(layout.targets)
@@ -203,7 +204,7 @@ def scores(
         there = ~np.isnan(sum(joined.values()))
         joined = {name: np.where(there, error, np.nan) for name, error in joined.items()}
         rmse = {name: _named(layout, np.sqrt(_mean(error**2))) for name, error in joined.items()}
-        mase = _named(layout, _mean(np.abs(joined["model"])) / scale)
+        mase = _named(layout, _mean(np.abs(joined["model"])) / np.where(scale > 0, scale, np.nan))
         rows.append({"ahead": k + 1, "rows": _named(layout, there.sum(0)), "rmse": rmse, "mase": mase})
     return rows
 
@@ -305,7 +306,8 @@ def summary(results: dict[str, Any]) -> str:
             name: ", ".join(f"{by} {error[name]:.4g}" for by, error in step["rmse"].items())
             for name in results["test_rmse"]
         }
-        told = {name: f"{x}, MASE {step['mase'][name]:.3g}" for name, x in told.items()}
+        mase = {name: f", MASE {x:.3g}" if np.isfinite(x) else "" for name, x in step["mase"].items()}
+        told = {name: x + mase[name] for name, x in told.items()}
         text += "; ".join(x if len(told) == 1 else f"{name} {x}" for name, x in told.items())
     if "origins" in results:
         mean = ", ".join(f"{name} {error:.4g}" for name, error in results["origins_mean"].items())

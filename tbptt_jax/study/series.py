@@ -196,7 +196,8 @@ def task_of(
     """The task of a layout, its data read when it is needed; ``names`` says which of train, valid and test there are."""
 
     def streams_of(name: str) -> tb.Window:
-        return streams(layout, data()[name], lanes if name == "train" else 1, name)
+        found = data()[name]
+        return streams(layout, found, lanes if name == "train" or len(found) > 1 else 1, name)
 
     parts: dict[str, Any] = {name: functools.partial(streams_of, name) for name in names}
     outputs = len(layout.targets) * (layout.ahead if layout.direct else 1)
@@ -273,20 +274,19 @@ def streams(layout: Layout, data: Sequence[Series], lanes: int, name: str = "") 
     return window._replace(targets=window.targets[:2], weights=None if there.all() else window.targets[2])
 
 
-def check_streams(window: tb.Window, lanes: int, length: int, name: str) -> tb.Window:
-    """The same training streams.
-
-    Raises:
-      ValueError: if they are shorter than a window of ``length``; ``name`` is that of the file.
-    """
-    time = window.valid.shape[1] if window.valid is not None else window.resets.shape[1]  # type: ignore[union-attr]
-    if time < length:
-        valid = window.resets.size if window.valid is None else window.valid.sum()  # type: ignore[union-attr]
+def check_long_enough(window: tb.Window, data: Sequence[Series], lanes: int, length: int, name: str) -> None:
+    """Raises a ``ValueError`` if training streams are too short for windows of ``length``; ``name`` is that of the file."""
+    steps = sum(len(each.rows) for each in data)
+    if len(data) == 1 and steps < lanes * length:
         raise ValueError(
-            f"{name} has {valid} steps; {lanes} lanes with windows of {length} need at least {lanes * length}. Give a longer "
+            f"{name} has {steps} steps; {lanes} lanes with windows of {length} need at least {lanes * length}. Give a longer "
             "file, or fewer --lanes or a shorter --window."
         )
-    return window
+    if (time := window.inputs.shape[1]) < length:
+        raise ValueError(
+            f"The {len(data)} series of {name} fill {len(window.inputs)} lanes of {time} steps, and windows have {length}: "
+            f"give fewer --lanes, or a --window of at most {time}."
+        )
 
 
 def _shifted(values: np.ndarray, steps: int) -> np.ndarray:

@@ -46,11 +46,12 @@ def read(
     decimal: str | None = None,
     series: str | None = None,
     time: str | None = None,
+    scales: dict[str, Sequence[float]] | None = None,
 ) -> dict[str, list[Series]]:
     """The series of CSV files, by the file's name.
 
     Args:
-      files: name → path; the training file is ``train``.
+      files: name → path; the training file is ``train``, and may be left out where there are ``scales``.
       inputs: columns, those that are targets too to be read one row late; none: the targets.
       targets: columns. Where a number is missing it stays so: such a step is not scored. ``test`` may have none. Where their
         past is read, rows at the end that have none are rows to come: they stay in ``test``, and are left out elsewhere.
@@ -60,6 +61,7 @@ def read(
       decimal: as for :func:`tbptt_jax.streams.read_csv`.
       series: the column that tells series apart; they come in the order in which they appear.
       time: a column that is kept as text.
+      scales: those of a :class:`tbptt_jax.study.series.Layout`, whose means are those of the training file.
 
     Raises:
       ValueError: with file, line and column, if one is not as :func:`tbptt_jax.streams.read_csv` needs, or too short, an
@@ -72,10 +74,11 @@ def read(
     tables = {
         name: read_table(path, columns, missing=missing, decimal=decimal, texts=texts) for name, path in files.items()
     }
-    for column, numbers in zip(columns, ~np.isnan(tables["train"].values.T), strict=True):
-        if not numbers.any():
-            raise ValueError(f"{files['train']} has no number in column {quoted(column)}: leave it out.")
-    means = scale_of(tables["train"].values)[0]
+    if scales is None:
+        for column, numbers in zip(columns, ~np.isnan(tables["train"].values.T), strict=True):
+            if not numbers.any():
+                raise ValueError(f"{files['train']} has no number in column {quoted(column)}: leave it out.")
+    means = scale_of(tables["train"].values)[0] if scales is None else np.array([scales[name][0] for name in columns])
     found: dict[str, list[Series]] = {}
     for name, table in tables.items():
         found[name] = []
