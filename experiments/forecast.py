@@ -19,8 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import launch
-from experiments.pictures import picture
+from experiments import launch, pictures
 from tbptt_jax import study
 from tbptt_jax.study import forecasting, series, tables
 from tbptt_jax.study.task import reader
@@ -132,7 +131,9 @@ def main() -> None:
     curve = [(call.updates, call.loss, next(iter((call.valid or {}).values()), None)) for call in run.calls]
     seconds = sum(call.seconds for call in run.calls) + time.perf_counter() - began
     kind = f"{'stateless' if is_stateless() else 'stateful'}, windows of {FLAGS.window}"
-    figure = picture(layout.targets, *forecasting.shown(layout, data["test"], found), curve, results["test_mse"], kind)
+    figure = pictures.forecast(
+        layout.targets, *forecasting.shown(layout, data["test"], found), curve, results["test_mse"], kind
+    )
     results |= {name: FLAGS[name].value for name in ("window", "influence", "seed", "fill", "warm_up", "season")}
     results |= {"stateless": is_stateless(), "valid_mse": min((x for *_, x in curve if x is not None), default=None)}
     results |= {"updates": run.updates, "epochs": run.updates / run.windows, "seconds": seconds}
