@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 
 import tbptt_jax as tb
 from benchmarks.turns import Maker, Section, Side, could_not_run, quartiles, table, take_turns
-from experiments import char_lm, text
-from tbptt_jax import sharding
+from tbptt_jax import sharding, study
+from tbptt_jax.study import text
 
 FLAGS = flags.FLAGS
 OURS = "tb.train_windows, tb.lstm"
@@ -111,9 +111,10 @@ def torch_loop(vocabulary: int, x: np.ndarray, y: np.ndarray) -> Side:
 
 
 def measure(seconds: float) -> Section:
-    corpus = text.encode(text.read(FLAGS.text), FLAGS.lanes, FLAGS.window)
-    windows = jax.tree.map(lambda x: x[: FLAGS.windows_per_call], char_lm.cut(corpus.train, FLAGS.lanes))
-    vocabulary, devices = len(corpus.characters), jax.device_count()
+    task = study.task("char_lm", text=FLAGS.text, hidden=FLAGS.hidden, lanes=FLAGS.lanes)
+    _, read = tb.streams.cutter(*task.train(), lanes=FLAGS.lanes, length=FLAGS.window)
+    windows = read(np.arange(FLAGS.windows_per_call))
+    vocabulary, devices = text.symbols(task.codec), jax.device_count()
     x, y = windows.inputs, windows.targets
     model = fused(vocabulary, FLAGS.hidden)
     sides: dict[str, Maker] = {

@@ -2,7 +2,7 @@
 
 python -m experiments.char_lm
 python -m experiments.char_lm --text=mine.txt --window=32 --stateless --workdir=runs/mine
-python -m experiments.char_lm --text=poems.txt --documents=$'\\n\\n' --unit=bytes --workdir=runs/poems
+python -m experiments.char_lm --text=poems.txt --documents='\\n\\n' --unit=bytes --workdir=runs/poems
 python -m experiments.char_lm --workdir=runs/mine --prompt="Once upon" --temperature=0.7     asks a finished run
 python -m experiments.char_lm --text=other.txt --init_from=runs/mine --workdir=runs/other    begins from one
 
@@ -16,29 +16,27 @@ import math
 import statistics
 from typing import Any
 
+import numpy as np
 from absl import flags
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import study
-from tbptt_jax.study.text import decode, prompt
+from tbptt_jax.study.text import check_codec, decode, prompt
 
 READ = 100  # symbols of the held-out text that the sample goes on from
 
 FLAGS = flags.FLAGS
-flags.DEFINE_multi_string(
-    "text", [], "A text file; may be given again. None: the reference manual that ships in Python."
-)
-flags.DEFINE_string("documents", None, "What is a document, begun anew: files, lines, or what stands between two. Default: each of several files.")  # fmt: skip
+flags.DEFINE_multi_string("text", [], "A file; may be given again. None: the reference manual that ships in Python.")
+flags.DEFINE_string("documents", None, "What is a document, begun anew: files, lines, or the text that ends each, such as '\\n\\n'. Default: each of several files.")  # fmt: skip
 flags.DEFINE_enum("unit", "characters", ["characters", "bytes"], "What is predicted; bytes are of UTF-8.")
 flags.DEFINE_integer("window", 16, "Steps of a window.", lower_bound=1)
 flags.DEFINE_integer("lanes", 32, "Places of the text read side by side.", lower_bound=1)
 flags.DEFINE_integer("hidden", 128, "Units of a layer.", lower_bound=1)
 flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1, upper_bound=1000)
-flags.DEFINE_float(
-    "learning_rate", 0.005, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0
-)
+flags.DEFINE_float("learning_rate", 0.005, "Adam's at the start; it falls to zero along a cosine.", lower_bound=0.0)
 flags.DEFINE_integer("updates", 5000, "Updates, one a window.", lower_bound=1)
 flags.DEFINE_integer("windows_per_call", 50, "Windows, and so updates, in one compiled call.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of the parameters and the sample.")
@@ -47,13 +45,9 @@ flags.DEFINE_integer("checkpoint_every", 500, "Updates from one checkpoint to th
 flags.DEFINE_bool("resume", True, "Go on from the checkpoint in the workdir; --noresume begins afresh.")
 flags.DEFINE_string("init_from", None, "A run's workdir, whose parameters and vocabulary are begun from.")
 flags.DEFINE_string("prompt", None, "Train nothing: let the run in the workdir go on from this text.")
-flags.DEFINE_float(
-    "temperature", 1.0, "Of what it writes: below 1 safer, above bolder, 0 the likeliest.", lower_bound=0.0
-)
+flags.DEFINE_float("temperature", 1.0, "Below 1 it writes safer, above 1 bolder, at 0 the likeliest.", lower_bound=0.0)
 flags.DEFINE_integer("length", 400, "Symbols that it writes.", lower_bound=0)
-flags.DEFINE_string(
-    "workdir", "runs/char_lm", "Where run.json, results.json, figure.png, flags.txt and checkpoints go."
-)
+flags.DEFINE_string("workdir", "runs/char_lm", "Where run.json, results.json, figure.png and checkpoints go.")
 
 
 def picture(curve: list[tuple[int, float]], held_out: float, one: str) -> Figure:
@@ -75,9 +69,8 @@ def ask() -> None:
 
 
 def written(run: study.Run, text: str) -> str:
-    return prompt(
-        run.model, run.params, run.task.codec, text, FLAGS.length, temperature=FLAGS.temperature, seed=FLAGS.seed
-    )
+    how: Any = {"temperature": FLAGS.temperature, "seed": FLAGS.seed}
+    return prompt(run.model, run.params, run.task.codec, text, FLAGS.length, **how)
 
 
 def main() -> None:
@@ -88,6 +81,9 @@ def main() -> None:
     names = "text", "documents", "unit", "hidden", "layers", "lanes"
     arguments: dict[str, Any] = {name: FLAGS[name].value for name in names}
     if before is not None:
+        check_codec(before.task.codec)
+        made = before.task.source[1] if before.task.source else {}
+        arguments |= {name: made[name] for name in ("hidden", "layers") if name in made and not FLAGS[name].present}
         arguments |= {"codec": before.task.codec}
     task = study.task("char_lm", **arguments)
     chosen: Any = {name: FLAGS[name].value for name in ("window", "updates", "learning_rate", "windows_per_call", "seed",
@@ -139,9 +135,13 @@ def main() -> None:
 
 
 def held_out_text(task: study.Task) -> str:
-    """The beginning of the held-out text, of those symbols that the vocabulary has."""
+    """The beginning of the held-out text, of those symbols that the vocabulary has; of documents the first half of one."""
     streams = task.test()  # type: ignore[misc]
-    ids = streams[0][:READ] if isinstance(streams, tuple) and len(streams) == 2 else streams.inputs[0, :READ]
+    if isinstance(streams, tb.Window):
+        ids = np.split(streams.inputs[0], np.flatnonzero(np.asarray(streams.resets)[0]))[1]
+        ids = ids[: max(1, min(READ, len(ids) // 2))]
+    else:
+        ids = streams[0][:READ]
     return "".join(c for c in decode(ids, task.codec) if c != "\ufffd")
 
 

@@ -122,8 +122,9 @@ def run(main: Callable[[], None]) -> None:
 
     process.keep_streams()
     # What `--help` and `flags.txt` tell of: the program's own flags, and those of what launches share.
-    for flag in FLAGS.get_key_flags_for_module(__name__):
-        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    for module in (__name__, f"{__package__}.tasks"):
+        for flag in FLAGS.get_key_flags_for_module(module):
+            FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     process.end(all_of_it)
 
 

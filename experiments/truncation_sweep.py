@@ -117,10 +117,10 @@ def main() -> None:
             **launch.made_by(),
         },
     )
-    if results is not None:
+    if "rows" in results:
         launch.write_flags(launch.expanded(FLAGS.workdir))
-        if not results["all_done"]:
-            sys.exit(1)
+    if not results["all_done"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

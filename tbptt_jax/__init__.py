@@ -31,6 +31,8 @@ from tbptt_jax.training import mean_loss as mean_loss
 from tbptt_jax.training import evaluate as evaluate
 from tbptt_jax.training import skip_not_finite as skip_not_finite
 from tbptt_jax.training import carry_health as carry_health
+from tbptt_jax.predicting import predict as predict
+from tbptt_jax.predicting import join as join
 from tbptt_jax.streaming import streaming as streaming
 from tbptt_jax.exporting import export as export
 from tbptt_jax.exporting import load_exported as load_exported

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from tbptt_jax.arrays import Array, PyTree, at_least_float32, check_whole, on_host, pad
-from tbptt_jax.window import Window, check, check_scored, time_shape
+from tbptt_jax.window import Layout, Window, check, check_scored, laid_out, time_shape
 
 
 def sequences(inputs: PyTree, targets: PyTree = None, lengths: Array | None = None) -> Window:
@@ -90,7 +90,7 @@ def slide(window: Window, length: int, stride: int = 1) -> Window:
     Returns:
       A window ``[n * cuts, length, ...]`` with ``cuts = (time - length) // stride + 1``, sequence by sequence, each
       row reset at its first step: rows are sequences of their own, since row i of one batch of overlapping cuts does
-      not continue row i of the batch before.
+      not continue row i of the batch before. It remembers its cuts, for :func:`tbptt_jax.join`.
 
     Raises:
       ValueError: if the window's shapes, data or weights are not as :class:`tbptt_jax.Window` describes, ``length`` is not a whole
@@ -102,10 +102,14 @@ def slide(window: Window, length: int, stride: int = 1) -> Window:
     check_whole("stride", stride)
     if window.valid is not None:
         raise ValueError("`slide` cuts sequences of one length, and this window has padding: use `split`.")
-    steps = np.arange(0, time - length + 1, stride)[:, None] + np.arange(length)
-    cut = jax.tree.map(lambda x: x[:, steps].reshape(-1, length, *x.shape[2:]), window)
+    first = np.arange(0, time - length + 1, stride)
+    steps = first[:, None] + np.arange(length)
+    cut = jax.tree.map(lambda x: x[:, steps].reshape(-1, length, *x.shape[2:]), Window(*window))
     starts = _first_step(n * len(steps), length)
-    return cut._replace(resets=starts if cut.resets is None else starts | cut.resets)
+    cut = cut._replace(resets=starts if cut.resets is None else starts | cut.resets)
+    which, step = _earliest(first, length, time)
+    places = np.where(which < 0, -1, (np.arange(n)[:, None] * len(first) + which) * length + step)
+    return laid_out(cut, Layout((n * len(first), length), places))
 
 
 def split(window: Window, length: int, *, lanes: int | None = None, drop_padding: bool = False) -> Window:
@@ -139,6 +143,7 @@ def split(window: Window, length: int, *, lanes: int | None = None, drop_padding
         raise ValueError(f"{n} sequences cannot be run in {lanes} lanes: choose from 1 to {n}.")
     check(window)
     check_scored(window)
+    window = Window(*window)
     more_rows, more_steps = -n % lanes, -time % length
 
     def cut(x: Array, padding: float = 0) -> Array:
@@ -178,7 +183,7 @@ def overlap(window: Window, length: int, burn_in: int) -> Window:
 
     Returns:
       Windows stacked on a leading axis, ``[windows, n, length, ...]``, ``length - burn_in`` steps apart, each reset at its
-      first step.
+      first step. They remember their cuts, for :func:`tbptt_jax.join`.
 
     Raises:
       ValueError: as from :func:`split`, or if ``burn_in`` is not a whole number from 0 to ``length - 1``.
@@ -193,12 +198,14 @@ def overlap(window: Window, length: int, burn_in: int) -> Window:
     check_scored(window)
     first = np.arange(1 + max(0, -(-(time - length) // (length - burn_in)))) * (length - burn_in)
     steps = first[:, None] + np.arange(length)
-    cut = jax.tree.map(lambda x: x[:, np.minimum(steps, time - 1)].swapaxes(0, 1), window)
+    cut = jax.tree.map(lambda x: x[:, np.minimum(steps, time - 1)].swapaxes(0, 1), Window(*window))
     inside = np.broadcast_to((steps < time)[:, None], (len(first), n, length))
     if not inside.all():
         cut = cut._replace(valid=inside if cut.valid is None else inside & cut.valid)
     resets = np.zeros(inside.shape, bool) if cut.resets is None else cut.resets & inside
-    return stateless(_burnt_in(cut._replace(resets=resets), np.where(first > 0, burn_in, 0)[:, None, None]))
+    cut = stateless(_burnt_in(cut._replace(resets=resets), np.where(first > 0, burn_in, 0)[:, None, None]))
+    which, step = _earliest(first, length, time)
+    return laid_out(cut, Layout(inside.shape, (which * n + np.arange(n)[:, None]) * length + step))
 
 
 def burn_in(windows: Window, steps: int) -> Window:
@@ -246,6 +253,15 @@ def stateless(window: Window) -> Window:
     if window.resets is None:
         raise ValueError("`stateless` adds to the resets that `split`, `slide` and `lanes` set; this window has none.")
     return window._replace(resets=window.resets | (np.arange(window.resets.shape[-1]) == 0))
+
+
+def _earliest(first: np.ndarray, length: int, time: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of ``time`` steps the cut, of those that begin at ``first``, in which most comes before it, and its step there;
+    -1 where no cut has it."""
+    t = np.arange(time)
+    which = np.searchsorted(first, t - length, side="right")  # the first to end after t
+    step = t - first[np.minimum(which, len(first) - 1)]
+    return np.where((step < 0) | (step >= length), -1, which), step
 
 
 def _first_step(rows: int, time: int) -> np.ndarray:

@@ -109,7 +109,8 @@ def export(
         # With `valid` there, `tb.lstm` chooses no implementation that is one platform's own.
         return _plain(streaming(model, whole(given))(carry, x, resets, valid))
 
-    given = [leaves[i] for i in kept]
+    # Without the devices they are on: what is exported runs on one.
+    given = [jax.ShapeDtypeStruct(p.shape, p.dtype, weak_type=p.weak_type) for p in (leaves[i] for i in kept)]
     try:
         own_carry = jax.eval_shape(lambda g, m: model.initial_carry(whole(g), m.shape[0]), given, mask)
         functions: dict[str, tuple[Callable, tuple]] = {
@@ -186,10 +187,11 @@ def load_exported(path: str | pathlib.Path) -> Served:
         lanes = _lanes(x)
         resets = jnp.zeros(lanes, bool) if resets is None else resets
         valid = jnp.ones(lanes, bool) if valid is None else valid
-        names = "carry", "x", "resets", "valid"
-        return step.call(
-            params, *(_fitting(*each, lanes) for each in zip(names, takes, (carry, x, resets, valid), strict=True))
-        )
+        of_carry, of_x, *of_masks = takes
+        x = _fitting("x", of_x, x, lanes)
+        carry = _fitting("carry", of_carry, carry, lanes)
+        resets, valid = map(_fitting, ("resets", "valid"), of_masks, (resets, valid), (lanes, lanes))
+        return step.call(params, carry, x, resets, valid)
 
     def one_step(carry: PyTree, x: PyTree, resets: Any = None, valid: Any = None) -> tuple[PyTree, PyTree]:
         try:
@@ -242,8 +244,8 @@ def _fitting(name: str, wanted: PyTree, given: PyTree, lanes: int) -> PyTree:
             for tree in (given, wanted)
         )
         raise ValueError(
-            f"`{name}` is {has}, and what was exported needs {needs}: the same number of lanes, at least 1, in carry, x, "
-            "resets and valid."
+            f"`{name}` is {has}, and what was exported needs {needs}, here of {lanes} lanes as `x` has them: at least 1, and "
+            "as many in carry, resets and valid."
         )
     return jax.tree.map(lambda x, want: x if _is(x, jax.dtypes.extended) else jnp.asarray(x, want.dtype), given, wanted)
 

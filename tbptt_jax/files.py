@@ -120,6 +120,16 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def is_plain(path: Path) -> bool:
+    """Whether a file's bytes are its text as they stand: neither packed nor after a byte order mark.
+
+    Raises:
+      ValueError: if it cannot be read.
+    """
+    with reading(path), pathlib.Path(path).open("rb") as file:
+        return not file.read(8).startswith((*_PACKED, *_MARKS))
+
+
 def _conversion(path: Path, unpack: str, data: bytes) -> str:
     """What the encoding may be, and the command that converts it into a file of its own."""
     found = {}

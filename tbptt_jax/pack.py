@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tbptt_jax.arrays import Array, check_whole, quoted
-from tbptt_jax.window import Window, check, time_shape
+from tbptt_jax.window import Layout, Window, check, laid_out, time_shape
 
 PyTree = Any
 
@@ -38,7 +38,8 @@ def pack(
     Returns:
       A window ``[lanes, time, ...]``, each step of each sequence in it once, reset where a sequence begins, with padding
       where a lane has ended. ``valid.mean()`` is the occupancy. Without a key, ``time`` is that of the fullest lane;
-      with one it is the most that any order needs, so that every epoch has one shape and compiles once.
+      with one it is the most that any order needs, so that every epoch has one shape and compiles once. It remembers where
+      each sequence lies, for :func:`tbptt_jax.join`.
 
     Raises:
       ValueError: if there is nothing to lay, the arrays differ in steps, the lengths are not whole numbers from 0 that add
@@ -92,4 +93,4 @@ def pack(
     begins[before[lengths > 0]] = True
     window = Window(inputs, targets, resets=lay(begins), valid=lay(np.ones(total, bool)))
     check(window)
-    return window
+    return laid_out(window, Layout((lanes, time), to, lengths))

@@ -242,7 +242,12 @@ def read_characters(path: Path, vocabulary: Sequence[str] | None = None) -> tupl
     text = read_text(path)
     if not text:
         raise ValueError(f"{path} is empty: give a file with something in it.")
-    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    return characters(text, vocabulary)
+
+
+def characters(text: str, vocabulary: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
+    """As :func:`read_characters`, of a text that is in memory."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     vocabulary = ["�", *map(chr, np.unique(points))] if vocabulary is None else list(vocabulary)
     numbers = np.zeros(sys.maxunicode + 1, np.int32)
     numbers[[ord(character) for character in vocabulary[1:]]] = np.arange(1, len(vocabulary))

@@ -22,6 +22,7 @@ from tbptt_jax.gradient import (
     weighted_mean,
     window_objective,
 )
+from tbptt_jax.predicting import check_start
 from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, unroll_window
 from tbptt_jax.window import Window, check, check_scored, time_shape
@@ -255,8 +256,8 @@ def mean_loss(metrics: Metrics) -> PyTree:
     return mean_of(metrics.loss, of_each(metrics.weight, metrics.loss))
 
 
-def evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) -> Metrics:
-    """The mean of a loss over a stream, read from the initial carry on.
+def evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window, carry: PyTree | None = None) -> Metrics:
+    """The mean of a loss over a stream, read from the initial carry on, or from another.
 
     It has a carry of its own, so nothing leaks from or into training, and means are weighted by scored steps, so that
     the result is the same for any window length.
@@ -266,27 +267,30 @@ def evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) -> 
       loss: ``(outputs, window) -> [lanes, time]``, or a tree of such arrays, one for each figure wanted.
       params: the model's parameters.
       windows: consecutive windows ``[windows, lanes, time, ...]``.
+      carry: what to begin from where the windows have no reset, every leaf ``[lanes, ...]``: that which training or
+        :func:`tbptt_jax.predict` ended with, for a stream that goes on. None: the initial carry.
 
     Returns:
       The means, in the tree of the loss, and the total weight.
 
     Raises:
-      ValueError: before any compute, if the windows' shapes or data are not as described, no step is scored, or, in the
-        host's memory, a token is not in the model's table or a label none of the classes.
+      ValueError: before any compute, if the windows' shapes or data are not as described, no step is scored, the carry does
+        not fit the lanes, or, in the host's memory, a token is not in the model's table or a label none of the classes.
     """
     check(windows, ("windows", "lanes", "time"))
     check_scored(windows)
     check_ranges(model, loss, params, windows, ("windows", "lanes", "time"))
-    return _evaluate(model, loss, params, windows)
+    check_start(model, params, windows, carry)
+    return _evaluate(model, loss, params, windows, carry)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "loss"))
-def _evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window) -> Metrics:
+def _evaluate(model: Recurrence, loss: Loss, params: PyTree, windows: Window, carry: PyTree | None) -> Metrics:
     _, lanes, _ = time_shape(windows, ("windows", "lanes", "time"))
 
     def read(carry: PyTree, window: Window) -> tuple[PyTree, Metrics]:
         carry, outputs = unroll_window(model, params, carry, window)
         return carry, weighted_mean(step_losses(loss, outputs, window), window)
 
-    _, metrics = lax.scan(read, model.initial_carry(params, lanes), windows)
+    _, metrics = lax.scan(read, model.initial_carry(params, lanes) if carry is None else carry, windows)
     return Metrics(mean_loss(metrics), jax.tree.map(jnp.sum, metrics.weight))

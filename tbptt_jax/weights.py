@@ -6,7 +6,7 @@
     params = tb.weights.from_torch(module.state_dict(), like=params)  # a torch.nn.LSTM or torch.nn.GRU
     module.load_state_dict({name: torch.tensor(x) for name, x in tb.weights.to_torch(params).items()})
 
-A run's state, and what is gone on with, is kept by :mod:`tbptt_jax.checkpoint`: any tree, with checksums.
+A run's state, and what is gone on with, is kept by ``tb.checkpoint``: any tree, with checksums.
 """
 
 import itertools

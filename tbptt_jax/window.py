@@ -5,7 +5,7 @@ sequences; :mod:`tbptt_jax.cutting` makes windows of data, and cuts them.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,41 @@ class Window(NamedTuple):
     resets: Array | None = None
     valid: Array | None = None
     edges: Array | None = None
+
+
+class Layout(NamedTuple):
+    """Where a window has the steps of what it was laid out from.
+
+    Attributes:
+      shape: the window's leading axes, ``[lanes, time]`` or ``[windows, lanes, time]``.
+      places: of each step before, the place in the window, counted over its leading axes; -1: it is not there. Of a window
+        that was cut ``[n, time]``; of sequences that were packed ``[sum(lengths)]``, one after another.
+      lengths: ``[n]``, the steps of the sequences that were packed; None: it was cut.
+    """
+
+    shape: tuple[int, ...]
+    places: np.ndarray
+    lengths: np.ndarray | None = None
+
+
+class LaidOut(Window):
+    """A window that remembers how it was laid out, for :func:`tbptt_jax.join`.
+
+    The layout belongs to this object: ``_replace`` keeps it, and what makes another window of it, ``jax.tree.map`` for instance,
+    has ``layout`` None. It never enters a computation.
+    """
+
+    layout: Layout | None = None
+
+    def _replace(self, **changes: Any) -> "LaidOut":
+        return laid_out(super()._replace(**changes), self.layout)
+
+
+def laid_out(window: Window, layout: Layout | None) -> LaidOut:
+    """The same window, with its layout."""
+    window = LaidOut(*window)
+    window.layout = layout
+    return window
 
 
 def step_weights(window: Window) -> PyTree:

@@ -9,6 +9,7 @@ from absl import flags
 def program_of(name):
     module = importlib.import_module(f"experiments.{name}")
     yield module
-    for flag in list(flags.FLAGS.flags_by_module_dict().get(module.__name__, [])):
+    by_module = flags.FLAGS.flags_by_module_dict()
+    for flag in [*by_module.get(module.__name__, []), *by_module.get("experiments.tasks", [])]:
         delattr(flags.FLAGS, flag.name)
     del sys.modules[module.__name__]

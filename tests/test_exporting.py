@@ -128,6 +128,17 @@ def test_the_lstm_is_exported_as_what_every_platform_has(backend, tmp_path, monk
     assert calls <= {"shape_assertion"}  # that there is a lane
 
 
+def test_parameters_that_are_on_several_devices_are_served_on_one(tmp_path):
+    model, x = MODELS["lstm"]
+    params = model.init(jax.random.key(0), x[:, None])
+    mesh = jax.sharding.Mesh(jax.devices(), "lanes")
+    everywhere = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.P()))
+    tb.export(model, everywhere, x, tmp_path / "served")
+    served = tb.load_exported(tmp_path / "served")
+    told = served.step(served.initial_carry(3), np.ones((3, 2)))
+    assert bits(told) == bits(tb.streaming(model, params)(model.initial_carry(params, 3), np.ones((3, 2))))
+
+
 def test_what_is_not_finite_spoils_its_own_lane_only(tmp_path):
     model, x = MODELS["lstm"]
     params = model.init(jax.random.key(0), x[:, None])
@@ -173,10 +184,12 @@ def test_what_does_not_fit_what_was_exported_is_a_sentence(tmp_path):
     carry, two = served.initial_carry(2), np.ones((2, 2))
     for arguments, said in (
         ((carry, np.ones((2, 3))), r"`x` is float64\[2, 3\], and what was exported needs float64\[lanes, 2\]"),
-        ((carry, np.ones((3, 2))), "`carry` is .* the same number of lanes"),
+        ((carry, np.ones((3, 2))), "`carry` is .* here of 3 lanes as `x` has them"),
         ((carry, two, np.zeros(3, bool)), "`resets` is bool"),
         ((carry, two, None, np.ones(2)), "`valid` is float64"),
         ((carry, two * 1j), "`x` is complex128"),
+        ((carry, [1.0, 2.0]), "`x` is"),
+        ((carry, None), "`x` is None"),
         ((carry[0], two), "`carry` is"),
         ((carry, np.array([["a", "b"]] * 2)), "needs arrays of numbers"),
     ):

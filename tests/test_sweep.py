@@ -12,13 +12,18 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from programs import program_of
 
 import tbptt_jax as tb
-from experiments import sweep_tasks
+from tbptt_jax import study
+from tbptt_jax.study.findings import recommend
+from tbptt_jax.study.points import mark
+from tbptt_jax.study.task import NAMES
+from tbptt_jax.study.trainings import Training, compiled, cut, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
@@ -161,7 +166,7 @@ def test_asked_to_stop_it_ends_with_its_point_kept(tmp_path):
 
 
 def test_a_second_sweep_in_its_workdir_is_refused_before_anything_is_compiled(program, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "compiled", None)
+    monkeypatch.setattr("tbptt_jax.study.engines.compiled", None)
     (tmp_path / ".lock").write_text("elsewhere 1\n")
     refused(program, tmp_path, SMALL, "another launch is at work there, process 1 on elsewhere")
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -182,11 +187,12 @@ def test_shares_done_apart_join_to_the_whole(whole, tmp_path):
 def test_a_point_that_fails_is_told_and_the_others_go_on(program, tmp_path):
     broken = (
         "import experiments.truncation_sweep as s\n"
-        "train = s.train\n"
-        "def fails(point, *rest):\n"
-        "    if point.window == 5: raise RuntimeError('the machine <says> no')\n"
-        "    return train(point, *rest)\n"
-        "s.train = fails\n"
+        "from tbptt_jax.study import engines\n"
+        "train = engines.train\n"
+        "def fails(training, *rest):\n"
+        "    if training.window == 5: raise RuntimeError('the machine <says> no')\n"
+        "    return train(training, *rest)\n"
+        "engines.train = fails\n"
         "s.launch.run(s.main)\n"
     )
     arguments = [
@@ -242,25 +248,14 @@ def test_what_diverged_is_never_the_best_and_curves_are_there_once(tmp_path):
     assert {len(list(run.iterdir())) for run in (tmp_path / "tensorboard").iterdir()} == {1}
 
 
-def test_every_task_trains_and_is_evaluated(tmp_path):
-    script = """
-import sys, numpy as np
-from absl import flags
-import experiments.truncation_sweep as s
-s.FLAGS(sys.argv)
-s.launch.prepare(1)
-chosen = {"learning_rates": [0.01], "seeds": 1}
-for name in s.sweep_tasks.NAMES:
-    small = (None, None) if name == "influence_balancing" else (3, 4)
-    task = s.sweep_tasks.make(name, *small, 20, s.sweep_tasks.Files([], None, None, [], []))
-    program = s.compiled(task, 20, "truncate", chosen, s.launch.mesh(runs=1))()
-    losses, weights, scores, params, _ = s.train(s.Point("data", "stateful", "truncate", 20), program, 1, 3, print)
-    assert np.isfinite(losses).all() and np.isfinite(scores).all() and weights.sum() > 0, name
-    assert 0 < program.temp_bytes < program.bytes, name
-    print(name, "ok")
-"""
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
-    assert ran.returncode == 0 and ran.stdout.count("ok") == len(sweep_tasks.NAMES), ran.stderr
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_trains_and_is_evaluated(name):
+    task = study.task(name, **({} if name == "influence_balancing" else {"hidden": 3, "lanes": 4}))
+    training = Training(20, "stateful", "truncate", 3, (0.01,), 1)
+    program = compiled(task, training, tb.sharding.mesh(run=1))()
+    trained = train(training, program)
+    assert np.isfinite(trained.losses).all() and np.isfinite(trained.scores).all() and trained.weights.sum() > 0
+    assert 0 < program.temp_bytes < program.bytes
 
 
 WRONG = {
@@ -272,13 +267,9 @@ WRONG = {
     "a rate with two points": (["--learning_rates=1.2.3"], "positive numbers"),
     "a depth": (["--influences=replay:x"], "replay:x, which is none"),
     "a flag of another task": (["--text=mine.txt"], "--task=first_bit has no use for it"),
-    "a target told from itself": (
-        ["--task=forecast", "--train=x", "--test=x", "--inputs=a", "--targets=a"],
-        "told from itself",
-    ),
     "a carry": (["--carry=statefull"], "stateful, stateless or both"),
     "a share": (["--points=3/2"], "from 1 to N"),
-    "files that do not go together": (["--task=forecast", "--train=x.csv"], "--test=FILE"),
+    "files that do not go together": (["--task=forecast", "--train=x.csv"], "give train, test and targets"),
     "a text that is not there": (["--task=char_lm", "--text=nowhere.txt"], "cannot be read"),
 }
 
@@ -295,27 +286,25 @@ def row(window, metrics, budget="data"):
     return {**point, "metrics": metrics, "final_metric": mean, "seeds": len(metrics)}
 
 
-def test_what_is_recommended_is_as_good_in_every_seed(program):
+def test_what_is_recommended_is_as_good_in_every_seed():
     metric = {"name": "test accuracy", "better": "higher"}
     some_learned = [row(2, [1, 1, 1, 0.5, 0.5]), row(10, [0.99, 1, 1, 1, 1]), row(20, [1] * 5)]
-    assert program.recommend(some_learned, metric, 0.5)["window"] == 10
-    assert program.recommend([row(k, [1] * 5) for k in (1, 5, 20)], metric, 0.5)["window"] == 1
+    assert recommend(some_learned, metric, 0.5)["window"] == 10
+    assert recommend([row(k, [1] * 5) for k in (1, 5, 20)], metric, 0.5)["window"] == 1
     lower = [row(4, [0.40, 0.42]), row(8, [0.30, 0.31]), row(16, [0.30, 0.32])]
-    assert program.recommend(lower, {"name": "loss", "better": "lower"}, 0.7)["window"] == 8
+    assert recommend(lower, {"name": "loss", "better": "lower"}, 0.7)["window"] == 8
 
 
-def test_a_shorter_last_window_counts_and_theory_counts_it(program):
-    task = sweep_tasks.make("first_bit", 3, 10, 15, sweep_tasks.Files([], None, None, [], []))
-    windows = program.cut(task, tb.tasks.first_bit(jax.random.key(0), 20), 15, 10)  # of 15 steps and of 5
+def test_a_shorter_last_window_counts_and_theory_counts_it():
+    task = study.task("first_bit", hidden=3, lanes=10)
+    windows = cut(task, tb.tasks.first_bit(jax.random.key(0), 20), 15, 10)  # of 15 steps and of 5
     assert windows.weights.sum((1, 2)).tolist() == [10, 10, 10, 10]
     assert windows.weights[0, :, 14].all() and windows.weights[1, :, 4].all()
     assert task.exact(False, 15) == 0.75 and task.exact(True, 15) == 1
 
 
 def test_the_workdir_of_another_sweep_is_refused(program, tmp_path):
-    with flagsaver.flagsaver():
-        flags.FLAGS(["truncation_sweep", *SMALL])
-        (tmp_path / "sweep.json").write_text(json.dumps(program.settings()))
+    mark(tmp_path, {"task": "first_bit", "seeds": 3})
     refused(program, tmp_path, [*SMALL, "--seeds=4"], "seeds 3, here 4")
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 

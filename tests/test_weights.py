@@ -1,5 +1,7 @@
 """What is written is read bit for bit, by others too; PyTorch's LSTM and GRU compute the same on either side."""
 
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -188,3 +190,9 @@ def test_all_that_differs_is_said_when_it_is_read(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="is not a whole safetensors file"):
             tb.weights.load(path, like)
+
+
+def test_without_the_library_a_sentence_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install 'tbptt_jax\[serve\]'"):
+        tb.weights.save(tmp_path / "x", {"a": np.ones(2)})

@@ -70,7 +70,7 @@ def sweep(
     merge: Sequence[str | pathlib.Path] = (),
     tensorboard: bool = False,
     about_launch: dict[str, Any] | None = None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Trains a task with every window length, carried and not, at equal data and at equal updates, and reports.
 
     Args:
@@ -91,7 +91,7 @@ def sweep(
       about_launch: what is written into ``results.json`` besides, as JSON.
 
     Returns:
-      The results, as ``results.json`` has them; None for a share.
+      The results, as ``results.json`` has them, none for a share, and ``"all_done"``: whether no point failed.
 
     Raises:
       ValueError: before anything is trained, if an argument is not as described, does not fit, or the workdir holds another
@@ -118,14 +118,14 @@ def sweep(
                     "do them first, with --points or without."
                 )
             mark(directory, plan.settings)
-            return _finish(plan, directory, found, tensorboard, about_launch or {})
+            return {**_finish(plan, directory, found, tensorboard, about_launch or {}), "all_done": True}
         failed = _do(plan, mine, directory, engine or local(), tensorboard)
         if share is not None:
             say(f"Share {share[0]}/{share[1]} is in {directory}. When all are done: --merge with their directories.")
-            results = None
+            results = {}
         else:
             results = _finish(plan, directory, [directory], tensorboard, about_launch or {})
-    return {**results, "all_done": not failed} if results else None
+    return {**results, "all_done": not failed}
 
 
 def plan_of(
@@ -225,12 +225,12 @@ def _do(plan: Plan, mine: list[Point], directory: pathlib.Path, engine: Engine, 
         bytes_of = {p: needed[i] for i, group in enumerate(members) for p in group if i in needed}
         console.print(_table(plan, mine, done, bytes_of))
 
-    with stop_asked("after this point, kept") as stopping, progress(len(jobs), "points") as tell:
+    with stop_asked("after this point, kept") as stopping, progress(sum(map(len, members)), "points") as tell:
 
         def on_the_way(i: int, update: int, loss: float) -> None:
             training = jobs[i].training
             speed = runs * update * plan.steps[members[i][0]] / (time.perf_counter() - began)
-            tell(ended + update / training.updates, f"{jobs[i].name}: loss {loss:.4g}, {speed:,.0f} steps/s")
+            tell(ended + len(members[i]) * update / training.updates, f"{jobs[i].name}: loss {loss:.4g}, {speed:,.0f} steps/s")
 
         for i, trained in engine(jobs, planned, on_the_way):
             kept_in.mkdir(exist_ok=True)
@@ -244,14 +244,14 @@ def _do(plan: Plan, mine: list[Point], directory: pathlib.Path, engine: Engine, 
                     keep(kept_in, point, rows, trained.params)
                     if tensorboard and jax.process_index() == 0:
                         write_events(directory / "tensorboard", point, rows)
-            ended += 1
+            ended += len(members[i])
             began = time.perf_counter()
             tell(ended, jobs[i].name)
             stop = largest(stopping())
             if stop:
                 break
     if stop:
-        say(f"Stopped after {ended} of {len(jobs)} points; the same command does the others.")
+        say(f"Stopped after {ended} of {sum(map(len, members))} points; the same command does the others.")
         sys.exit(128 + stop)
     return failed
 
