@@ -132,9 +132,8 @@ def main() -> None:
     curve = [(call.updates, call.loss, next(iter((call.valid or {}).values()), None)) for call in run.calls]
     seconds = sum(call.seconds for call in run.calls) + time.perf_counter() - began
     kind = f"{'stateless' if is_stateless() else 'stateful'}, windows of {FLAGS.window}"
-    figure = picture(
-        layout.targets, *forecasting.shown(layout, data["test"], predictions), curve, results["test_mse"], kind
-    )
+    shown, title = forecasting.shown(layout, data["test"], predictions), f"LSTM of {FLAGS.hidden} units, {kind}"
+    figure = picture(layout.targets, *shown, curve, results["test_mse"], title)
     results |= {name: FLAGS[name].value for name in ("window", "influence", "seed", "fill", "warm_up", "season")}
     results |= {"stateless": is_stateless(), "valid_mse": min((x for *_, x in curve if x is not None), default=None)}
     results |= {"updates": run.updates, "epochs": run.updates / run.windows, "seconds": seconds}

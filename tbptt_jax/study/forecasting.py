@@ -190,22 +190,22 @@ def scores(
     lag = season or 1
     scale = _mean(np.concatenate([np.abs(s.targets[lag:] - s.targets[:-lag]) for s in train]))
     wanted = {"naive": None} | ({"seasonal": season} if season else {})
+    errors: dict[str, list[np.ndarray]] = {name: [] for name in ("model", *wanted)}
+    for series, forecast in zip(test, predictions, strict=True):
+        by = {"model": by_row(series, forecast)[: len(series.rows)]}
+        by |= {name: naive(series, layout.ahead, of) for name, of in wanted.items()}
+        for name, values in by.items():
+            errors[name].append((values - series.targets[:, None])[series.warm :])
+    joined = {name: np.concatenate(parts) for name, parts in errors.items()}
+    if season and np.isnan(joined["seasonal"]).all():
+        del joined["seasonal"]  # the test is shorter than a season
+    there = ~np.isnan(sum(joined.values()))
     rows = []
     for k in range(layout.ahead):
-        errors: dict[str, list[np.ndarray]] = {name: [] for name in ("model", *wanted)}
-        for series, forecast in zip(test, predictions, strict=True):
-            by = {"model": by_row(series, forecast)[: len(series.rows), k]}
-            by |= {name: naive(series, layout.ahead, of)[:, k] for name, of in wanted.items()}
-            for name, values in by.items():
-                errors[name].append((values - series.targets)[series.warm :])
-        joined = {name: np.concatenate(parts) for name, parts in errors.items()}
-        if season and np.isnan(joined["seasonal"]).all():
-            del joined["seasonal"]  # the test is shorter than a season
-        there = ~np.isnan(sum(joined.values()))
-        joined = {name: np.where(there, error, np.nan) for name, error in joined.items()}
-        rmse = {name: _named(layout, np.sqrt(_mean(error**2))) for name, error in joined.items()}
-        mase = _named(layout, _mean(np.abs(joined["model"])) / np.where(scale > 0, scale, np.nan))
-        rows.append({"ahead": k + 1, "rows": _named(layout, there.sum(0)), "rmse": rmse, "mase": mase})
+        error = {name: np.where(there[:, k], x[:, k], np.nan) for name, x in joined.items()}
+        rmse = {name: _named(layout, np.sqrt(_mean(x**2))) for name, x in error.items()}
+        mase = _named(layout, _mean(np.abs(error["model"])) / np.where(scale > 0, scale, np.nan))
+        rows.append({"ahead": k + 1, "rows": _named(layout, there[:, k].sum(0)), "rmse": rmse, "mase": mase})
     return rows
 
 
