@@ -11,13 +11,11 @@ import jax
 import numpy as np
 import optax
 from absl import flags
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 import tbptt_jax as tb
-from experiments import launch
+from experiments import launch, pictures
 from tbptt_jax import sharding
 from tbptt_jax.tasks import copy_memory, copy_memory_floor
 from tbptt_jax.training import TrainStep
@@ -125,22 +123,6 @@ def table(rows: list[dict[str, Any]], floor: float) -> Table:
     return out
 
 
-def picture(rows: list[dict[str, Any]], floor: float) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    for row in rows:
-        curve = np.asarray(row["curve"])
-        width = max(1, len(curve) // 50)
-        smooth = curve[: len(curve) // width * width].reshape(-1, width).mean(1)
-        updates = (np.arange(len(smooth)) + 1) * width * row["updates"] / len(curve)
-        axes.plot(updates, smooth, label=row["influence"])
-    axes.axhline(floor, color="k", linestyle="--", linewidth=1, label="without memory")
-    axes.set(xlabel="updates", ylabel="nats a recalled symbol, mean over seeds", ylim=(0, None))
-    axes.set_title(f"Copy memory: lag {FLAGS.lag + FLAGS.length}, windows of {FLAGS.window}")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return figure
-
-
 def main() -> None:
     launch.check_influences(FLAGS.influences)
     if FLAGS.window > FLAGS.lag + 2 * FLAGS.length:
@@ -156,7 +138,8 @@ def main() -> None:
             rows.append(train(name))
             report(done, f"{name}: {np.mean(rows[-1]['loss']):.4f} nats")
     launch.console.print(table(rows, floor))
-    launch.write_results(directory, {"rows": rows, "memoryless_floor": floor}, picture(rows, floor))
+    title = f"Copy memory: lag {FLAGS.lag + FLAGS.length}, windows of {FLAGS.window}"
+    launch.write_results(directory, {"rows": rows, "memoryless_floor": floor}, pictures.copy_memory(rows, floor, title))
     launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 

@@ -9,26 +9,20 @@ and the label is that first value. One LSTM, one train step; the systems differ 
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import flags
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
 
 import tbptt_jax as tb
-from experiments import launch
+from experiments import launch, pictures
+from experiments.first_bit_systems import LENGTH, System, by_start, shape_of, systems
 from tbptt_jax import sharding
-from tbptt_jax.tasks.first_bit import Floor, first_bit_floor, score_last
+from tbptt_jax.tasks.first_bit import score_last
 from tbptt_jax.training import TrainStep
-
-LENGTH, SLIDING = 20, 10
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("train", 1000, "Training sequences.", lower_bound=2)
@@ -39,49 +33,6 @@ flags.DEFINE_integer("updates", 1000, "Updates of each training, rounded up to w
 flags.DEFINE_float("learning_rate", 0.02, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0)
 flags.DEFINE_integer("seeds", 5, "Trainings of each system, side by side.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/first_bit", "Where results.json, figure.png and flags.txt go.")
-
-
-class System(NamedTuple):
-    """A way to cut sequences ``[n, 20, 1]``, what theory says of it, and what was published."""
-
-    name: str
-    window: int
-    cut: Callable[[tb.Window, int], tb.Window]  # (sequences, lanes) -> windows
-    exact: Floor | None
-    published: float | None = None
-
-
-def contiguous(length: int, sequences: tb.Window, lanes: int) -> tb.Window:
-    return tb.split(sequences, length, lanes=lanes)
-
-
-def sliding(sequences: tb.Window, lanes: int) -> tb.Window:
-    return tb.split(tb.slide(sequences, SLIDING), SLIDING, lanes=lanes)
-
-
-def misaligned(sequences: tb.Window, lanes: int) -> tb.Window:
-    """The misuse: overlapping windows in batches of 11, as `split` would not let them run, carried on with no reset."""
-    del lanes
-    return sliding(sequences, LENGTH - SLIDING + 1)._replace(resets=None)
-
-
-def systems() -> list[System]:
-    published = {("stateful", 1): 1.0, ("stateless", 1): 0.525}
-    rows = [
-        System("stateless full", LENGTH, functools.partial(contiguous, LENGTH), first_bit_floor(1)),
-        System("stateless sliding", SLIDING, sliding, first_bit_floor(LENGTH - SLIDING + 1), 0.5455),
-        System("stateful misaligned", SLIDING, misaligned, None, 0.5),
-    ]
-    for k in (1, 2, 4, 5, 10, 20):
-        cut = functools.partial(contiguous, k)
-
-        def forget(sequences: tb.Window, lanes: int, cut: Callable = cut) -> tb.Window:
-            return tb.stateless(cut(sequences, lanes))
-
-        floor = first_bit_floor(LENGTH // k)
-        rows.append(System("stateless contiguous", k, forget, floor, published.get(("stateless", k))))
-        rows.append(System("stateful contiguous", k, cut, first_bit_floor(1), published.get(("stateful", k))))
-    return rows
 
 
 def cross_entropy(logits: jax.Array, window: tb.Window) -> jax.Array:
@@ -153,81 +104,6 @@ def study(system: System, report: Callable[[float, str], None]) -> dict[str, Any
     }
 
 
-def shape_of(windows: tb.Window) -> tuple[int, ...]:
-    """``(windows over all lanes, time, features)`` of windows ``[seeds, windows, lanes, time, features]``."""
-    _, count, lanes, time_, features = windows.inputs.shape
-    filled = count * lanes if windows.valid is None else int(windows.valid[0, ..., 0].sum())
-    return filled, time_, features
-
-
-def by_start(evaluate: Callable, params: Any, test: tb.Window, system: System) -> dict[int, float]:
-    """Test accuracy of the windows that start at each position of their sequence."""
-    _, count, lanes, length, _ = test.inputs.shape
-    if system.cut in (sliding, misaligned):
-        starts = np.arange(count * lanes).reshape(count, lanes) % (LENGTH - length + 1)
-    else:
-        starts = np.arange(count)[:, None] % (LENGTH // length) * length + np.zeros(lanes, int)
-    return {
-        int(start): float(
-            evaluate(params, test._replace(weights=test.weights * (starts == start)[..., None]))["accuracy"].mean()
-        )
-        for start in np.unique(starts)
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    out = Table(
-        "system", box=box.SIMPLE_HEAD, pad_edge=False, title="Test scores, mean over seeds", title_justify="left"
-    )
-    for name in ("window", "published", "exact", "accuracy", "exact", "loss", "updates", "s"):
-        out.add_column(name, justify="right")
-
-    def number(x: float | None) -> str:
-        return "–" if x is None else f"{x:.4f}"
-
-    for row in rows:
-        scores = ("published_accuracy", "exact_accuracy", "test_accuracy", "exact_loss", "test_loss")
-        out.add_row(
-            row["system"],
-            str(row["window"]),
-            *(number(row[score]) for score in scores),
-            str(row["updates"]),
-            f"{row['seconds']:.1f}",
-        )
-    return out
-
-
-def what_happened(rows: list[dict[str, Any]]) -> Figure:
-    """Left: who sees the bit. Right: what that makes of the accuracy at each window length, beside the exact figures."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-    looks: dict[str, dict[str, Any]] = {
-        "stateful contiguous": {"color": "C0", "marker": "o"},
-        "stateless contiguous": {"color": "C1", "marker": "s", "markersize": 8, "markerfacecolor": "none"},
-        "stateless sliding": {"color": "C2", "marker": "^"},
-    }
-    for name, window in (("stateful contiguous", 2), ("stateless contiguous", 2), ("stateless sliding", SLIDING)):
-        (row,) = (row for row in rows if (row["system"], row["window"]) == (name, window))
-        starts = row["accuracy_by_start"]
-        left.plot(
-            list(starts), list(starts.values()), linestyle="none", label=f"{name}, windows of {window}", **looks[name]
-        )
-    left.set_title("What happened? Only the window at 0 sees the bit")
-    left.set(xlabel="where the window starts in its sequence", ylabel="test accuracy", xticks=range(0, LENGTH, 2))
-    for name, look in looks.items():
-        points = sorted(
-            (row["window"], row["test_accuracy"], row["exact_accuracy"]) for row in rows if row["system"] == name
-        )
-        windows, accuracy, exact = zip(*points, strict=True)
-        right.plot(windows, accuracy, label=name, **look)
-        right.plot(windows, exact, "k+", markersize=12, label="exact" if name == "stateless sliding" else None)
-    right.set_title("Carrying the state does what no short window can")
-    right.set(xlabel="window, steps", xticks=[1, 2, 4, 5, 10, 20], ylim=(0.45, 1.05))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    return figure
-
-
 def main() -> None:
     for name, number in (("train", FLAGS.train), ("test", FLAGS.test)):
         if number % 2:
@@ -253,8 +129,8 @@ def main() -> None:
                 report(i + part, f"{system.name}, window {system.window}: {text}")
 
             rows.append(study(system, tell))
-    launch.console.print(table(rows))
-    launch.write_results(directory, {"rows": rows}, what_happened(rows))
+    launch.console.print(pictures.first_bit_table(rows))
+    launch.write_results(directory, {"rows": rows}, pictures.first_bit(rows))
     launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 

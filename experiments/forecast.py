@@ -19,8 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import launch
-from experiments.pictures import picture
+from experiments import launch, pictures
 from tbptt_jax import study
 from tbptt_jax.study import forecasting, series, tables
 from tbptt_jax.study.task import reader
@@ -133,7 +132,7 @@ def main() -> None:
     seconds = sum(call.seconds for call in run.calls) + time.perf_counter() - began
     kind = f"{'stateless' if is_stateless() else 'stateful'}, windows of {FLAGS.window}"
     shown, title = forecasting.shown(layout, data["test"], predictions), f"LSTM of {FLAGS.hidden} units, {kind}"
-    figure = picture(layout.targets, *shown, curve, results["test_mse"], title)
+    figure = pictures.forecast(layout.targets, *shown, curve, results["test_mse"], title)
     results |= {name: FLAGS[name].value for name in ("window", "influence", "seed", "fill", "warm_up", "season")}
     results |= {"stateless": is_stateless(), "valid_mse": min((x for *_, x in curve if x is not None), default=None)}
     results |= {"updates": run.updates, "epochs": run.updates / run.windows, "seconds": seconds}

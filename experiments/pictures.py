@@ -1,4 +1,4 @@
-"""The figure of a forecast."""
+"""The figures and tables of launches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
 
 SHOWN = 600  # steps of the test file's end in the figure
 BINS = 300  # of the whole test file there
 
 
-def picture(
+def forecast(
     names: Sequence[str],
     observed: np.ndarray,
     predicted: np.ndarray,
@@ -62,4 +64,73 @@ def picture(
     for each in axes.values():
         each.grid(alpha=0.3)
     figure.suptitle(title)
+    return figure
+
+
+def first_bit(rows: list[dict[str, Any]]) -> Figure:
+    """Left: who sees the bit. Right: what that makes of the accuracy at each window length, beside the exact figures."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    looks: dict[str, dict[str, Any]] = {
+        "stateful contiguous": {"color": "C0", "marker": "o"},
+        "stateless contiguous": {"color": "C1", "marker": "s", "markersize": 8, "markerfacecolor": "none"},
+        "stateless sliding": {"color": "C2", "marker": "^"},
+    }
+    for name, window in (("stateful contiguous", 2), ("stateless contiguous", 2), ("stateless sliding", 10)):
+        (row,) = (row for row in rows if (row["system"], row["window"]) == (name, window))
+        starts = row["accuracy_by_start"]
+        left.plot(
+            list(starts), list(starts.values()), linestyle="none", label=f"{name}, windows of {window}", **looks[name]
+        )
+    left.set_title("What happened? Only the window at 0 sees the bit")
+    left.set(xlabel="where the window starts in its sequence", ylabel="test accuracy", xticks=range(0, 20, 2))
+    for name, look in looks.items():
+        points = sorted(
+            (row["window"], row["test_accuracy"], row["exact_accuracy"]) for row in rows if row["system"] == name
+        )
+        windows, accuracy, exact = zip(*points, strict=True)
+        right.plot(windows, accuracy, label=name, **look)
+        right.plot(windows, exact, "k+", markersize=12, label="exact" if name == "stateless sliding" else None)
+    right.set_title("Carrying the state does what no short window can")
+    right.set(xlabel="window, steps", xticks=[1, 2, 4, 5, 10, 20], ylim=(0.45, 1.05))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    return figure
+
+
+def first_bit_table(rows: list[dict[str, Any]]) -> Table:
+    out = Table(
+        "system", box=box.SIMPLE_HEAD, pad_edge=False, title="Test scores, mean over seeds", title_justify="left"
+    )
+    for name in ("window", "published", "exact", "accuracy", "exact", "loss", "updates", "s"):
+        out.add_column(name, justify="right")
+
+    def number(x: float | None) -> str:
+        return "–" if x is None else f"{x:.4f}"
+
+    for row in rows:
+        scores = ("published_accuracy", "exact_accuracy", "test_accuracy", "exact_loss", "test_loss")
+        out.add_row(
+            row["system"],
+            str(row["window"]),
+            *(number(row[score]) for score in scores),
+            str(row["updates"]),
+            f"{row['seconds']:.1f}",
+        )
+    return out
+
+
+def copy_memory(rows: list[dict[str, Any]], floor: float, title: str) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    for row in rows:
+        curve = np.asarray(row["curve"])
+        width = max(1, len(curve) // 50)
+        smooth = curve[: len(curve) // width * width].reshape(-1, width).mean(1)
+        updates = (np.arange(len(smooth)) + 1) * width * row["updates"] / len(curve)
+        axes.plot(updates, smooth, label=row["influence"])
+    axes.axhline(floor, color="k", linestyle="--", linewidth=1, label="without memory")
+    axes.set(xlabel="updates", ylabel="nats a recalled symbol, mean over seeds", ylim=(0, None))
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return figure
