@@ -125,15 +125,14 @@ def main() -> None:
         **how,
     )
     began = time.perf_counter()
-    found = forecasting.forecasts(task.model, run.params, layout, data["test"])
-    results = forecasting.evaluate(layout, data["train"], data["test"], found, FLAGS.season, FLAGS.origins)
-    write_files(directory, {"predictions.csv": csv_bytes(*forecasting.table(layout, data["test"], found, FLAGS.series, FLAGS.time))})  # fmt: skip
+    predictions = forecasting.forecasts(task.model, run.params, layout, data["test"])
+    results = forecasting.evaluate(layout, data["train"], data["test"], predictions, FLAGS.season, FLAGS.origins)
+    write_files(directory, {"predictions.csv": csv_bytes(*forecasting.table(layout, data["test"], predictions, FLAGS.series, FLAGS.time))})  # fmt: skip
     curve = [(call.updates, call.loss, next(iter((call.valid or {}).values()), None)) for call in run.calls]
     seconds = sum(call.seconds for call in run.calls) + time.perf_counter() - began
     kind = f"{'stateless' if is_stateless() else 'stateful'}, windows of {FLAGS.window}"
-    figure = pictures.forecast(
-        layout.targets, *forecasting.shown(layout, data["test"], found), curve, results["test_mse"], kind
-    )
+    shown, title = forecasting.shown(layout, data["test"], predictions), f"LSTM of {FLAGS.hidden} units, {kind}"
+    figure = pictures.forecast(layout.targets, *shown, curve, results["test_mse"], title)
     results |= {name: FLAGS[name].value for name in ("window", "influence", "seed", "fill", "warm_up", "season")}
     results |= {"stateless": is_stateless(), "valid_mse": min((x for *_, x in curve if x is not None), default=None)}
     results |= {"updates": run.updates, "epochs": run.updates / run.windows, "seconds": seconds}

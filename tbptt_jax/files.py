@@ -186,13 +186,9 @@ def read_csv(
 
 
 def read_table(
-    path: Path,
-    columns: Sequence[str],
-    *,
-    missing: Sequence[str] | None = None,
-    decimal: str | None = None,
+    path: Path, columns: Sequence[str], *, missing: Sequence[str] | None = None, decimal: str | None = None,
     texts: Sequence[str] = (),
-) -> Table:
+) -> Table:  # fmt: skip
     """As :func:`read_csv`, with the lines that the rows stand in, and the columns ``texts`` as text."""
     if decimal not in (None, ",", "."):
         raise ValueError(f'`decimal` is {quoted(decimal)}; it needs to be "," or ".", or None.')

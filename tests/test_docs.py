@@ -42,9 +42,11 @@ def test_a_page_s_program_runs_as_pasted_and_prints_what_the_page_says(page):
 
 def test_every_flag_that_the_pages_name_exists():
     def flags_of(name):
-        return set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "experiments" / f"{name}.py").read_text()))
+        program = (ROOT / "experiments" / f"{name}.py").read_text()
+        own = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', program))
+        return own | flags_of("tasks") if "tasks.define(" in program else own
 
-    shared = flags_of("launch") | flags_of("resume") | {"help", "flagfile"}
+    shared = flags_of("launch") | flags_of("processes") | {"help", "flagfile"}
     launches = {path.stem: flags_of(path.stem) | shared for path in (ROOT / "experiments").glob("*.py")}
     named = 0
     for page in DOCS.glob("*.md"):

@@ -1,6 +1,5 @@
 """A sweep on a cluster ends with the numbers of a sweep on one machine, also when one of its nodes dies."""
 
-
 import numpy as np
 import pytest
 
@@ -40,4 +39,6 @@ def test_a_node_that_dies_in_the_middle_changes_no_number(cluster, tmp_path):
     assert died and there["all_done"] and not there["failed"] and len(there["rows"]) == 4
     for left, right in zip(there["rows"], here["rows"], strict=True):
         assert (left["window"], left["updates"]) == (right["window"], right["updates"])
-        np.testing.assert_allclose(left["losses"] + left["metrics"], right["losses"] + right["metrics"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            left["losses"] + left["metrics"], right["losses"] + right["metrics"], rtol=1e-4, atol=1e-5
+        )

@@ -43,16 +43,16 @@ def forecasts(model: Recurrence, params: Any, layout: Layout, data: Sequence[Ser
       data: the series.
     """
     params = jax.device_get(params)  # of several processes, each forecasts by itself
-    found = [features(layout, each) for each in data]
-    length = np.array([known(layout, each) for each in data])
-    time, targets = max(len(x) for x in found), len(layout.targets)
+    read = [features(layout, series) for series in data]
+    length = np.array([known(layout, series) for series in data])
+    time, targets = max(len(x) for x in read), len(layout.targets)
     inputs = np.zeros((len(data), time + layout.ahead, len(layout.inputs)), np.float32)
-    for i, x in enumerate(found):
+    for i, x in enumerate(read):
         inputs[i, : len(x)] = np.nan_to_num(x)
     feed = functools.partial(_fed, model, params, tuple(layout.late), tuple(layout.past))
     recursive = layout.ahead > 1 and not layout.direct
     carry = model.initial_carry(params, len(data))
-    told = np.full((len(data), time, layout.ahead, targets), np.nan)
+    ahead = np.full((len(data), time, layout.ahead, targets), np.nan)
     lanes = len(data) * (layout.ahead if recursive else 1)
     step = max(1, min(STRETCH, int(length.max()), AT_ONCE // lanes))
     for first in range(0, int(length.max()), step):
@@ -67,26 +67,26 @@ def forecasts(model: Recurrence, params: Any, layout: Layout, data: Sequence[Ser
         else:
             outputs = np.asarray(outputs).reshape(len(data), step, layout.ahead, targets)
         inside = rows[rows < time]
-        told[:, inside] = outputs[:, : len(inside)]
-    ends = np.array([len(each.rows) for each in data])
+        ahead[:, inside] = outputs[:, : len(inside)]
+    ends = np.array([len(series.rows) for series in data])
     steps = max(layout.ahead, int((ends - length).max()))
     rows = np.minimum(length[:, None] + np.arange(steps), inputs.shape[1] - 1)
     outputs = np.asarray(feed(carry, inputs[np.arange(len(data))[:, None], rows]), np.float64)
     heads = outputs[:, 0] if layout.direct else outputs[:, : layout.ahead]
-    told[np.arange(len(data)), length] = heads.reshape(len(data), layout.ahead, targets)
+    ahead[np.arange(len(data)), length] = heads.reshape(len(data), layout.ahead, targets)
     mean, deviation = layout.scale(layout.targets)
     others = len(layout.late) < len(layout.inputs)  # columns that are known no further than the file
     result = []
     for i in range(len(data)):
-        ahead = told[i, : ends[i] + 1] * deviation + mean
-        ahead[np.isnan(found[i]).any(1) | (np.arange(ends[i] + 1) > length[i])] = np.nan
+        near = ahead[i, : ends[i] + 1] * deviation + mean
+        near[np.isnan(read[i]).any(1) | (np.arange(ends[i] + 1) > length[i])] = np.nan
         if others and not layout.direct:
-            ahead[np.add.outer(np.arange(ends[i] + 1), np.arange(layout.ahead)) >= ends[i]] = np.nan
+            near[np.add.outer(np.arange(ends[i] + 1), np.arange(layout.ahead)) >= ends[i]] = np.nan
         left = ends[i] - length[i] if others else max(layout.ahead, ends[i] - length[i])
         beyond = outputs[i, :left, :targets] * deviation + mean
-        if len(beyond) and np.isnan(found[i][length[i]]).any():
+        if len(beyond) and np.isnan(read[i][length[i]]).any():
             beyond[:] = np.nan
-        result.append(Forecasts(ahead, beyond))
+        result.append(Forecasts(near, beyond))
     return result
 
 
@@ -125,22 +125,22 @@ def by_row(series: Series, forecast: Forecasts) -> np.ndarray:
     There are as many rows as the series has, and those past its end of which there is a forecast.
     """
     origins, ahead, targets = forecast.ahead.shape
-    found = np.full((origins - 1 + ahead, ahead, targets), np.nan)
+    rows = np.full((origins - 1 + ahead, ahead, targets), np.nan)
     for k in range(ahead):
-        found[k : k + origins, k] = forecast.ahead[: len(found) - k, k]
-    told = np.flatnonzero(~np.isnan(found).all((1, 2)))
-    return found[: max(len(series.rows), int(told[-1]) + 1 if len(told) else 0)]
+        rows[k : k + origins, k] = forecast.ahead[: len(rows) - k, k]
+    predicted = np.flatnonzero(~np.isnan(rows).all((1, 2)))
+    return rows[: max(len(series.rows), int(predicted[-1]) + 1 if len(predicted) else 0)]
 
 
 def nearest(layout: Layout, series: Series, forecast: Forecasts) -> np.ndarray:
     """Of each row of :func:`by_row`, or past it of ``beyond``, the forecast made the fewest steps before, ``[rows, targets]``."""
     rows, first = by_row(series, forecast), known(layout, series)
-    found = np.full((max(len(rows), first + len(forecast.beyond)), rows.shape[2]), np.nan)
+    nearest = np.full((max(len(rows), first + len(forecast.beyond)), rows.shape[2]), np.nan)
     for k in reversed(range(rows.shape[1])):
-        found[: len(rows)] = np.where(np.isnan(rows[:, k]), found[: len(rows)], rows[:, k])
-    beyond = found[first : first + len(forecast.beyond)]
-    found[first : first + len(forecast.beyond)] = np.where(np.isnan(beyond), forecast.beyond, beyond)
-    return found
+        nearest[: len(rows)] = np.where(np.isnan(rows[:, k]), nearest[: len(rows)], rows[:, k])
+    beyond = nearest[first : first + len(forecast.beyond)]
+    nearest[first : first + len(forecast.beyond)] = np.where(np.isnan(beyond), forecast.beyond, beyond)
+    return nearest
 
 
 def naive(series: Series, ahead: int, season: int | None = None) -> np.ndarray:
@@ -152,24 +152,24 @@ def naive(series: Series, ahead: int, season: int | None = None) -> np.ndarray:
       season: rows of a season: the number so many rows before, or as many seasons as are needed to be before the origin.
     """
     time, targets = series.targets.shape
-    found = np.full((time, ahead, targets), np.nan)
+    naive = np.full((time, ahead, targets), np.nan)
     seen = np.where(np.isnan(series.targets), -1, np.arange(time)[:, None])
     last = np.maximum.accumulate(seen, 0)  # the row of the last number
     for k in range(ahead):
         if season is not None:
             back = season * (k // season + 1)
-            found[back:, k] = series.targets[: max(0, time - back)]
+            naive[back:, k] = series.targets[: max(0, time - back)]
         else:
             row = last[: max(0, time - 1 - k)]
-            found[k + 1 :, k] = np.where(row < 0, np.nan, np.take_along_axis(series.targets, np.maximum(row, 0), 0))
-    return found
+            naive[k + 1 :, k] = np.where(row < 0, np.nan, np.take_along_axis(series.targets, np.maximum(row, 0), 0))
+    return naive
 
 
 def scores(
     layout: Layout,
     train: Sequence[Series],
     test: Sequence[Series],
-    found: Sequence[Forecasts],
+    predictions: Sequence[Forecasts],
     season: int | None = None,
 ) -> list[dict[str, Any]]:
     """How well a test is forecast, by steps ahead, beside naive forecasts of the same rows.
@@ -178,7 +178,7 @@ def scores(
       layout: of the forecasts.
       train: the training series, for the scale of MASE.
       test: the test series.
-      found: their :func:`forecasts`.
+      predictions: their :func:`forecasts`.
       season: rows of a season, for a seasonal naive forecast as well.
 
     Returns:
@@ -190,22 +190,22 @@ def scores(
     lag = season or 1
     scale = _mean(np.concatenate([np.abs(s.targets[lag:] - s.targets[:-lag]) for s in train]))
     wanted = {"naive": None} | ({"seasonal": season} if season else {})
+    errors: dict[str, list[np.ndarray]] = {name: [] for name in ("model", *wanted)}
+    for series, forecast in zip(test, predictions, strict=True):
+        by = {"model": by_row(series, forecast)[: len(series.rows)]}
+        by |= {name: naive(series, layout.ahead, of) for name, of in wanted.items()}
+        for name, values in by.items():
+            errors[name].append((values - series.targets[:, None])[series.warm :])
+    joined = {name: np.concatenate(parts) for name, parts in errors.items()}
+    if season and np.isnan(joined["seasonal"]).all():
+        del joined["seasonal"]  # the test is shorter than a season
+    there = ~np.isnan(sum(joined.values()))
     rows = []
     for k in range(layout.ahead):
-        errors: dict[str, list[np.ndarray]] = {name: [] for name in ("model", *wanted)}
-        for series, forecast in zip(test, found, strict=True):
-            told = {"model": by_row(series, forecast)[: len(series.rows), k]}
-            told |= {name: naive(series, layout.ahead, of)[:, k] for name, of in wanted.items()}
-            for name, values in told.items():
-                errors[name].append((values - series.targets)[series.warm :])
-        joined = {name: np.concatenate(parts) for name, parts in errors.items()}
-        if season and np.isnan(joined["seasonal"]).all():
-            del joined["seasonal"]  # the test is shorter than a season
-        there = ~np.isnan(sum(joined.values()))
-        joined = {name: np.where(there, error, np.nan) for name, error in joined.items()}
-        rmse = {name: _named(layout, np.sqrt(_mean(error**2))) for name, error in joined.items()}
-        mase = _named(layout, _mean(np.abs(joined["model"])) / np.where(scale > 0, scale, np.nan))
-        rows.append({"ahead": k + 1, "rows": _named(layout, there.sum(0)), "rmse": rmse, "mase": mase})
+        error = {name: np.where(there[:, k], x[:, k], np.nan) for name, x in joined.items()}
+        rmse = {name: _named(layout, np.sqrt(_mean(x**2))) for name, x in error.items()}
+        mase = _named(layout, _mean(np.abs(error["model"])) / np.where(scale > 0, scale, np.nan))
+        rows.append({"ahead": k + 1, "rows": _named(layout, there[:, k].sum(0)), "rmse": rmse, "mase": mase})
     return rows
 
 
@@ -217,14 +217,16 @@ def origins(layout: Layout, series: Series, count: int) -> np.ndarray:
     return np.unique(spread[spread <= last])
 
 
-def backtest(layout: Layout, test: Sequence[Series], found: Sequence[Forecasts], count: int) -> list[dict[str, Any]]:
+def backtest(
+    layout: Layout, test: Sequence[Series], predictions: Sequence[Forecasts], count: int
+) -> list[dict[str, Any]]:
     """The root mean square error over all steps ahead, from each of ``count`` origins spread over each series.
 
     Returns:
       ``{"series", "row", "rmse": {target: …}}`` for each origin.
     """
     result = []
-    for series, forecast in zip(test, found, strict=True):
+    for series, forecast in zip(test, predictions, strict=True):
         for t in origins(layout, series, count):
             error = forecast.ahead[t] - series.targets[t : t + layout.ahead]
             rmse = _named(layout, np.sqrt(_mean(error**2)))
@@ -247,20 +249,22 @@ def check_test(layout: Layout, test: Sequence[Series], count: int | None = None)
         )
 
 
-def shown(layout: Layout, test: Sequence[Series], found: Sequence[Forecasts]) -> tuple[np.ndarray, np.ndarray]:
+def shown(layout: Layout, test: Sequence[Series], predictions: Sequence[Forecasts]) -> tuple[np.ndarray, np.ndarray]:
     """What was observed, NaN past the end, and the nearest forecast ``[rows, targets]``, series after series."""
-    told = [nearest(layout, each, forecast)[each.warm :] for each, forecast in zip(test, found, strict=True)]
-    seen = [np.full_like(x, np.nan) for x in told]
-    for each, x in zip(test, seen, strict=True):
-        x[: len(each.rows) - each.warm] = each.targets[each.warm :]
-    return np.concatenate(seen), np.concatenate(told)
+    predicted = [
+        nearest(layout, series, forecast)[series.warm :] for series, forecast in zip(test, predictions, strict=True)
+    ]
+    observed = [np.full_like(x, np.nan) for x in predicted]
+    for series, x in zip(test, observed, strict=True):
+        x[: len(series.rows) - series.warm] = series.targets[series.warm :]
+    return np.concatenate(observed), np.concatenate(predicted)
 
 
 def evaluate(
-    layout: Layout, train: Sequence[Series], test: Sequence[Series], found: Sequence[Forecasts],
+    layout: Layout, train: Sequence[Series], test: Sequence[Series], predictions: Sequence[Forecasts],
     season: int | None = None, count: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What there is to say of the forecasts of a test.
+    """The scores of a test, as ``results.json`` of a launch has them.
 
     Returns:
       ``test_mse``, standardised, and ``test_rmse`` of each target, one step ahead; ``test_mse`` of the training file's mean and,
@@ -268,7 +272,7 @@ def evaluate(
       ``origins``, the :func:`backtest`, and ``origins_mean``.
     """
     mean, deviation = layout.scale(layout.targets)
-    pairs = list(zip(test, found, strict=True))
+    pairs = list(zip(test, predictions, strict=True))
     errors = np.concatenate([(by_row(s, f)[: len(s.rows), 0] - s.targets)[s.warm :] for s, f in pairs]) / deviation
     exact = np.concatenate([s.targets[s.warm :] for s in test])
     before = np.concatenate([(naive(s, 1)[:, 0] - s.targets)[s.warm :] for s in test]) / deviation
@@ -280,12 +284,12 @@ def evaluate(
         "test_rmse": _named(layout, np.sqrt(_mean(errors**2)) * deviation),
         "test_mse_of_the_mean": float(_mean(((exact - mean) / deviation).reshape(-1, 1) ** 2)[0]),
         "test_mse_of_the_row_before": float(_mean(before.reshape(-1, 1) ** 2)[0]) if only_past else None,
-        "steps_ahead": scores(layout, train, test, found, season),
+        "steps_ahead": scores(layout, train, test, predictions, season),
     }
     if count is not None:
-        results["origins"] = backtest(layout, test, found, count)
-        each = np.array([list(origin["rmse"].values()) for origin in results["origins"]])
-        results["origins_mean"] = _named(layout, _mean(each))
+        results["origins"] = backtest(layout, test, predictions, count)
+        rmse = np.array([list(origin["rmse"].values()) for origin in results["origins"]])
+        results["origins_mean"] = _named(layout, _mean(rmse))
     return results
 
 
@@ -299,16 +303,16 @@ def summary(results: dict[str, Any]) -> str:
         f" and {before:.4g} for the row before" if before else ""
     )
     text = f"squared error {results['test_mse']:.4g}, standardised ({others}); root mean square error {of}"
-    steps = results["steps_ahead"]
-    for step in steps if len(steps) == 1 else (steps[0], steps[-1]):
+    steps = [step for step in results["steps_ahead"] if any(step["rows"].values())]
+    for step in steps if len(steps) < 2 else (steps[0], steps[-1]):
         text += f"; {step['ahead']} ahead: " if len(steps) > 1 else "; "
-        told = {
+        errors = {
             name: ", ".join(f"{by} {error[name]:.4g}" for by, error in step["rmse"].items())
             for name in results["test_rmse"]
         }
         mase = {name: f", MASE {x:.3g}" if np.isfinite(x) else "" for name, x in step["mase"].items()}
-        told = {name: x + mase[name] for name, x in told.items()}
-        text += "; ".join(x if len(told) == 1 else f"{name} {x}" for name, x in told.items())
+        errors = {name: x + mase[name] for name, x in errors.items()}
+        text += "; ".join(x if len(errors) == 1 else f"{name} {x}" for name, x in errors.items())
     if "origins" in results:
         mean = ", ".join(f"{name} {error:.4g}" for name, error in results["origins_mean"].items())
         text += f"; mean over {len(results['origins'])} origins {mean}"
@@ -318,7 +322,7 @@ def summary(results: dict[str, Any]) -> str:
 def table(
     layout: Layout,
     test: Sequence[Series],
-    found: Sequence[Forecasts],
+    predictions: Sequence[Forecasts],
     series: str | None = None,
     time: str | None = None,
 ) -> tuple[list[str], list[list[Any]]]:
@@ -327,7 +331,7 @@ def table(
     Args:
       layout: of the forecasts.
       test: the test series.
-      found: their :func:`forecasts`.
+      predictions: their :func:`forecasts`.
       series: heads the column of the series' names; None: there is none.
       time: heads the column of what the file says of when; None: there is none.
     """
@@ -336,9 +340,9 @@ def table(
         heads += [f"{name}, observed", f"{name}, predicted"]
         heads += [f"{name}, predicted {k + 1} ahead" for k in range(1, layout.ahead)]
     rows: list[list[Any]] = []
-    for each, forecast in zip(test, found, strict=True):
-        told, ahead = nearest(layout, each, forecast), by_row(each, forecast)
-        for r in range(each.warm, len(told)):
+    for each, forecast in zip(test, predictions, strict=True):
+        predicted, ahead = nearest(layout, each, forecast), by_row(each, forecast)
+        for r in range(each.warm, len(predicted)):
             inside = r < len(each.rows)
             row: list[Any] = [
                 int(each.rows[r]) if inside else "" if series else int(each.rows[-1]) + 1 + r - len(each.rows)
@@ -346,7 +350,7 @@ def table(
             row += [each.name] if series is not None else []
             row += [each.times[r] if inside and each.times else ""] if time is not None else []
             for i in range(len(layout.targets)):
-                row += [float(each.targets[r, i]) if inside else "", float(told[r, i])]
+                row += [float(each.targets[r, i]) if inside else "", float(predicted[r, i])]
                 row += [float(ahead[r, k, i]) if r < len(ahead) else "" for k in range(1, layout.ahead)]
             rows.append(["" if value != value else value for value in row])  # a gap is blank
     return heads, rows

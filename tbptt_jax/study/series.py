@@ -1,4 +1,4 @@
-"""The task of forecasting time series: columns of a table are told from columns that are read.
+"""The task of forecasting time series: an LSTM reads columns of a table, and predicts columns of it.
 
 A column that is read and is a target as well is read one row late: its past. Everything is standardised with the mean and
 deviation of the training file.
@@ -20,11 +20,11 @@ from tbptt_jax.study.task import Figure, Task
 
 
 class Layout(NamedTuple):
-    """What a model reads and tells of a table, and in what units. As a dict it is the codec of a :func:`forecast`.
+    """What a model reads of a table and what it predicts, and in what units. As a dict it is the codec of a :func:`forecast`.
 
     Attributes:
       inputs: the columns that are read. One that is a target too is read one row late.
-      targets: the columns that are told.
+      targets: the columns that are predicted.
       ahead: how many steps ahead, the first being the row whose inputs were read last.
       direct: whether the model has outputs for each step ahead; else its forecasts are fed back as the targets' past.
       scales: column → its mean and deviation in the training file.
@@ -79,7 +79,7 @@ def forecast(
       valid: another.
       test: another.
       inputs: columns that are read; those that are targets too are read one row late. None: the targets, one row late.
-      targets: columns that are told.
+      targets: columns that are predicted.
       hidden: units of a layer.
       layers: LSTM layers.
       lanes: places of the training file, or series of it, that are read side by side.
@@ -196,8 +196,8 @@ def task_of(
     """The task of a layout, its data read when it is needed; ``names`` says which of train, valid and test there are."""
 
     def streams_of(name: str) -> tb.Window:
-        found = data()[name]
-        return streams(layout, found, lanes if name == "train" or len(found) > 1 else 1, name)
+        many = name == "train" or len(data()[name]) > 1
+        return streams(layout, data()[name], lanes if many else 1, name)
 
     parts: dict[str, Any] = {name: functools.partial(streams_of, name) for name in names}
     outputs = len(layout.targets) * (layout.ahead if layout.direct else 1)
@@ -208,7 +208,7 @@ def task_of(
         lanes=lanes,
         figures=(Figure("squared error, standardised", loss),),
         name="forecast",
-        about=f"A time series: {', '.join(layout.targets)} told from {', '.join(layout.inputs)}, as far as they were read.",
+        about=f"A time series: {', '.join(layout.targets)} predicted from {', '.join(layout.inputs)}, as far as they were read.",
         free=True,
         codec=layout._asdict(),
     )
@@ -229,11 +229,11 @@ def features(layout: Layout, series: Series) -> np.ndarray:
     """
     mean, deviation = layout.scale(layout.inputs)
     values = (series.inputs - mean) / deviation
-    found = np.concatenate([values, np.full_like(values[:1], np.nan)])
-    found[0, layout.late] = np.nan
-    found[1:, layout.late] = values[:, layout.late]
-    found[known(layout, series) + 1 :, layout.late] = np.nan
-    return found
+    read = np.concatenate([values, np.full_like(values[:1], np.nan)])
+    read[0, layout.late] = np.nan
+    read[1:, layout.late] = values[:, layout.late]
+    read[known(layout, series) + 1 :, layout.late] = np.nan
+    return read
 
 
 def streams(layout: Layout, data: Sequence[Series], lanes: int, name: str = "") -> tb.Window:
@@ -250,18 +250,18 @@ def streams(layout: Layout, data: Sequence[Series], lanes: int, name: str = "") 
     parts: list[tuple[np.ndarray, ...]] = []
     for each in data:
         length = known(layout, each)
-        read, told = features(layout, each)[:length], (each.targets[:length] - mean) / deviation
-        farthest = max(np.nanmax(np.abs(x), initial=0) for x in (read, told))
+        read, goals = features(layout, each)[:length], (each.targets[:length] - mean) / deviation
+        farthest = max(np.nanmax(np.abs(x), initial=0) for x in (read, goals))
         if farthest > np.finfo(np.float32).max:
             raise ValueError(
                 f"The {name} file has a number that is {farthest:.3g} deviations of the training file from its mean, too far to "
                 "be computed with: look for it there, or leave its column out."
             )
         if layout.direct:
-            told = np.concatenate([_shifted(told, k) for k in range(layout.ahead)], 1)
+            goals = np.concatenate([_shifted(goals, k) for k in range(layout.ahead)], 1)
         scored = ~np.isnan(read).any(1) & (np.arange(length) >= each.warm)
-        there = ~np.isnan(told) & scored[:, None]
-        values = np.where(there, told, 0).astype(np.float32)
+        there = ~np.isnan(goals) & scored[:, None]
+        values = np.where(there, goals, 0).astype(np.float32)
         parts.append((np.nan_to_num(read).astype(np.float32), values, there, there.mean(1, dtype=np.float32)))
     inputs, values, there, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
     if not there.any():

@@ -1,4 +1,4 @@
-"""Tables of people's own as time series: many of one file, their gaps filled, those that go on where others end."""
+"""Time series from tables: one or many in a file, their gaps filled, a test that goes on where training ended."""
 
 import functools
 import math
@@ -79,10 +79,10 @@ def read(
             if not numbers.any():
                 raise ValueError(f"{files['train']} has no number in column {quoted(column)}: leave it out.")
     means = scale_of(tables["train"].values)[0] if scales is None else np.array([scales[name][0] for name in columns])
-    found: dict[str, list[Series]] = {}
+    result: dict[str, list[Series]] = {}
     for name, table in tables.items():
-        found[name] = []
-        told = np.zeros(len(targets), int)
+        result[name] = []
+        scored = np.zeros(len(targets), int)
         gaps: list[tuple[int, int]] = []  # row, column
         for of, rows in _rows_of(table, series).items():
             values, goal = (table.values[rows][:, [columns.index(c) for c in chosen]] for chosen in (inputs, targets))
@@ -91,12 +91,12 @@ def read(
                 seen = np.flatnonzero(~np.isnan(goal).all(1))
                 last = int(seen[-1]) + 1 if len(seen) else 0
                 length, last = (length, last) if name == "test" else (last, last - 1)
-            told += (~np.isnan(goal[1 if any(own_past) else 0 :])).sum(0)
+            scored += (~np.isnan(goal[1 if any(own_past) else 0 :])).sum(0)
             missed = np.isnan(values) & (np.arange(len(rows)) < np.where(own_past, last, length)[:, None]).T
             gaps += [(int(rows[t]), int(i)) for t, i in np.argwhere(missed)]
             values = filled(values, fill, means[[columns.index(c) for c in inputs]])
             times = [table.texts[time][row] for row in rows[:length].tolist()] if time else None
-            found[name].append(Series(values[:length], goal[:length], rows[:length], of, times))
+            result[name].append(Series(values[:length], goal[:length], rows[:length], of, times))
         if gaps and fill is None:
             i = min(i for _, i in gaps)
             at = [row for row, column in gaps if column == i]
@@ -105,15 +105,15 @@ def read(
                 f"line {table.lines[min(at)]}. Say what is read there: --fill=forward, the last number before; --fill=mean, that "
                 "of the training file; or --fill=zero."
             )
-        if name != "test" and any(own_past) and max(len(each.rows) for each in found[name]) < 2:
+        if name != "test" and any(own_past) and max(len(each.rows) for each in result[name]) < 2:
             raise ValueError(
                 f"{files[name]} has {len(table.values)} rows; to tell a row from those before it takes at least 2."
             )
-        if (name == "train" and not told.all()) or (name == "valid" and not told.any()):
+        if (name == "train" and not scored.all()) or (name == "valid" and not scored.any()):
             raise ValueError(
-                f"{files[name]} has no number to be told in column {quoted(targets[int(told.argmin())])}: leave it out."
+                f"{files[name]} has no number to be told in column {quoted(targets[int(scored.argmin())])}: leave it out."
             )
-    return found
+    return result
 
 
 def load(
