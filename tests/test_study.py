@@ -147,7 +147,7 @@ def test_more_updates_go_on_bit_for_bit_where_the_optimiser_is_its_own(task, tmp
 
 def test_a_finished_run_goes_on_at_another_rate_and_is_begun_from(task, tmp_path):
     run = study.fit(task, window=5, updates=20, workdir=tmp_path / "run")
-    with pytest.raises(ValueError, match="holds a run of 20 updates with the learning rate 0.01"):
+    with pytest.raises(ValueError, match=r"holds a run of 20 updates with the learning rate 0\.01"):
         study.fit(task, window=5, updates=20, learning_rate=0.001, workdir=tmp_path / "run")
     more = study.fit(task, window=5, updates=30, learning_rate=0.001, workdir=tmp_path / "run")
     assert more.updates == 30 and json.loads((tmp_path / "run" / "run.json").read_text())["legs"] == [
@@ -245,7 +245,6 @@ def test_references_that_are_none_are_refused(file, tmp_path):
         (f"{file}:other", "has no function 'other'"),
         (f"{tmp_path}/none.py:task", "there is no file"),
         ("nowhere.to_be_found:task", "there is no module"),
-        ("math:floor", "needs x"),
     ):
         with pytest.raises(ValueError, match=sentence):
             study.task(reference)
@@ -253,6 +252,21 @@ def test_references_that_are_none_are_refused(file, tmp_path):
         study.task(f"{file}:task", units=3)
     with pytest.raises(ValueError, match="holds no run"):
         study.load(tmp_path)
+
+
+def records(log, block=2**15):
+    """Of a file of LevelDB's log format, which W&B's is, after a header of 7 bytes."""
+    place, part = 7, b""
+    while place + 7 <= len(log):
+        if block - place % block < 7:
+            place += block - place % block
+            continue
+        length, kind = int.from_bytes(log[place + 4 : place + 6], "little"), log[place + 6]
+        part += log[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield part
+            part = b""
 
 
 def test_weights_and_biases_has_each_step_once_also_over_a_resume(task, tmp_path, monkeypatch):
@@ -283,15 +297,13 @@ def test_weights_and_biases_has_each_step_once_also_over_a_resume(task, tmp_path
     fit()
     (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal import datastore
 
-    store, steps = datastore.DataStore(), []
-    store.open_for_scan(str(next(run.glob("*.wandb"))))
-    while (data := store.scan_data()) is not None:
+    steps = []
+    for data in records(next(run.glob("*.wandb")).read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
-            steps.append(record.history.step.num)
+            steps += [int(item.value_json) for item in record.history.item if "_step" in (item.key, *item.nested_key)]
     assert steps == [10, 20, 30, 40, 50]
 
 
