@@ -55,3 +55,20 @@ def test_the_readmes_program_runs_as_pasted_and_learns():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert float(ran.stdout.splitlines()[-1]) < 0.01  # the loss of the last line, evaluated
+
+
+def test_the_readmes_task_is_swept_trained_and_used_as_pasted(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    task, use = re.findall(r"```py\n(.*?)```", text, re.S)[:2]
+    assert len(task.strip().splitlines()) <= 40
+    (tmp_path / "mine.py").write_text(task)
+    sweep, fit = re.findall(r"^\.venv/bin/python (-m experiments.*--task=mine\.py.*)$", text, re.M)[:2]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    small = ["--windows=5,20", "--seeds=1", "--updates=5"], ["--updates=40"]
+    for command, fewer in zip((sweep, fit), small, strict=True):
+        subprocess.run([sys.executable, *command.split(), *fewer], cwd=tmp_path, env=environment, check=True)
+    assert "Recommended" in (tmp_path / "runs/sweep/report.html").read_text()
+    ran = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    whole, last = ran.stdout.splitlines()
+    assert abs(float(whole.strip("[]").split()[-1]) - float(last.strip("[]"))) < 1e-6

@@ -48,7 +48,7 @@ class Task(NamedTuple):
 
     - a :class:`tbptt_jax.Window` ``[n, time, ...]``: n whole sequences, or lanes; those of training run ``lanes`` at a time;
     - ``(inputs, targets)``, arrays ``[time, ...]`` of one corpus, in memory or mapped from a file that is larger
-      (:mod:`tbptt_jax.streams`): training reads it as ``lanes`` stretches side by side, and tests in one go;
+      (:func:`tbptt_jax.streams.open_npy`): training reads it as ``lanes`` stretches side by side, and tests in one go;
     - a function of no argument that returns either, called when the data is first needed;
     - a function of a key that draws a Window: every seed has data of its own.
 
@@ -135,7 +135,14 @@ def task(reference: str, **arguments: Any) -> Task:
     if colon and path.endswith(".py"):
         reference = f"{pathlib.Path(path).expanduser().absolute()}:{function}"
     kept = {name: value for name, value in arguments.items() if name != "codec"}
-    return made._replace(source=(reference, kept), name=made.name if made.name != "task" else function or reference)
+    return made._replace(source=(reference, kept), name=_name_of(made, path, function or reference))
+
+
+def _name_of(made: Task, path: str, function: str) -> str:
+    """A task that has no name has its function's, or its file's if that is called task."""
+    if made.name != "task":
+        return made.name
+    return pathlib.PurePath(path).stem.rpartition(".")[2] if function == "task" and path else function
 
 
 def maker(reference: str) -> Callable[..., Task]:
