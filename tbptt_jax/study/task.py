@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import pathlib
 import zlib
 from collections.abc import Callable
@@ -134,6 +135,7 @@ def task(reference: str, **arguments: Any) -> Task:
     path, colon, function = reference.rpartition(":")
     if colon and path.endswith(".py"):
         reference = f"{pathlib.Path(path).expanduser().absolute()}:{function}"
+<<<<<<< HEAD
     kept = {name: value for name, value in arguments.items() if name != "codec"}
     return made._replace(source=(reference, kept), name=_name_of(made, path, function or reference))
 
@@ -143,6 +145,17 @@ def _name_of(made: Task, path: str, function: str) -> str:
     if made.name != "task":
         return made.name
     return pathlib.PurePath(path).stem.rpartition(".")[2] if function == "task" and path else function
+=======
+    kept = {name: _paths_as_text(value) for name, value in arguments.items() if name != "codec"}
+    return made._replace(source=(reference, kept), name=made.name if made.name != "task" else function or reference)
+>>>>>>> h-text
+
+
+def _paths_as_text(value: Any) -> Any:
+    """The same with paths as texts, as JSON has them."""
+    if isinstance(value, list | tuple):
+        return [_paths_as_text(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def maker(reference: str) -> Callable[..., Task]:

@@ -7,6 +7,7 @@ Of characters, number 0 stands for any that the vocabulary does not have.
 import functools
 import itertools
 import math
+import os
 import pydoc_data.topics
 import re
 import warnings
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 
 import tbptt_jax as tb
-from tbptt_jax.files import is_plain, read_text
+from tbptt_jax.files import Path, is_plain, read_text
 from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.streams import characters, open_bytes
 from tbptt_jax.study.console import say
@@ -46,7 +47,7 @@ class Corpus(NamedTuple):
 
 
 def char_lm(
-    text: str | Sequence[str] = (),
+    text: Path | Sequence[Path] = (),
     documents: str | None = None,
     unit: str = "characters",
     hidden: int = 128,
@@ -81,7 +82,7 @@ def char_lm(
       ValueError: if an argument is not as described, a file cannot be read or is empty, or the text is too short; with a
         ``codec`` of files only when data is needed.
     """
-    files = [text] if isinstance(text, str) else list(text)
+    files = [os.fspath(file) for file in ([text] if isinstance(text, str | os.PathLike) else text)]
     if codec is not None:
         check_codec(codec)
         if unit == "bytes" != codec["unit"]:
@@ -191,8 +192,8 @@ def read(
     train, rest = _last(begins, ends, held_out)
     if min((train[1] - train[0]).max(), (rest[1] - rest[0]).max()) < 2:
         raise ValueError(
-            f"The text has {(ends - begins).sum()} {unit} in {len(begins)} documents, and its end is held out: each side needs "
-            "two. Give a longer text."
+            f"The text has {(ends - begins).sum()} {unit}, and its end is held out: each side needs a document of two. Give a "
+            "longer text."
         )
     if unit == "bytes":
         ids, known = parts[0] if len(parts) == 1 else np.concatenate(parts), None
