@@ -95,7 +95,11 @@ def run(main: Callable[[], None]) -> None:
             refuse(str(error))
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-                refuse("Another of the processes has ended: see what it says, and launch all of them again to go on.")
+                print(
+                    f"{name}: another of the processes has ended: see what it says, and launch all of them again to go on.",
+                    file=sys.stderr,
+                )
+                process.leave()  # a shutdown would wait for it
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             sizes = "hidden", "layers", "lanes", "window", "windows", "steps", "updates", "windows_per_call", "seeds"

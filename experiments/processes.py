@@ -2,7 +2,6 @@
 
 import sys
 import zlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -39,9 +38,9 @@ def join_processes(lanes: int) -> None:
             "Several processes need --coordinator=HOST:PORT, --processes=N and --process=I with I from 0 to N - 1, or "
             "--coordinator=auto alone."
         )
-    given: Any = () if automatic else (FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    given = {"coordinator_address": FLAGS.coordinator, "num_processes": FLAGS.processes, "process_id": FLAGS.process}
     try:
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=SILENT)
+        jax.distributed.initialize(**({} if automatic else given), heartbeat_timeout_seconds=SILENT)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"The processes did not meet: {str(error).splitlines()[0]}") from error
     console.quiet = jax.process_index() > 0

@@ -121,11 +121,7 @@ def read_text(path: Path) -> str:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file's bytes are its text as they stand: neither packed nor after a byte order mark.
-
-    Raises:
-      ValueError: if it cannot be read.
-    """
+    """Whether a file's bytes are its text as they stand: neither packed nor after a byte order mark."""
     with reading(path), pathlib.Path(path).open("rb") as file:
         return not file.read(8).startswith((*_PACKED, *_MARKS))
 

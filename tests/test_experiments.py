@@ -37,7 +37,8 @@ def launch(name, workdir, *arguments, **options):
 
 def results(ran, workdir):
     assert ran.returncode == 0, ran.stderr
-    assert sorted(p.name for p in workdir.iterdir() if p.is_file()) == ["figure.png", "flags.txt", "results.json"]
+    there = {p.name for p in workdir.iterdir() if p.is_file()}
+    assert there - {"run.json"} == {"figure.png", "flags.txt", "results.json"}
     assert (workdir / "figure.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((workdir / "results.json").read_text())
 
@@ -75,6 +76,29 @@ def test_char_lm_reads_any_text_and_goes_on(tmp_path, text, stateless):
     assert told["curve"][-1][1] < told["curve"][0][1]
     assert 0 < told["bits_per_character"] < 4.5 and len(told["sample"]) == 400
     assert set(told["sample"]) <= set(text.read_text())
+    asked = [launch("char_lm", tmp_path / "run", "--prompt=the", "--temperature=0", "--length=9") for _ in range(2)]
+    assert asked[0].stdout == asked[1].stdout and len(asked[0].stdout) == len("the") + 9 + 1, asked[0].stderr
+    more = launch(
+        "char_lm", tmp_path / "run", f"--text={text}", stateless, *small, "--updates=80", "--learning_rate=0.01"
+    )
+    told = results(more, tmp_path / "run")
+    assert "Going on from update 60 of 80" in more.stdout and told["updates"] == 80
+    less = launch("char_lm", tmp_path / "run", f"--text={text}", stateless, *small, "--learning_rate=0.001")
+    assert less.returncode == 2 and "To go on with it give more --updates than 80" in less.stderr
+
+
+def test_char_lm_begins_from_another_run_with_its_vocabulary_on_documents_of_another_text(tmp_path, text):
+    small = ("--window=7", "--lanes=3", "--updates=30")
+    assert launch("char_lm", tmp_path / "run", f"--text={text}", "--hidden=8", *small).returncode == 0
+    (tmp_path / "other.txt").write_text("the dog\n and the cat.\n" * 40)
+    other = (f"--text={tmp_path / 'other.txt'}", "--documents=lines", f"--init_from={tmp_path / 'run'}")
+    ran = launch("char_lm", tmp_path / "other", *other, *small)
+    vocabularies = [
+        json.loads((tmp_path / of / "run.json").read_text())["codec"]["vocabulary"] for of in ("run", "other")
+    ]
+    assert vocabularies[0] == vocabularies[1] and len(results(ran, tmp_path / "other")["prompt"]) < 8
+    assert "80 documents, each begun anew: 72 to train on, held out 8." in ran.stdout, ran.stderr
+    assert "9% of the text's characters are not in the vocabulary" in " ".join(ran.stderr.split()), ran.stderr
 
 
 def test_gradient_bias_knows_what_is_exact(tmp_path):
@@ -99,7 +123,7 @@ MISTAKES = {
     "a directory": ("char_lm", ["--text={dir}"], "cannot be read: Is a directory"),
     "empty": ("char_lm", ["--text={dir}/empty.txt"], "empty.txt is empty"),
     "latin-1": ("char_lm", ["--text={dir}/latin.txt"], "latin.txt is not UTF-8: line 1, byte 4 of it, is 0xe9"),
-    "too short": ("char_lm", ["--text={dir}/text.txt", "--lanes=100", "--window=50"], "100 lanes with windows of 50 need more than 5000"),
+    "too short": ("char_lm", ["--text={dir}/text.txt", "--lanes=100", "--window=50"], "100 lanes of a corpus of 1691 steps have 17 steps each, and windows of 50 were asked for"),
     "unknown flag": ("char_lm", ["--windows=3"], "Unknown command line flag 'windows'"),
     "no flag at all": ("char_lm", ["mine.txt"], "Unknown arguments: mine.txt"),
     "not finite": ("char_lm", ["--learning_rate=nan"], "--learning_rate=nan: give a finite number"),

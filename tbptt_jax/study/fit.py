@@ -179,21 +179,21 @@ def fit(
                 figures(task)[0].better == "higher",
                 patience,
             )
-        if directory is not None and jax.process_index() == 0:
-            inputs = _spec(first.inputs)
-            source, arguments = task.source or (None, {})
-            record = {"task": source, "arguments": arguments, "codec": task.codec, "settings": identity, "legs": legs}
-            write_json(
-                directory / RECORD, record | {"judged": judge is not None, "windows": read.windows, "inputs": inputs}
-            )
+        source, arguments = task.source or (None, {})
+        record = {
+            "task": source, "arguments": arguments, "codec": task.codec, "settings": identity, "legs": legs,
+            "judged": judge is not None, "windows": read.windows, "inputs": _spec(first.inputs),
+        }  # fmt: skip
         with progress(updates, "updates") as report:
 
             def listen(event: Event) -> None:
                 if event.kind == "call":
                     calls.append(Call(**_call(event)))
                     report(event.updates, (show or _shown)(calls))
-                elif event.kind == "begin":
+                elif event.kind == "begin":  # nothing that refuses this run is left, such as another one's checkpoints
                     calls.extend(Call(**_call(past)) for past in event.history)
+                    if directory is not None:
+                        write_json(directory / RECORD, record)
 
             calls: list[Call] = []
             kept, calls = train(

@@ -98,10 +98,13 @@ def stop_asked(after: str = "after this call, saved") -> Iterator[Callable[[], i
         yield lambda: told[0] if told else 0
 
 
-def leave(number: int) -> None:
-    """Ends the process by a signal's number, now, whatever its threads are at."""
+def leave(number: int | None = None) -> None:
+    """Ends the process by a signal's number, or with status 2, now, whatever its threads are at."""
     lock.release()
-    os._exit(128 + number)
+    if number is None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(2 if number is None else 128 + number)
 
 
 def end(main: Callable[[], None]) -> None:
