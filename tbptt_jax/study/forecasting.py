@@ -41,6 +41,9 @@ def forecasts(model: Recurrence, params: Any, layout: Layout, data: Sequence[Ser
       params: its parameters.
       layout: of its task, ``Layout(**task.codec)``.
       data: the series.
+
+    Returns:
+      The forecasts of each series.
     """
     params = jax.device_get(params)  # of several processes, each forecasts by itself
     read = [features(layout, series) for series in data]
@@ -54,12 +57,13 @@ def forecasts(model: Recurrence, params: Any, layout: Layout, data: Sequence[Ser
     carry = model.initial_carry(params, len(data))
     ahead = np.full((len(data), time, layout.ahead, targets), np.nan)
     lanes = len(data) * (layout.ahead if recursive else 1)
+    # The known rows, some at a time. To look ahead from each by recursion, the carries before them become lanes.
     step = max(1, min(STRETCH, int(length.max()), AT_ONCE // lanes))
     for first in range(0, int(length.max()), step):
         rows = first + np.arange(step)
         at = inputs[:, np.minimum(rows, time - 1)]
         carry, before, outputs = _read(model, params, carry, tb.Window(at, valid=rows < length[:, None]), recursive)
-        if recursive:  # origins become lanes
+        if recursive:
             reach = inputs[:, np.minimum(rows[:, None] + np.arange(layout.ahead), inputs.shape[1] - 1)]
             before = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), before)
             outputs = np.asarray(feed(before, reach.swapaxes(0, 1).reshape(-1, *reach.shape[2:])))
@@ -68,6 +72,7 @@ def forecasts(model: Recurrence, params: Any, layout: Layout, data: Sequence[Ser
             outputs = np.asarray(outputs).reshape(len(data), step, layout.ahead, targets)
         inside = rows[rows < time]
         ahead[:, inside] = outputs[:, : len(inside)]
+    # From the row after the last known one on, which the carry is now before.
     ends = np.array([len(series.rows) for series in data])
     steps = max(layout.ahead, int((ends - length).max()))
     rows = np.minimum(length[:, None] + np.arange(steps), inputs.shape[1] - 1)
@@ -76,7 +81,7 @@ def forecasts(model: Recurrence, params: Any, layout: Layout, data: Sequence[Ser
     ahead[np.arange(len(data)), length] = heads.reshape(len(data), layout.ahead, targets)
     mean, deviation = layout.scale(layout.targets)
     others = len(layout.late) < len(layout.inputs)  # columns that are known no further than the file
-    result = []
+    result = []  # in the data's units, without what was read of rows that are not known
     for i in range(len(data)):
         near = ahead[i, : ends[i] + 1] * deviation + mean
         near[np.isnan(read[i]).any(1) | (np.arange(ends[i] + 1) > length[i])] = np.nan

@@ -135,8 +135,7 @@ def task(reference: str, **arguments: Any) -> Task:
     path, colon, function = reference.rpartition(":")
     if colon and path.endswith(".py"):
         reference = f"{pathlib.Path(path).expanduser().absolute()}:{function}"
-<<<<<<< HEAD
-    kept = {name: value for name, value in arguments.items() if name != "codec"}
+    kept = {name: _paths_as_text(value) for name, value in arguments.items() if name != "codec"}
     return made._replace(source=(reference, kept), name=_name_of(made, path, function or reference))
 
 
@@ -144,11 +143,7 @@ def _name_of(made: Task, path: str, function: str) -> str:
     """A task that has no name has its function's, or its file's if that is called task."""
     if made.name != "task":
         return made.name
-    return pathlib.PurePath(path).stem.rpartition(".")[2] if function == "task" and path else function
-=======
-    kept = {name: _paths_as_text(value) for name, value in arguments.items() if name != "codec"}
-    return made._replace(source=(reference, kept), name=made.name if made.name != "task" else function or reference)
->>>>>>> h-text
+    return path.removesuffix(".py").replace("/", ".").rpartition(".")[2] if function == "task" and path else function
 
 
 def _paths_as_text(value: Any) -> Any:
