@@ -142,7 +142,7 @@ def ray(address: str | None = None, *, cpus: float = 1, gpus: float = 0, retries
 
 def _of(job: Job) -> Any:
     """A job as it is sent: a task by how it is made where that is known, so that its data is read where it is used."""
-    import cloudpickle
+    from ray import cloudpickle
 
     config = {name: getattr(jax.config, name) for name in CONFIG}
     if job.task.source is not None:
@@ -152,7 +152,7 @@ def _of(job: Job) -> Any:
 
 def _do(job: Any) -> Trained:
     """A job, in a worker."""
-    import cloudpickle
+    from ray import cloudpickle
 
     from tbptt_jax.study.machine import prepare
     from tbptt_jax.study.task import task as make

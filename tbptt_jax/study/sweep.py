@@ -230,7 +230,10 @@ def _do(plan: Plan, mine: list[Point], directory: pathlib.Path, engine: Engine, 
         def on_the_way(i: int, update: int, loss: float) -> None:
             training = jobs[i].training
             speed = runs * update * plan.steps[members[i][0]] / (time.perf_counter() - began)
-            tell(ended + len(members[i]) * update / training.updates, f"{jobs[i].name}: loss {loss:.4g}, {speed:,.0f} steps/s")
+            tell(
+                ended + len(members[i]) * update / training.updates,
+                f"{jobs[i].name}: loss {loss:.4g}, {speed:,.0f} steps/s",
+            )
 
         for i, trained in engine(jobs, planned, on_the_way):
             kept_in.mkdir(exist_ok=True)
