@@ -18,6 +18,7 @@ from rich.table import Table
 
 from experiments import launch, tasks
 from tbptt_jax import horizon, study
+from tbptt_jax.study.bias import check_bias
 
 FLAGS = flags.FLAGS
 tasks.define("lag")
@@ -91,6 +92,7 @@ def main() -> None:
     if FLAGS.lags > FLAGS.steps:
         raise ValueError(f"--lags={FLAGS.lags} is more than --steps={FLAGS.steps}: trace at most the probe's length.")
     task = tasks.chosen(lanes=8, hidden=16)()
+    check_bias(task, windows, FLAGS.influences, lanes=task.lanes, steps=FLAGS.steps, draws=FLAGS.draws)
     directory = launch.workdir(FLAGS.workdir)
     run = study.fit(
         task,

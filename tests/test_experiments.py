@@ -102,13 +102,13 @@ def test_char_lm_begins_from_another_run_with_its_vocabulary_on_documents_of_ano
 
 
 def test_gradient_bias_knows_what_is_exact(tmp_path):
-    small = ("--windows=2,10", "--steps=40", "--lags=20", "--updates=20", "--hidden=4", "--lanes=2", "--draws=4")
+    small = ("--windows=2,20", "--steps=40", "--lags=20", "--updates=20", "--hidden=4", "--lanes=2", "--draws=4")
     told = results(launch("gradient_bias", tmp_path, "--influences=truncate,replay:all,rtrl,uoro", *small), tmp_path)
     assert {"suggested_window", "decay", "safe"} <= told.keys() and 0 < told["decay"] < 1
     by = {(row["influence"], row["window"]): row for row in told["rows"]}
     assert len(by) == 8 and all({"relative_bias", "cosine", "relative_std"} <= row.keys() for row in by.values())
-    assert by["truncate", 2]["relative_bias"] > by["truncate", 10]["relative_bias"] > 1e-3
-    assert max(by[name, k]["relative_bias"] for name in ("rtrl", "replay:all") for k in (2, 10)) < 1e-5
+    assert by["truncate", 2]["relative_bias"] > by["truncate", 20]["relative_bias"] > 1e-3
+    assert max(by[name, k]["relative_bias"] for name in ("rtrl", "replay:all") for k in (2, 20)) < 1e-5
     assert by["uoro", 2]["relative_std"] > 0
 
 
@@ -173,7 +173,6 @@ MORE_THAN_FITS = [
     ("lag", "--hidden=1000000", "--hidden"),
     ("influence_balancing", "--steps=2000000000", "--steps"),
     ("influence_balancing", "--runs=replay:1000000000@10", "reach of replay"),
-    ("gradient_bias", "--updates=200000000", "--updates"),
     ("gradient_bias", "--draws=1000000000", "--draws"),
     ("gradient_bias", "--hidden=1000000", "--hidden"),
     ("truncation_sweep", "--seeds=1000000000", "--seeds"),

@@ -71,13 +71,7 @@ def bias(
     Raises:
       ValueError: if what is kept of it does not fit into memory.
     """
-    for window in {min(windows), max(windows)}:
-        example = jax.eval_shape(lambda k=window: tb.split(probe_of(task, seed, lanes, k), k))
-        for name in influences:
-            estimate = tb.gradient(task.model, task.loss, influence=named_influence(name, -(-steps // window)))
-            step = tb.train_step(estimate, optax.sgd(0.0))
-            check_training(step, example, 1, f"--hidden, --lanes or the reach of {name}")
-    check_fits("The estimates", draws * size(params), "--draws or --hidden")
+    check_bias(task, windows, influences, lanes=lanes, steps=steps, draws=draws)
     probe, key = probe_of(task, seed, lanes, steps), jax.random.key(seed)
     rows = []
     for name in influences:
@@ -100,3 +94,18 @@ def bias(
             )
             report(rows[-1])
     return rows
+
+
+def check_bias(
+    task: Task, windows: Sequence[int], influences: Sequence[str], *, lanes: int, steps: int, draws: int
+) -> None:
+    """Raises a ``ValueError`` if what :func:`bias` keeps does not fit into memory; to be asked before a training."""
+    like = jax.eval_shape(lambda: probe_of(task, 0, lanes, 1).inputs)
+    params = jax.eval_shape(task.model.init, jax.random.key(0), like)
+    for window in {min(windows), max(windows)}:
+        example = jax.eval_shape(lambda k=window: tb.split(probe_of(task, 0, lanes, k), k))
+        for name in influences:
+            estimate = tb.gradient(task.model, task.loss, influence=named_influence(name, -(-steps // window)))
+            step = tb.train_step(estimate, optax.sgd(0.0))
+            check_training(step, example, 1, f"--hidden, --lanes or the reach of {name}")
+    check_fits("The estimates", draws * size(params), "--draws or --hidden")
