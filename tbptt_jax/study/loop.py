@@ -138,7 +138,9 @@ def train(
     state_of, one = jax.eval_shape(init), size(windows(0, 1))
     sizes = "--hidden, --layers, --lanes or --window, or the windows of a replay"
     check_fits("The state of the training", size(state_of) + size(state_of.params), sizes)
-    check_fits(f"The {min(per_call, updates)} windows of a call", one * min(per_call, updates), "--windows_per_call")
+    check_fits(
+        f"The {min(per_call, updates)} windows of a call", 2 * one * min(per_call, updates), "--windows_per_call"
+    )
     if not resume and directory is not None:
         _put_aside(directory)
     settings = {**settings, "updates in a call": per_call}
@@ -199,13 +201,14 @@ def train(
         if saved:
             say(f"Going on from update {done} of {updates}, saved in {directory}.")
         report(Event("begin", done, {}, tuple(map(_event, calls))))
-        stop = largest(asked())
+        stop, ahead = largest(asked()), None
         while done < updates and not stop and not _early(calls, judge):
             began, last = time.perf_counter(), end_of(done)
-            cut = windows(done, last)
+            cut = windows(done, last) if ahead is None else ahead
             traced = profile is not None and directory is not None and done <= profile < last
             with jax.profiler.trace(str(directory.parent / "profile")) if traced and directory else _nothing():
                 state, metrics = tb.train_windows(step, state, cut)
+                ahead = windows(last, end_of(last)) if last < updates else None  # read while the device computes
                 seen = Watched(*map(np.asarray, metrics))  # waits for the call
             if not skip and not seen.finite.all():
                 good = int(np.argmin(seen.finite))
