@@ -1,7 +1,7 @@
 """Predicting: what a trained model says at every step of a stream, and the way back to the sequences that it was cut from.
 
-windows = tb.split(tb.pack(flat, lengths=lengths, lanes=32), 64)
-carry, outputs = tb.predict(model, params, windows)
+packed = tb.pack(flat, lengths=lengths, lanes=32)
+carry, outputs = tb.predict(model, params, tb.split(packed, 64))
 answers = tb.join(outputs, like=packed)  # one array a sequence, in the order of `lengths`
 """
 
