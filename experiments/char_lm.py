@@ -97,6 +97,7 @@ def main() -> None:
         task,
         workdir=FLAGS.workdir,
         start=before,
+        devices=launch.DEVICES.value,
         show=lambda calls: f"{calls[-1].loss / math.log(2):.3f} bits per {one}, {speed(calls):,.0f} {one}s/s",
         **chosen,
     )

@@ -67,7 +67,7 @@ def main() -> None:
         raise ValueError(f"--updates={FLAGS.updates} and --epochs={FLAGS.epochs} were both given: give one of them.")
     directory, average = launch.expanded(FLAGS.workdir), averaging(FLAGS.average)
     listen = listeners(FLAGS.log, directory)
-    influence = launch.influence(FLAGS.influence, launch.LARGEST if "all" not in FLAGS.influence else 1000, "influence")
+    launch.influence(FLAGS.influence, 1, "influence")
     task = tasks.chosen()()
     launch.join_processes(task.lanes)
     names = (
@@ -81,11 +81,11 @@ def main() -> None:
         updates=None if FLAGS.epochs else FLAGS.updates or 2000,
         epochs=FLAGS.epochs,
         workdir=directory,
-        influence=influence,
+        influence=FLAGS.influence,
         average=average,
         listeners=listen,
         start=FLAGS.init_from,
-        settings={"influence": FLAGS.influence},
+        devices=launch.DEVICES.value,
         **chosen,
     )
     how = {"stateless": FLAGS.stateless, "burn_in": FLAGS.burn_in, "window": FLAGS.window if FLAGS.stateless else None}

@@ -118,10 +118,11 @@ def main() -> None:
         window=FLAGS.window,
         updates=updates,
         workdir=directory,
-        influence=launch.influence(FLAGS.influence, count, "influence"),
+        influence=FLAGS.influence,
+        devices=launch.DEVICES.value,
         windows_per_call=min(FLAGS.windows_per_call, -(-updates // 20)),
         checkpoint_every=min(FLAGS.checkpoint_every, -(-updates // 8)),
-        settings={name: FLAGS[name].value for name in ("hidden", "layers", "influence")},
+        settings={name: FLAGS[name].value for name in ("hidden", "layers")},
         **how,
     )
     began = time.perf_counter()

@@ -100,6 +100,7 @@ def main() -> None:
         updates=FLAGS.updates,
         seed=FLAGS.seed,
         learning_rate=FLAGS.learning_rate,
+        devices=launch.DEVICES.value,
     )
     probe: Any = {"lanes": task.lanes, "steps": FLAGS.steps, "seed": FLAGS.seed + 1}
     streams = study.probe_of(task, **probe)

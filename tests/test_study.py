@@ -161,6 +161,22 @@ def test_a_finished_run_goes_on_at_another_rate_and_is_begun_from(task, tmp_path
         study.fit(wider, window=5, updates=1, start=run)
 
 
+def test_an_influence_is_given_by_name_and_is_of_the_run(task, tmp_path):
+    fit = {"window": 5, "updates": 24, "optimiser": optax.sgd(0.1)}
+    named = study.fit(task, influence="replay:all", workdir=tmp_path, **fit)
+    equal(named.state.params, study.fit(task, influence=tb.replay(named.windows), **fit).state.params)
+    with pytest.raises(ValueError, match="influence 'replay:all', here 'replay:1'"):
+        study.fit(task, influence="replay:1", workdir=tmp_path, **fit)
+
+
+def test_a_run_whose_parameters_are_one_array_is_begun_from():
+    model = tb.from_step(lambda a, h, x: (a * h + x, h), lambda key, x: jnp.ones(1), lambda a, n: jnp.zeros((n, 1)))
+    x = np.ones((2, 10, 1), np.float32)
+    task = study.Task(model, lambda y, w: ((y - w.targets) ** 2)[..., 0], tb.sequences(x, x), lanes=2)
+    run = study.fit(task, window=5, updates=2)
+    equal(study.fit(task, window=5, updates=1, learning_rate=0.0, start=run).state.params, run.params)
+
+
 def test_the_best_parameters_are_those_of_the_best_look(task):
     fit = {"window": 5, "optimiser": optax.sgd(0.3), "windows_per_call": 10, "checkpoint_every": 10}
     run = study.fit(task, updates=60, **fit)

@@ -283,7 +283,7 @@ def test_what_is_wrong_is_refused_before_anything_is_done(program, tmp_path, arg
 def row(window, metrics, budget="data"):
     mean = sum(metrics) / len(metrics)
     point = {"budget": budget, "carry": "stateful", "influence": "truncate", "window": window, "temp_bytes": window}
-    return {**point, "metrics": metrics, "final_metric": mean, "seeds": len(metrics)}
+    return {**point, "metrics": metrics, "final_metric": mean, "final_loss": 0.0, "seeds": len(metrics)}
 
 
 def test_what_is_recommended_is_as_good_in_every_seed():
@@ -293,6 +293,14 @@ def test_what_is_recommended_is_as_good_in_every_seed():
     assert recommend([row(k, [1] * 5) for k in (1, 5, 20)], metric, 0.5)["window"] == 1
     lower = [row(4, [0.40, 0.42]), row(8, [0.30, 0.31]), row(16, [0.30, 0.32])]
     assert recommend(lower, {"name": "loss", "better": "lower"}, 0.7)["window"] == 8
+
+
+def test_what_is_recommended_names_the_swept_argument_that_does_it():
+    wide, narrow = (
+        [{**row(k, scores), "params": {"hidden": h}} for k in (2, 8)] for h, scores in ((8, [1, 1]), (4, [0.6, 0.6]))
+    )
+    found = recommend([*narrow, *wide], {"name": "test accuracy", "better": "higher"}, 0.5)
+    assert (found["window"], found["params"]) == (2, {"hidden": 8}) and "windows of 2, hidden 8:" in found["sentence"]
 
 
 def test_a_shorter_last_window_counts_and_theory_counts_it():

@@ -1,6 +1,6 @@
 """What a sweep finds: how far each window's gradient is from the whole one, and which window to use."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.study.influences import influence as named_influence
+from tbptt_jax.study.report.reading import as_good, best_of
 from tbptt_jax.study.task import Task, keys_of
 from tbptt_jax.study.trainings import shape_of, streams_of
 
@@ -47,59 +48,58 @@ def gradients(task: Task, windows: list[int], influences: list[str], params: dic
 
 def recommend(rows: list[dict[str, Any]], metric: dict[str, str], blind: float | None) -> dict[str, Any] | None:
     """The shortest window that is as good as the best, within the spread of seeds, in every budget that was run."""
-    sign = 1 if metric["better"] == "higher" else -1
-    best: dict[str, dict[tuple, dict]] = {}
+    higher = metric["better"] == "higher"
+    sign = 1 if higher else -1
+    points: dict[str, dict[_Place, list[dict]]] = {}
     for row in rows:
-        if not np.isfinite(row["metrics"]).all():
-            continue
-        mine = best.setdefault(row["budget"], {})
-        place = row["carry"], row["influence"], row["window"]
-        if place not in mine or sign * row["final_metric"] > sign * mine[place]["final_metric"]:
-            mine[place] = row
+        if np.isfinite(row["metrics"]).all():
+            points.setdefault(row["budget"], {}).setdefault(_place(row), []).append(row)
+    best = {name: {p: best_of(each, higher=higher) for p, each in budget.items()} for name, budget in points.items()}
     if not best:
         return None
-    top = max((row for budget in best.values() for row in budget.values()), key=lambda row: sign * row["final_metric"])
+    top = best_of([row for budget in best.values() for row in budget.values()], higher=higher)
     if blind is not None and sign * (top["final_metric"] - blind) < 0.02 * abs(blind):
         sentence = (
             f"No window learned anything yet: the best {metric['name']} is {top['final_metric']:.4g}, and {blind:.4g} is what can "
             "be had from one step alone. Give more --updates, other --learning_rates, or longer --windows."
         )
         return {"window": None, "carry": None, "influence": None, "sentence": sentence}
-
-    def good(budget: dict[tuple, dict]) -> dict[tuple, dict]:
-        top = max(budget.values(), key=lambda row: sign * row["final_metric"])
-        worst = min(sign * row["final_metric"] for row in budget.values())
-        # The best mean's own standard error, and no row's: where only some seeds learned, a spread would excuse the others.
-        error = np.std(top["metrics"]) / np.sqrt(len(top["metrics"]))
-        slack = max(error, 0.02 * (sign * top["final_metric"] - worst))
-        return {
-            place: row for place, row in budget.items() if sign * (top["final_metric"] - row["final_metric"]) <= slack
-        }
-
-    as_good = {name: good(budget) for name, budget in best.items()}
-    everywhere = set.intersection(*(set(places) for places in as_good.values()))
-    views = " and ".join(f"equal {name}" for name in best)
-    if everywhere:
-        views_held = f"at {views}"
-    else:
-        everywhere = set(as_good.get("data") or next(iter(as_good.values())))
-        views_held = "at equal data, though not at equal updates"
-    order = list(dict.fromkeys(row["influence"] for row in rows))
-    carry, influence, window = min(everywhere, key=lambda place: (place[2], order.index(place[1]), place[0]))
-    row = best.get("data", next(iter(best.values())))[carry, influence, window]
-    longest = max(row["window"] for row in rows)
-    of = "" if influence == "truncate" else f" with {influence}"
+    good = {name: {_place(row) for row in as_good(list(each.values()), higher=higher)} for name, each in best.items()}
+    everywhere = set.intersection(*good.values())
+    held = "at " + " and ".join(f"equal {name}" for name in best)
+    if not everywhere:
+        everywhere, held = good["data"], "at equal data, though not at equal updates"
+    order = list(dict.fromkeys(_place(row) for row in rows))  # as the sweep was asked for
+    place = min(everywhere, key=lambda place: (place.window, order.index(place)))
+    mine = best.get("data", next(iter(best.values())))
+    row, longest = mine[place], max(row["window"] for row in rows)
+    of = ("" if place.influence == "truncate" else f" with {place.influence}") + "".join(
+        f", {name} {value}" for name, value in place.params
+    )
     sentence = (
-        f"Use {carry} windows of {window}{of}: {metric['name']} {row['final_metric']:.4g}, the shortest that is as good as "
-        f"any within the spread of {row['seeds']} seeds, {views_held}."
+        f"Use {place.carry} windows of {place.window}{of}: {metric['name']} {row['final_metric']:.4g}, the shortest that is as good "
+        f"as any within the spread of {row['seeds']} seeds, {held}."
     )
-    largest = next((r for r in rows if r["window"] == longest and r["influence"] == influence), None)
-    if largest and window < longest and largest["temp_bytes"]:
+    largest = mine.get(place._replace(window=longest))
+    if largest and place.window < longest and largest["temp_bytes"]:
         sentence += f" It takes {row['temp_bytes'] / largest['temp_bytes']:.0%} of the memory of windows of {longest}."
-    other = next(
-        (r for p, r in best.get("data", next(iter(best.values()))).items() if p[2] == window and p[0] != carry), None
-    )
-    if other:
-        verb = "Without the carried state" if carry == "stateful" else "With the state carried"
-        sentence += f" {verb} such windows reach {other['final_metric']:.4g}."
-    return {"window": window, "carry": carry, "influence": influence, "sentence": sentence}
+    others = [
+        r for p, r in mine.items() if (p.window, p.params) == (place.window, place.params) and p.carry != place.carry
+    ]
+    if others:
+        verb = "Without the carried state" if place.carry == "stateful" else "With the state carried"
+        sentence += f" {verb} such windows reach {others[0]['final_metric']:.4g}."
+    return {**place._asdict(), "params": dict(place.params), "sentence": sentence}
+
+
+class _Place(NamedTuple):
+    """A point, whatever its budget."""
+
+    carry: str
+    influence: str
+    window: int
+    params: tuple
+
+
+def _place(row: dict[str, Any]) -> _Place:
+    return _Place(row["carry"], row["influence"], row["window"], tuple((row.get("params") or {}).items()))

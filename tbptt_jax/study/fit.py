@@ -18,6 +18,7 @@ from tbptt_jax.sharding import over_lanes, own_lanes, place
 from tbptt_jax.study import averaging
 from tbptt_jax.study.console import progress
 from tbptt_jax.study.guard import first_not_finite
+from tbptt_jax.study.influences import influence as named_influence
 from tbptt_jax.study.lock import holding
 from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
 from tbptt_jax.study.machine import mesh as lane_mesh
@@ -64,7 +65,7 @@ def fit(
     updates: int | None = None,
     epochs: int | None = None,
     workdir: str | pathlib.Path | None = None,
-    influence: tb.Influence | None = None,
+    influence: tb.Influence | str | None = None,
     optimiser: Any = None,
     learning_rate: float = 0.01,
     stateless: bool = False,
@@ -81,6 +82,7 @@ def fit(
     resume: bool = True,
     start: "Run | str | pathlib.Path | None" = None,
     settings: dict[str, Any] | None = None,
+    devices: int | None = None,
     show: Callable[[list[Call]], str] | None = None,
 ) -> Run:
     """Trains a task; interrupted in any way, the same call goes on and ends with the same bits.
@@ -97,7 +99,7 @@ def fit(
       updates: one for each window, in all.
       epochs: times to read the training data, instead.
       workdir: where checkpoints and ``run.json`` go. None: nothing is kept.
-      influence: what the gradient knows of the past; default :func:`tbptt_jax.truncate`.
+      influence: what the gradient knows of the past, or its name, such as ``"replay:3"``; default :func:`tbptt_jax.truncate`.
       optimiser: an optax transformation. None: the gradient clipped to a norm of 1, then Adam.
       learning_rate: Adam's at the start; it falls to zero along a cosine.
       stateless: begin each window from the initial carry, for comparison.
@@ -114,6 +116,7 @@ def fit(
       resume: False: begin afresh.
       start: a run, or its workdir, whose parameters are begun from; its model needs to be of the same shapes.
       settings: whatever else makes it this run, such as your optimiser's settings, as JSON.
+      devices: to spread the lanes over at most; default all that there are.
       show: ``calls -> text`` beside the progress; default the loss, and the validation's figure.
 
     Returns:
@@ -150,15 +153,17 @@ def fit(
     begin_from = _params_of(start)
     identity = {
         "window": window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
-        "data": checksum(data), "average": average and list(average), "start": begin_from and checksum(begin_from),
+        "data": checksum(data), "average": average and list(average), "start": None if begin_from is None else checksum(begin_from),
+        **({"influence": influence} if isinstance(influence, str) else {}),
         **({"checkpoint_every": checkpoint_every, "patience": patience} if needs_valid else {}),
         **(settings or {}),
     }  # fmt: skip
     with holding(workdir) as directory:
         legs = _legs(directory, updates, None if optimiser is not None else learning_rate, resume)
         units = max([h.shape[-1] for h in jax.tree.leaves(_carry(task, first)) if h.ndim > 1] or [1])
-        mesh = lane_mesh(lanes=lanes, window=window, units=units)
-        estimate = over_lanes(tb.gradient(task.model, task.loss, influence=influence), mesh)
+        mesh = lane_mesh(lanes=lanes, window=window, units=units, devices=devices)
+        past = named_influence(influence, read.windows, "influence") if isinstance(influence, str) else influence
+        estimate = over_lanes(tb.gradient(task.model, task.loss, influence=past), mesh)
         chosen = _adam(legs) if optimiser is None else optimiser
         step = tb.train_step(estimate, chosen if average is None else averaging.averaged(chosen, average))
 
@@ -184,18 +189,12 @@ def fit(
             "task": source, "arguments": arguments, "codec": task.codec, "settings": identity, "legs": legs,
             "judged": judge is not None, "windows": read.windows, "inputs": _spec(first.inputs),
         }  # fmt: skip
+
+        def keep_record() -> None:
+            if directory is not None:
+                write_json(directory / RECORD, record)
+
         with progress(updates, "updates") as report:
-
-            def listen(event: Event) -> None:
-                if event.kind == "call":
-                    calls.append(Call(**_call(event)))
-                    report(event.updates, (show or _shown)(calls))
-                elif event.kind == "begin":  # nothing that refuses this run is left, such as another one's checkpoints
-                    calls.extend(Call(**_call(past)) for past in event.history)
-                    if directory is not None:
-                        write_json(directory / RECORD, record)
-
-            calls: list[Call] = []
             kept, calls = train(
                 step,
                 init,
@@ -210,7 +209,9 @@ def fit(
                 skip=not_finite == "skip",
                 judge=judge,
                 nonmonotone=average and average.nonmonotone,
-                listeners=(listen, *listeners),
+                begun=keep_record,
+                show=lambda calls: report(calls[-1].updates, (show or _shown)(calls)),
+                listeners=listeners,
                 profile=profile,
             )
     return _run(task, kept, calls, read.windows, directory, identity)
@@ -351,12 +352,6 @@ def _started(state: TrainState, step: TrainStep, params: Any, first: tb.Window) 
         optimiser = optimiser._replace(mean=jax.tree.map(jnp.array, params))
     stream = step.estimate.init(state.stream.key, params, first)
     return state._replace(params=params, optimiser=optimiser, stream=stream)
-
-
-def _call(event: Event) -> dict[str, Any]:
-    valid = {name.removeprefix("valid/"): x for name, x in event.metrics.items() if name.startswith("valid/")}
-    others = {name: x for name, x in event.metrics.items() if not name.startswith("valid/")}
-    return {**others, "updates": event.updates, "valid": valid or None}
 
 
 def _shown(calls: list[Call]) -> str:

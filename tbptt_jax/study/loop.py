@@ -101,6 +101,8 @@ def train(
     skip: bool = False,
     judge: Judge | None = None,
     nonmonotone: int | None = None,
+    begun: Callable[[], None] = lambda: None,
+    show: Callable[[list[Call]], None] = lambda calls: None,
     listeners: Sequence[Callable[[Event], None]] = (),
     profile: int | None = None,
 ) -> tuple[Kept, list[Call]]:
@@ -125,6 +127,8 @@ def train(
       skip: a window in which something is not finite is left out, and counted, instead of stopping the run.
       judge: looks at other data on the way.
       nonmonotone: averaging begins when a look is worse than the best but so many (see :mod:`tbptt_jax.study.averaging`).
+      begun: called in the first process once nothing refuses the run any more, such as another one's checkpoints.
+      show: is given all calls after each, in the first process.
       listeners: each is given every :class:`Event`, in the first process.
       profile: the call in which this update falls is traced by ``jax.profiler``, into ``profile`` beside ``directory``.
 
@@ -200,13 +204,19 @@ def train(
         done, (state, best) = (saved.update, saved.state) if saved else (0, begin())
         if saved:
             say(f"Going on from update {done} of {updates}, saved in {directory}.")
+        if jax.process_index() == 0:
+            begun()
         report(Event("begin", done, {}, tuple(map(_event, calls))))
         stop, ahead = largest(asked()), None
         while done < updates and not stop and not _early(calls, judge):
             began, last = time.perf_counter(), end_of(done)
             cut = windows(done, last) if ahead is None else ahead
             traced = profile is not None and directory is not None and done <= profile < last
-            with jax.profiler.trace(str(directory.parent / "profile")) if traced and directory else _nothing():
+            with (
+                jax.profiler.trace(str(directory.parent / "profile"))
+                if traced and directory
+                else contextlib.nullcontext()
+            ):
                 state, metrics = tb.train_windows(step, state, cut)
                 ahead = windows(last, end_of(last)) if last < updates else None  # read while the device computes
                 seen = Watched(*map(np.asarray, metrics))  # waits for the call
@@ -240,6 +250,8 @@ def train(
             if due or stop:
                 store.save(last, Kept(state, best), {"calls": calls})
             done = last
+            if jax.process_index() == 0:
+                show(calls)
             report(_event(calls[-1]))
         report(Event("end", done, {}))
     if wrong:
@@ -269,11 +281,6 @@ def _early(calls: list[Call], judge: Judge | None) -> bool:
 def _event(call: Call) -> Event:
     metrics = {name: value for name, value in call._asdict().items() if name not in ("updates", "valid")}
     return Event("call", call.updates, metrics | {f"valid/{name}": x for name, x in (call.valid or {}).items()})
-
-
-@contextlib.contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextlib.contextmanager
