@@ -120,10 +120,7 @@ def dropped(x: jax.Array, rate: float, keys: Keys, draw: Draw) -> jax.Array:
     def mask(key: jax.Array) -> jax.Array:
         return jax.random.bernoulli(key, 1 - rate, x.shape[2:])
 
-    if draw == "step":
-        masks = jax.vmap(jax.vmap(mask))(keys.step)
-    else:
-        masks = jax.vmap(mask)(keys.window)[:, None]
+    masks = jax.vmap(jax.vmap(mask))(keys.step) if draw == "step" else jax.vmap(mask)(keys.window)[:, None]
     return jnp.where(masks, x / (1 - rate), jnp.zeros_like(x))
 
 
