@@ -46,14 +46,15 @@ def class_weights(window: Window, weights: Any) -> Window:
         )
     if isinstance(window.weights, dict) and set(window.weights) != set(targets):
         raise ValueError(f"The window's weights are of {sorted(window.weights)}, its targets of {sorted(targets)}.")
-    new = {}
+    new: dict[Any, Any] = {}
     for name, target in targets.items():
         own = window.weights[name] if isinstance(window.weights, dict) else window.weights
         if name in weights:
             own = _weighed(f"targets[{name!r}]", target, own, window.valid, weights[name])
         new[name] = own
     ones = np.broadcast_to(np.float32(1), next(new[name].shape for name in weights))
-    return window._replace(weights={name: ones if own is None else own for name, own in new.items()})
+    by_name: Any = {name: ones if own is None else own for name, own in new.items()}
+    return window._replace(weights=by_name)
 
 
 def _weighed(name: str, target: Any, own: Any, valid: Any, weights: Any) -> np.ndarray:

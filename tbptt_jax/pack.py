@@ -104,6 +104,6 @@ def pack(
         return marks
 
     steps = over_steps(inputs, targets, static, label, len(lengths), spread, marked(before + lengths - 1))
-    window = Window(*jax.tree.map(lay, steps), resets=lay(marked(before)), valid=lay(np.ones(total, bool)))
+    window = Window(*jax.tree.map(lay, (*steps, marked(before), np.ones(total, bool))))
     check(window)
     return laid_out(window, Layout((lanes, time), to, lengths))
