@@ -6,30 +6,47 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import LANES, UNITS, assert_close, lstm, lstm_start, lstm_step, params_of, read, stream, summed_gradient
+from streams import FEATURES, LANES, assert_close, params_of, read, stream, summed_gradient
 
 import tbptt_jax as tb
 
 PAIR = jnp.zeros(2)
-mean = lambda inputs, outputs, key: outputs  # noqa: E731
+
+
+@jax.jit
+def step(params, h, x):
+    """An Elman network."""
+    h = jnp.tanh(x @ params["u"] + h @ params["w"])
+    return h, h @ params["o"]
+
+
+elman = tb.from_step(
+    step,
+    lambda key, inputs: {name: jax.random.normal(key, (n, 2)) for name, n in (("u", FEATURES), ("w", 2), ("o", 2))},
+    lambda params, lanes: jnp.zeros((lanes, 2)),
+)
+
+
+def mean(inputs, outputs, key):
+    return outputs
 
 
 def forced(probability=0.0, feed=mean, model=None, like=PAIR, **options):
-    return tb.scheduled_sampling(lstm() if model is None else model, feed, probability, like=like, **options)
+    return tb.scheduled_sampling(elman if model is None else model, feed, probability, like=like, **options)
 
 
 def loop(params, window, reads_own):
     """``outputs [lanes][time]``, each lane and step by itself; ``reads_own(lane, t)`` says what is read."""
     outputs = []
     for lane in range(len(window.valid)):
-        carry, before, row = lstm_start(params), None, []
+        carry, before, row = jnp.zeros(2), None, []
         for t in range(window.valid.shape[1]):
             if window.resets[lane, t]:
-                carry, before = lstm_start(params), None
+                carry, before = jnp.zeros(2), None
             row.append(None)
             if window.valid[lane, t]:
                 x = before if before is not None and reads_own(lane, t) else window.inputs[lane, t]
-                carry, before = lstm_step(params, carry, x)
+                carry, before = step(params, carry, x)
                 row[-1] = before
         outputs.append(row)
     return outputs
@@ -49,21 +66,18 @@ def in_lanes(outputs):
 @settings(deadline=None, max_examples=4)
 @given(k=st.integers(1, 23))
 def test_free_it_reads_its_own_outputs_wherever_the_stream_is_cut(k):
-    params, window = params_of(lstm()), stream(rubbish=np.nan)
+    params, window = params_of(elman), stream(rubbish=np.nan)
     _, outputs = read(forced(free=True), params, tb.split(window, k))
     assert_read_as_the_loop(in_lanes(outputs), loop(params, window, lambda lane, t: True))
 
 
 def test_without_a_key_all_is_teacher_forced_and_so_it_is_at_probability_zero():
-    params, windows = params_of(lstm()), tb.split(stream(rubbish=np.nan), 5)
-    expected = read(lstm(), params, windows)[1]
-    keys = tb.noise.lane_keys(jax.random.key(0), LANES)
-    for model, key in ((forced(0.5), None), (forced(0.0), keys)):
-        carry = model.initial_carry(params, LANES)
-        for n in range(len(windows.inputs)):
-            w = jax.tree.map(lambda x, n=n: x[n], windows)
-            carry, outputs = model.unroll(params, carry, w.inputs, w.resets, w.valid, key=key)
-            np.testing.assert_allclose(outputs[w.valid], expected[n][w.valid], atol=1e-14)
+    params, w = params_of(elman), stream(rubbish=np.nan)
+    _, expected = elman.unroll(params, elman.initial_carry(params, LANES), w.inputs, w.resets, w.valid)
+    for model, key in ((forced(0.5), None), (forced(0.0), tb.noise.lane_keys(jax.random.key(0), LANES))):
+        start = model.initial_carry(params, LANES)
+        _, outputs = model.unroll(params, start, w.inputs, w.resets, w.valid, key=key)
+        np.testing.assert_allclose(outputs[w.valid], expected[w.valid], atol=1e-14)
 
 
 def test_by_a_function_of_the_inputs_some_is_given_and_the_rest_its_own():
@@ -71,12 +85,12 @@ def test_by_a_function_of_the_inputs_some_is_given_and_the_rest_its_own():
     window = stream(rubbish=np.nan)
     prompt = np.broadcast_to(np.arange(23) >= 4, window.valid.shape)
     inner = tb.from_step(
-        lambda params, carry, x: lstm_step(params, carry, x["x"]),
-        lambda key, inputs: lstm().init(key, inputs["x"]),
-        lambda params, lanes: jax.tree.map(lambda h: jnp.broadcast_to(h, (lanes, UNITS)), lstm_start(params)),
+        lambda params, h, x: step(params, h, x["x"]),
+        lambda key, inputs: elman.init(key, inputs["x"]),
+        elman.initial_carry,
     )
     feed = lambda inputs, outputs, key: inputs | {"x": outputs}  # noqa: E731
-    params = params_of(lstm())
+    params = params_of(elman)
     expected = loop(params, window, lambda lane, t: t >= 4)
     inputs = {"x": window.inputs, "own": prompt.astype(float)}
     drawn = tb.scheduled_sampling(inner, feed, lambda x: x["own"], like=PAIR)
@@ -139,7 +153,7 @@ def loss(outputs, window):
 
 
 def test_the_gradient_goes_through_what_it_reads_and_over_edges_as_the_influence_says():
-    params, window = params_of(lstm()), stream(seed=2, lanes=3, time=9)
+    params, window = params_of(elman), stream(seed=2, lanes=3, time=9)
 
     def total(params):
         outputs = loop(params, window, lambda lane, t: True)
@@ -150,14 +164,14 @@ def test_the_gradient_goes_through_what_it_reads_and_over_edges_as_the_influence
             if y is not None
         )
 
-    expected = jax.jit(jax.grad(total))(params)
+    expected = jax.grad(total)(params)
     for k, influence in ((9, tb.truncate()), (4, tb.replay(3)), (2, tb.rtrl())):
         estimate = tb.gradient(forced(1.0), loss, influence=influence, normaliser=1.0)
         assert_close(summed_gradient(estimate, params, tb.split(window, k))[0], expected, rtol=1e-9)
 
 
 def test_given_the_draws_rtrl_is_replay_of_all():
-    params, windows = params_of(lstm()), tb.split(stream(seed=2, lanes=3, time=9), 3)
+    params, windows = params_of(elman), tb.split(stream(seed=2, lanes=3, time=9), 3)
     one, other = (
         summed_gradient(tb.gradient(forced(0.5), loss, influence=past), params, windows)
         for past in (tb.rtrl(), tb.replay(3))
