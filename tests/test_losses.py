@@ -276,7 +276,9 @@ def test_activations_that_do_not_fit_are_told():
     with pytest.raises(ValueError, match=r"\[2 lanes, 5 steps, 4 units\]"):
         tb.with_activations(handing, 4, of=lambda y: y["h"]).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="`dropped` makes"):
-        tb.with_activations(handing, UNITS, of=lambda y: y["h"], dropped=lambda y: y["y"][..., :1]).init(jax.random.key(0), x)
+        tb.with_activations(handing, UNITS, of=lambda y: y["h"], dropped=lambda y: y["y"][..., :1]).init(
+            jax.random.key(0), x
+        )
     with pytest.raises(ValueError, match="`model` is"):
         tb.with_activations(penalty, 4)
     with pytest.raises(ValueError, match="`units` is 0"):

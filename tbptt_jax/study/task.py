@@ -22,6 +22,7 @@ Streams = Any  # see Task
 NAMES = {
     **dict.fromkeys(("first_bit", "copy_memory", "adding", "lag", "influence_balancing"), "tasks"),
     "char_lm": "text",
+    "awd_lstm": "awd_lstm",
     "forecast": "series",
 }  # where the tasks of a name are made
 
