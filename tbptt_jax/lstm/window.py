@@ -9,7 +9,7 @@ What the window keeps for its backward pass is the gates, the cells and, as its 
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,24 @@ from jax import lax
 
 from tbptt_jax.arrays import where_lanes
 from tbptt_jax.lstm.gpu import Loops, cudnn
-from tbptt_jax.lstm.weights import GATES, Weights
+from tbptt_jax.lstm.weights import GATES, LayerNorm, Weights
 from tbptt_jax.products import at, dot, over_steps, put, times, zero_where
 from tbptt_jax.recurrence import scale_cotangent
+
+EPSILON = 1e-5  # of layer normalisation, added to the variance
+
+
+class Zoneout(NamedTuple):
+    """Which units keep their value in a step (Krueger et al. 2017, *Zoneout*, eq. 2 to 5).
+
+    Attributes:
+      c: bool ``[lanes, time, features]``, True where a unit's c stands still, or floats ``[1, time, 1]``, how likely that is;
+        None: never.
+      h: likewise, ``[lanes, time, outputs]``.
+    """
+
+    c: jax.Array | None
+    h: jax.Array | None
 
 
 def scanned(
@@ -30,21 +45,28 @@ def scanned(
     resets: jax.Array | None,
     valid: jax.Array | None,
     edges: jax.Array | None = None,
+    zoneout: Zoneout = Zoneout(None, None),
 ) -> tuple[tuple, jax.Array]:
     """The window as a plain scan: ``carry, x [lanes, time, inputs] -> carry, h [lanes, time, outputs]``."""
-    from_inputs = dot(dtype, x, weights.input) + weights.bias
+    norm = weights.norm
+    from_inputs = dot(dtype, x, weights.input)
+    from_inputs = from_inputs if norm is None else _scaled(_centred(from_inputs), norm.input)[0]
 
     def step(carry: tuple, at_t: tuple) -> tuple[tuple, jax.Array]:
-        from_input, reset, is_valid, edge = at_t
+        from_input, reset, edge, kept = at_t
         before = c, h = zero_where(carry if edge is None else scale_cotangent(edge, carry), reset)
-        i, f, g, o = jnp.split(_gates(from_input + dot(dtype, h, weights.recurrent)), 4, -1)
+        from_h = dot(dtype, h, weights.recurrent)
+        from_h = from_h if norm is None else _scaled(_centred(from_h), norm.recurrent)[0]
+        i, f, g, o = jnp.split(_gates(from_input + weights.bias + from_h), 4, -1)
         c = f * c + i * g
-        h = o * jnp.tanh(c)
+        read = c if norm is None else _scaled(_centred(c), norm.cell)[0] + norm.cell_bias
+        h = o * jnp.tanh(read)
         h = h if weights.projection is None else dot(dtype, h, weights.projection)
-        carry = (c, h) if is_valid is None else where_lanes(is_valid, (c, h), before)
+        carry = tuple(_blend(*each) for each in zip(kept, before, (c, h), strict=True))
         return carry, carry[1]
 
-    carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), (from_inputs, resets, valid, edges)))
+    per_step = from_inputs, resets, edges, _with_padding(zoneout, valid)
+    carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), per_step))
     return carry, h.swapaxes(0, 1)
 
 
@@ -57,9 +79,10 @@ def fused(
     x: jax.Array,
     resets: jax.Array | None,
     valid: jax.Array | None,
+    zoneout: Zoneout = Zoneout(None, None),
 ) -> tuple[tuple, jax.Array]:
     """:func:`scanned`, with its backward pass written out, around what recurs."""
-    return scanned(dtype, weights, carry, x, resets, valid)  # not differentiated: nothing to keep
+    return scanned(dtype, weights, carry, x, resets, valid, None, zoneout)  # not differentiated: nothing to keep
 
 
 def _forward(
@@ -70,24 +93,38 @@ def _forward(
     x: jax.Array,
     resets: jax.Array | None,
     valid: jax.Array | None,
+    zoneout: Zoneout,
 ) -> tuple[tuple, tuple]:
-    after, gates, cells, hs = loops.forward(dtype, weights, carry, dot(dtype, x, weights.input), resets, valid)
-    return (after, hs), (weights, carry, x, resets, valid, gates, cells, hs)
+    products = scale = None
+    if weights.norm is None:
+        from_inputs = dot(dtype, x, weights.input)
+    else:
+        products = dot(dtype, x, _centred(weights.input))
+        from_inputs, scale = _scaled(products, weights.norm.input)
+    after, *kept = loops.forward(dtype, weights, carry, from_inputs, resets, valid, zoneout)
+    return (after, kept[2]), (weights, carry, x, resets, valid, zoneout, (products, scale), *kept)
 
 
 def _backward(loops: Loops, dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
     """Linear in the cotangents by construction, scan and all, so that JAX can transpose it into forward mode."""
-    weights, carry, x, resets, valid, gates, cells, hs = residuals
+    weights, carry, x, resets, valid, zoneout, of_inputs, gates, cells, hs, of_h = residuals
     after, d_hs = cotangents
+    norm = weights.norm
 
     # The cell's derivatives, of all steps at once: only products are left to the loop. Where the carry stands still its
     # cotangent does too, and nothing goes back through a reset.
     i, f, g, o = jnp.split(gates, 4, -1)
-    squashed = jnp.tanh(cells)
     c_before, h_before = (
         jnp.concatenate([start[:, None], each[:, :-1]], 1) for start, each in zip(carry, (cells, hs), strict=True)
     )
     c_before, h_before = zero_where((c_before, h_before), resets)
+    read = cells if zoneout.c is None else f * c_before + i * g  # the new c, before zoneout
+    of_cell = None
+    if norm is not None:
+        of_cell = _centred(read)
+        read, scale = _scaled(of_cell, norm.cell)
+        of_cell, read = (of_cell, scale), read + norm.cell_bias
+    squashed = jnp.tanh(read)
     # dc/di, dc/df, dc/dg and dh/do, before the activations; side by side in one array they would take four times as long
     by_gate = g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)
     by_cell, kept = o * (1 - squashed * squashed), f  # dh/dc, dc/dc_before
@@ -96,39 +133,65 @@ def _backward(loops: Loops, dtype: Any, residuals: tuple, cotangents: tuple) -> 
         kept = where_lanes(valid, kept, jnp.ones_like(kept))
     (kept,) = zero_where((kept,), resets)
 
-    d_carry, d_gates, d_outputs = loops.backward(
-        dtype, weights, after, d_hs, gates, by_gate, by_cell, kept, resets, valid
+    d_carry, d_gates, d_outputs, d_of_h, d_recurrent_gain = loops.backward(
+        dtype, weights, after, d_hs, gates, by_gate, by_cell, kept, resets, valid, zoneout, of_h, of_cell
     )
-    d_projection = None if d_outputs is None else over_steps(dtype, o * squashed, d_outputs)
-    d_weights = Weights(
-        over_steps(dtype, x, d_gates), over_steps(dtype, h_before, d_gates), d_gates.sum((0, 1)), d_projection
-    )
-    return d_weights, d_carry, dot(dtype, d_gates, weights.input.T), None, None
+    d_projection = d_norm = None
+    if weights.projection is not None:
+        d_projection = over_steps(dtype, o * squashed, d_outputs)
+    d_from_inputs, d_from_h = d_gates, d_gates if norm is None else d_of_h
+    if norm is not None:
+        d_from_inputs, d_input_gain = _scaled_backward(*of_inputs, norm.input, d_gates)
+        d_read = d_outputs if weights.projection is None else dot(dtype, d_outputs, weights.projection.T)
+        d_read *= by_cell
+        d_cell_gain = d_read * of_cell[0] * of_cell[1]
+        d_gains = d_input_gain, d_recurrent_gain[:, None], d_cell_gain, d_read
+        d_norm = LayerNorm(*(d.sum((0, 1)) for d in d_gains))
+    d_input, d_recurrent = over_steps(dtype, x, d_from_inputs), over_steps(dtype, h_before, d_from_h)
+    into = weights.input
+    if norm is not None:
+        d_input, d_recurrent, into = map(_centred, (d_input, d_recurrent, into))
+    d_weights = Weights(d_input, d_recurrent, d_gates.sum((0, 1)), d_projection, d_norm)
+    return d_weights, d_carry, dot(dtype, d_from_inputs, into.T), None, None, None
 
 
 fused.defvjp(_forward, _backward)
 
 
 def _scan_forward(
-    dtype: Any, weights: Weights, carry: tuple, gates: jax.Array, resets: jax.Array | None, valid: jax.Array | None
-) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
-    times_recurrent = times(dtype, weights.recurrent, gates.shape[0])
+    dtype: Any,
+    weights: Weights,
+    carry: tuple,
+    gates: jax.Array,
+    resets: jax.Array | None,
+    valid: jax.Array | None,
+    zoneout: Zoneout,
+) -> tuple[tuple, jax.Array, jax.Array, jax.Array, tuple | None]:
+    norm, zoneout = weights.norm, _with_padding(zoneout, valid)
+    recurrent = weights.recurrent if norm is None else _centred(weights.recurrent)
+    times_recurrent = times(dtype, recurrent, gates.shape[0])
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
-        carry, gates, cells, hs = state
+        carry, gates, cells, hs, of_h = state
         before = c, h = zero_where(carry, at(resets, t))
         # The gates take the place of the products they come from: the largest array of the window exists once. All four
         # are one elementwise pass, and lanes lead as they do outside, so nothing is transposed.
-        activated = _gates(at(gates, t) + (times_recurrent(h) + weights.bias))
+        from_h = times_recurrent(h)
+        if norm is not None:
+            product = from_h
+            from_h, scale = _scaled(product, norm.recurrent)
+            of_h = put(of_h[0], product, t), put(of_h[1], scale, t)
+        activated = _gates(at(gates, t) + (from_h + weights.bias))
         i, f, g, o = jnp.split(activated, 4, -1)
         c = f * c + i * g
-        h = o * jnp.tanh(c)
+        h = o * jnp.tanh(c if norm is None else _scaled(_centred(c), norm.cell)[0] + norm.cell_bias)
         h = h if weights.projection is None else dot(dtype, h, weights.projection)
-        carry = c, h = (c, h) if valid is None else where_lanes(at(valid, t), (c, h), before)
-        return (carry, put(gates, activated, t), put(cells, c, t), put(hs, h, t)), None
+        carry = c, h = tuple(_blend(at(each, t), *of) for each, *of in zip(zoneout, before, (c, h), strict=True))
+        return (carry, put(gates, activated, t), put(cells, c, t), put(hs, h, t), of_h), None
 
     cells, hs = (jnp.zeros((*gates.shape[:2], each.shape[-1]), gates.dtype) for each in carry)
-    return lax.scan(step, (carry, gates, cells, hs), jnp.arange(gates.shape[1]))[0]
+    of_h = None if norm is None else (jnp.zeros_like(gates), jnp.zeros((*gates.shape[:2], 1), gates.dtype))
+    return lax.scan(step, (carry, gates, cells, hs, of_h), jnp.arange(gates.shape[1]))[0]
 
 
 def _scan_backward(
@@ -142,30 +205,48 @@ def _scan_backward(
     kept: jax.Array,
     resets: jax.Array | None,
     valid: jax.Array | None,
-) -> tuple[tuple, jax.Array, jax.Array | None]:
-    times_transposed = times(dtype, weights.recurrent.T, d_hs.shape[0])
+    zoneout: Zoneout,
+    of_h: tuple | None,
+    of_cell: tuple | None,
+) -> tuple[tuple, jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
+    norm, zoneout = weights.norm, _with_padding(zoneout, valid)
+    recurrent = weights.recurrent if norm is None else _centred(weights.recurrent)
+    times_transposed = times(dtype, recurrent.T, d_hs.shape[0])
     down = None if weights.projection is None else weights.projection.T
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
-        (d_c, d_h), d_gates, d_outputs = state
+        (d_c, d_h), d_gates, d_outputs, d_of_h, d_gain = state
         d_h = d_output = d_h + at(d_hs, t)
-        if valid is not None:
-            (d_output,) = zero_where((d_output,), ~at(valid, t))
-        if down is not None:
+        c_kept, h_kept = (at(each, t) for each in zoneout)
+        d_output = _blend(h_kept, jnp.zeros_like(d_output), d_output)
+        if d_outputs is not None:
             d_outputs = put(d_outputs, d_output, t)
+        if down is not None:
             d_output = dot(dtype, d_output, down)
-        d_c = d_c + d_output * at(by_cell, t)
-        of_gates = (d_c, d_c, d_c, d_output)
+        d_read = d_output * at(by_cell, t)
+        if norm is not None:
+            d_read = _centred(_scaled_backward(*(at(each, t) for each in of_cell), norm.cell, d_read)[0])
+        d_new = _blend(c_kept, jnp.zeros_like(d_c), d_c) + d_read
+        of_gates = (d_new, d_new, d_new, d_output)
         d_activated = jnp.concatenate([at(by, t) * d for by, d in zip(by_gate, of_gates, strict=True)], -1)
-        d_before = times_transposed(d_activated)
-        if valid is not None:
-            d_before = where_lanes(at(valid, t), d_before, d_h)
-        (d_before,) = zero_where((d_before,), at(resets, t))
-        return ((d_c * at(kept, t), d_before), put(d_gates, d_activated, t), d_outputs), None
+        d_product = d_activated
+        if norm is not None:
+            d_product, more = _scaled_backward(*(at(each, t) for each in of_h), norm.recurrent, d_activated)
+            d_of_h, d_gain = put(d_of_h, d_product, t), d_gain + more
+        d_before = times_transposed(d_product)
+        if c_kept is None:
+            d_c = d_new * at(kept, t)
+        else:
+            d_c = d_new * at(kept, t) + _blend(c_kept, d_c, jnp.zeros_like(d_c))
+        if h_kept is not None:
+            d_before += _blend(h_kept, d_h, jnp.zeros_like(d_h))
+        d_carry = zero_where((d_c, d_before), at(resets, t))
+        return (d_carry, put(d_gates, d_activated, t), d_outputs, d_of_h, d_gain), None
 
     # The cotangents of the gates take the place of the gates, whose derivatives are all there is left to know of them.
-    start = d_carry, gates, None if down is None else jnp.zeros_like(d_hs)
-    return lax.scan(step, start, jnp.arange(d_hs.shape[1]), reverse=True)[0]
+    start = d_carry, gates, None if down is None and norm is None else jnp.zeros_like(by_cell if down is None else d_hs)
+    more = (None, None) if norm is None else (jnp.zeros_like(gates), jnp.zeros_like(gates[:, 0]))
+    return lax.scan(step, (*start, *more), jnp.arange(d_hs.shape[1]), reverse=True)[0]
 
 
 SCANS = Loops(_scan_forward, _scan_backward)
@@ -186,3 +267,40 @@ def _gates(x: jax.Array) -> jax.Array:
     candidate = jnp.arange(x.shape[-1]) // (x.shape[-1] // 4) == GATES.index("g")
     scale = jnp.where(candidate, 1, 0.5).astype(x.dtype)
     return jnp.tanh(x * scale) * scale + (1 - scale)
+
+
+def _centred(x: jax.Array) -> jax.Array:
+    return x - _mean(x)
+
+
+def _scaled(x: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Layer normalisation of what is centred, ``x [..., n]``, and the factor by which x was scaled, ``[..., 1]``."""
+    scale = lax.rsqrt(_mean(x * x) + EPSILON)
+    return x * scale * gain, scale
+
+
+def _scaled_backward(x: jax.Array, scale: jax.Array, gain: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The cotangent of x, but for its centring, and that of the gain before it is summed."""
+    normal = x * scale
+    d_normal = d * gain
+    return scale * (d_normal - normal * _mean(d_normal * normal)), d * normal
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return x.mean(-1, keepdims=True)
+
+
+def _with_padding(zoneout: Zoneout, valid: jax.Array | None) -> Zoneout:
+    """Padding is a step in which every unit stands still."""
+    if valid is None:
+        return zoneout
+    padding = ~valid[..., None]
+    c, h = (padding if kept is None else jnp.where(padding, jnp.ones((), kept.dtype), kept) for kept in zoneout)
+    return Zoneout(c, h)
+
+
+def _blend(kept: jax.Array | None, before: jax.Array, new: jax.Array) -> jax.Array:
+    """What stands still from ``before``, the rest from ``new``; or their mean, where ``kept`` is how likely that is."""
+    if kept is None:
+        return new
+    return jnp.where(kept, before, new) if kept.dtype == bool else kept * before + (1 - kept) * new
