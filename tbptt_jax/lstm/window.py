@@ -37,6 +37,9 @@ class Zoneout(NamedTuple):
     h: jax.Array | None
 
 
+NONE = Zoneout(None, None)
+
+
 def scanned(
     dtype: Any,
     weights: Weights,
@@ -45,16 +48,21 @@ def scanned(
     resets: jax.Array | None,
     valid: jax.Array | None,
     edges: jax.Array | None = None,
-    zoneout: Zoneout = Zoneout(None, None),
+    starts: tuple | None = None,
+    zoneout: Zoneout = NONE,
 ) -> tuple[tuple, jax.Array]:
-    """The window as a plain scan: ``carry, x [lanes, time, inputs] -> carry, h [lanes, time, outputs]``."""
+    """The window as a plain scan: ``carry, x [lanes, time, inputs] -> carry, h [lanes, time, outputs]``.
+
+    ``starts``, a carry ``[lanes, time, ...]``, is what a reset returns to; None: zeros.
+    """
     norm = weights.norm
     from_inputs = dot(dtype, x, weights.input)
     from_inputs = from_inputs if norm is None else _scaled(_centred(from_inputs), norm.input)[0]
 
     def step(carry: tuple, at_t: tuple) -> tuple[tuple, jax.Array]:
-        from_input, reset, edge, kept = at_t
-        before = c, h = zero_where(carry if edge is None else scale_cotangent(edge, carry), reset)
+        from_input, reset, edge, start, kept = at_t
+        carry = carry if edge is None else scale_cotangent(edge, carry)
+        before = c, h = zero_where(carry, reset) if start is None or reset is None else where_lanes(reset, start, carry)
         from_h = dot(dtype, h, weights.recurrent)
         from_h = from_h if norm is None else _scaled(_centred(from_h), norm.recurrent)[0]
         i, f, g, o = jnp.split(_gates(from_input + weights.bias + from_h), 4, -1)
@@ -65,7 +73,7 @@ def scanned(
         carry = tuple(_blend(*each) for each in zip(kept, before, (c, h), strict=True))
         return carry, carry[1]
 
-    per_step = from_inputs, resets, edges, _with_padding(zoneout, valid)
+    per_step = from_inputs, resets, edges, starts, _with_padding(zoneout, valid)
     carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), per_step))
     return carry, h.swapaxes(0, 1)
 
@@ -79,10 +87,10 @@ def fused(
     x: jax.Array,
     resets: jax.Array | None,
     valid: jax.Array | None,
-    zoneout: Zoneout = Zoneout(None, None),
+    zoneout: Zoneout = NONE,
 ) -> tuple[tuple, jax.Array]:
     """:func:`scanned`, with its backward pass written out, around what recurs."""
-    return scanned(dtype, weights, carry, x, resets, valid, None, zoneout)  # not differentiated: nothing to keep
+    return scanned(dtype, weights, carry, x, resets, valid, zoneout=zoneout)  # not differentiated: nothing to keep
 
 
 def _forward(
@@ -119,11 +127,11 @@ def _backward(loops: Loops, dtype: Any, residuals: tuple, cotangents: tuple) -> 
     )
     c_before, h_before = zero_where((c_before, h_before), resets)
     read = cells if zoneout.c is None else f * c_before + i * g  # the new c, before zoneout
-    of_cell = None
+    norms = None
     if norm is not None:
-        of_cell = _centred(read)
-        read, scale = _scaled(of_cell, norm.cell)
-        of_cell, read = (of_cell, scale), read + norm.cell_bias
+        centred = _centred(read)
+        read, scale = _scaled(centred, norm.cell)
+        norms, read = (of_inputs, of_h, (centred, scale)), read + norm.cell_bias
     squashed = jnp.tanh(read)
     # dc/di, dc/df, dc/dg and dh/do, before the activations; side by side in one array they would take four times as long
     by_gate = g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)
@@ -133,20 +141,14 @@ def _backward(loops: Loops, dtype: Any, residuals: tuple, cotangents: tuple) -> 
         kept = where_lanes(valid, kept, jnp.ones_like(kept))
     (kept,) = zero_where((kept,), resets)
 
-    d_carry, d_gates, d_outputs, d_of_h, d_recurrent_gain = loops.backward(
-        dtype, weights, after, d_hs, gates, by_gate, by_cell, kept, resets, valid, zoneout, of_h, of_cell
+    d_carry, d_gates, d_outputs, shared, d_norm = loops.backward(
+        dtype, weights, after, d_hs, gates, by_gate, by_cell, kept, resets, valid, zoneout, norms
     )
-    d_projection = d_norm = None
-    if weights.projection is not None:
-        d_projection = over_steps(dtype, o * squashed, d_outputs)
-    d_from_inputs, d_from_h = d_gates, d_gates if norm is None else d_of_h
+    d_projection = None if d_outputs is None else over_steps(dtype, o * squashed, d_outputs)
+    d_from_inputs = d_from_h = d_gates
     if norm is not None:
-        d_from_inputs, d_input_gain = _scaled_backward(*of_inputs, norm.input, d_gates)
-        d_read = d_outputs if weights.projection is None else dot(dtype, d_outputs, weights.projection.T)
-        d_read *= by_cell
-        d_cell_gain = d_read * of_cell[0] * of_cell[1]
-        d_gains = d_input_gain, d_recurrent_gain[:, None], d_cell_gain, d_read
-        d_norm = LayerNorm(*(d.sum((0, 1)) for d in d_gains))
+        d_from_inputs = _scaled_backward(*of_inputs, norm.input, d_gates)[0]
+        d_from_h = _along(*of_h, norm.recurrent, d_gates, shared)
     d_input, d_recurrent = over_steps(dtype, x, d_from_inputs), over_steps(dtype, h_before, d_from_h)
     into = weights.input
     if norm is not None:
@@ -206,33 +208,35 @@ def _scan_backward(
     resets: jax.Array | None,
     valid: jax.Array | None,
     zoneout: Zoneout,
-    of_h: tuple | None,
-    of_cell: tuple | None,
-) -> tuple[tuple, jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
+    norms: tuple | None,
+) -> tuple[tuple, jax.Array, jax.Array | None, jax.Array | None, LayerNorm | None]:
     norm, zoneout = weights.norm, _with_padding(zoneout, valid)
     recurrent = weights.recurrent if norm is None else _centred(weights.recurrent)
     times_transposed = times(dtype, recurrent.T, d_hs.shape[0])
     down = None if weights.projection is None else weights.projection.T
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
-        (d_c, d_h), d_gates, d_outputs, d_of_h, d_gain = state
+        (d_c, d_h), d_gates, d_outputs, shared, d_norm = state
         d_h = d_output = d_h + at(d_hs, t)
         c_kept, h_kept = (at(each, t) for each in zoneout)
         d_output = _blend(h_kept, jnp.zeros_like(d_output), d_output)
-        if d_outputs is not None:
-            d_outputs = put(d_outputs, d_output, t)
         if down is not None:
+            d_outputs = put(d_outputs, d_output, t)
             d_output = dot(dtype, d_output, down)
         d_read = d_output * at(by_cell, t)
         if norm is not None:
-            d_read = _centred(_scaled_backward(*(at(each, t) for each in of_cell), norm.cell, d_read)[0])
+            of_inputs, of_h, of_cell = jax.tree.map(lambda x: at(x, t), norms)
+            d_bias, d_read = d_read, _centred(_scaled_backward(*of_cell, norm.cell, d_read)[0])
         d_new = _blend(c_kept, jnp.zeros_like(d_c), d_c) + d_read
         of_gates = (d_new, d_new, d_new, d_output)
         d_activated = jnp.concatenate([at(by, t) * d for by, d in zip(by_gate, of_gates, strict=True)], -1)
         d_product = d_activated
         if norm is not None:
-            d_product, more = _scaled_backward(*(at(each, t) for each in of_h), norm.recurrent, d_activated)
-            d_of_h, d_gain = put(d_of_h, d_product, t), d_gain + more
+            d_product, along = _scaled_backward(*of_h, norm.recurrent, d_activated)
+            shared = put(shared, along, t)
+            gains = zip((d_activated, d_activated, d_bias), (of_inputs, of_h, of_cell), strict=True)
+            more = LayerNorm(*(d * (x * scale) for d, (x, scale) in gains), d_bias)
+            d_norm = jax.tree.map(jnp.add, d_norm, more)
         d_before = times_transposed(d_product)
         if c_kept is None:
             d_c = d_new * at(kept, t)
@@ -241,12 +245,16 @@ def _scan_backward(
         if h_kept is not None:
             d_before += _blend(h_kept, d_h, jnp.zeros_like(d_h))
         d_carry = zero_where((d_c, d_before), at(resets, t))
-        return (d_carry, put(d_gates, d_activated, t), d_outputs, d_of_h, d_gain), None
+        return (d_carry, put(d_gates, d_activated, t), d_outputs, shared, d_norm), None
 
     # The cotangents of the gates take the place of the gates, whose derivatives are all there is left to know of them.
-    start = d_carry, gates, None if down is None and norm is None else jnp.zeros_like(by_cell if down is None else d_hs)
-    more = (None, None) if norm is None else (jnp.zeros_like(gates), jnp.zeros_like(gates[:, 0]))
-    return lax.scan(step, (*start, *more), jnp.arange(d_hs.shape[1]), reverse=True)[0]
+    start = d_carry, gates, None if down is None else jnp.zeros_like(d_hs)
+    shared = d_norm = None
+    if norm is not None:
+        shared = jnp.zeros_like(gates[..., :1])
+        d_norm = jax.tree.map(lambda gain: jnp.zeros((len(gates), *gain.shape), gates.dtype), norm)
+    *found, d_norm = lax.scan(step, (*start, shared, d_norm), jnp.arange(d_hs.shape[1]), reverse=True)[0]
+    return (*found, jax.tree.map(lambda d: d.sum(0), d_norm))
 
 
 SCANS = Loops(_scan_forward, _scan_backward)
@@ -276,14 +284,17 @@ def _centred(x: jax.Array) -> jax.Array:
 def _scaled(x: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Layer normalisation of what is centred, ``x [..., n]``, and the factor by which x was scaled, ``[..., 1]``."""
     scale = lax.rsqrt(_mean(x * x) + EPSILON)
-    return x * scale * gain, scale
+    return x * (scale * gain), scale
 
 
 def _scaled_backward(x: jax.Array, scale: jax.Array, gain: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The cotangent of x, but for its centring, and that of the gain before it is summed."""
-    normal = x * scale
-    d_normal = d * gain
-    return scale * (d_normal - normal * _mean(d_normal * normal)), d * normal
+    """The cotangent of x, but for its centring, and what its features share in it, ``[..., 1]``."""
+    shared = scale**3 * _mean(d * gain * x)
+    return _along(x, scale, gain, d, shared), shared
+
+
+def _along(x: jax.Array, scale: jax.Array, gain: jax.Array, d: jax.Array, shared: jax.Array) -> jax.Array:
+    return d * (scale * gain) - x * shared
 
 
 def _mean(x: jax.Array) -> jax.Array:
