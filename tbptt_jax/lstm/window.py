@@ -289,7 +289,7 @@ def _scaled(x: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _scaled_backward(x: jax.Array, scale: jax.Array, gain: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The cotangent of x, but for its centring, and what its features share in it, ``[..., 1]``."""
-    shared = scale**3 * _mean(d * gain * x)
+    shared = scale**3 * ((d * x) @ (gain[:, None] / len(gain)))
     return _along(x, scale, gain, d, shared), shared
 
 
