@@ -88,7 +88,7 @@ def _forward(
     gates: jax.Array,
     resets: jax.Array | None,
     valid: jax.Array | None,
-    *_: Any,
+    *unused: None,
 ) -> tuple[tuple, jax.Array, jax.Array, jax.Array, None]:
     lanes, time, _ = gates.shape
     features = carry[0].shape[-1]
@@ -130,7 +130,7 @@ def _backward(
     kept: jax.Array,
     resets: jax.Array | None,
     valid: jax.Array | None,
-    *_: Any,
+    *unused: None,
 ) -> tuple[tuple, jax.Array, None, None, None]:
     del gates  # a kernel's outputs are never filled before it
     lanes, time, features = by_cell.shape

@@ -62,7 +62,9 @@ def initial_weights(
         side_by_side(nn.initializers.orthogonal(), again, outputs),
         jnp.zeros(4 * features),
         None if projection is None else nn.initializers.lecun_normal()(down, (features, projection)),
-        LayerNorm(*map(jnp.ones, (4 * features, 4 * features, features)), jnp.zeros(features)) if layer_norm else None,
+        LayerNorm(jnp.ones(4 * features), jnp.ones(4 * features), jnp.ones(features), jnp.zeros(features))
+        if layer_norm
+        else None,
     )
 
 

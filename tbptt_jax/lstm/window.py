@@ -20,17 +20,17 @@ from tbptt_jax.lstm.gpu import Loops, cudnn
 from tbptt_jax.lstm.weights import GATES, LayerNorm, Weights
 from tbptt_jax.products import at, dot, over_steps, put, times, zero_where
 from tbptt_jax.recurrence import scale_cotangent
+from tbptt_jax.zoneout import blend, with_padding
 
 EPSILON = 1e-5  # of layer normalisation, added to the variance
 
 
 class Zoneout(NamedTuple):
-    """Which units keep their value in a step (Krueger et al. 2017, *Zoneout*, eq. 2 to 5).
+    """What stands still in each step, as :mod:`tbptt_jax.zoneout` has it.
 
     Attributes:
-      c: bool ``[lanes, time, features]``, True where a unit's c stands still, or floats ``[1, time, 1]``, how likely that is;
-        None: never.
-      h: likewise, ``[lanes, time, outputs]``.
+      c: bool ``[lanes, time, features]``, or floats ``[1, time, 1]``, or None.
+      h: likewise, bool ``[lanes, time, outputs]``. Its new value is made of the new c, whatever of that stands still.
     """
 
     c: jax.Array | None
@@ -70,10 +70,10 @@ def scanned(
         read = c if norm is None else _scaled(_centred(c), norm.cell)[0] + norm.cell_bias
         h = o * jnp.tanh(read)
         h = h if weights.projection is None else dot(dtype, h, weights.projection)
-        carry = tuple(_blend(*each) for each in zip(kept, before, (c, h), strict=True))
+        carry = tuple(blend(*each) for each in zip(kept, before, (c, h), strict=True))
         return carry, carry[1]
 
-    per_step = from_inputs, resets, edges, starts, _with_padding(zoneout, valid)
+    per_step = from_inputs, resets, edges, starts, Zoneout(*(with_padding(kept, valid) for kept in zoneout))
     carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), per_step))
     return carry, h.swapaxes(0, 1)
 
@@ -147,8 +147,8 @@ def _backward(loops: Loops, dtype: Any, residuals: tuple, cotangents: tuple) -> 
     d_projection = None if d_outputs is None else over_steps(dtype, o * squashed, d_outputs)
     d_from_inputs = d_from_h = d_gates
     if norm is not None:
-        d_from_inputs = _scaled_backward(*of_inputs, norm.input, d_gates)[0]
-        d_from_h = _along(*of_h, norm.recurrent, d_gates, shared)
+        d_from_inputs = _scaled_backward(of_inputs, norm.input, d_gates)[0]
+        d_from_h = _along(of_h, norm.recurrent, d_gates, shared)
     d_input, d_recurrent = over_steps(dtype, x, d_from_inputs), over_steps(dtype, h_before, d_from_h)
     into = weights.input
     if norm is not None:
@@ -169,7 +169,7 @@ def _scan_forward(
     valid: jax.Array | None,
     zoneout: Zoneout,
 ) -> tuple[tuple, jax.Array, jax.Array, jax.Array, tuple | None]:
-    norm, zoneout = weights.norm, _with_padding(zoneout, valid)
+    norm, zoneout = weights.norm, Zoneout(*(with_padding(kept, valid) for kept in zoneout))
     recurrent = weights.recurrent if norm is None else _centred(weights.recurrent)
     times_recurrent = times(dtype, recurrent, gates.shape[0])
 
@@ -188,7 +188,7 @@ def _scan_forward(
         c = f * c + i * g
         h = o * jnp.tanh(c if norm is None else _scaled(_centred(c), norm.cell)[0] + norm.cell_bias)
         h = h if weights.projection is None else dot(dtype, h, weights.projection)
-        carry = c, h = tuple(_blend(at(each, t), *of) for each, *of in zip(zoneout, before, (c, h), strict=True))
+        carry = c, h = tuple(blend(at(each, t), *of) for each, *of in zip(zoneout, before, (c, h), strict=True))
         return (carry, put(gates, activated, t), put(cells, c, t), put(hs, h, t), of_h), None
 
     cells, hs = (jnp.zeros((*gates.shape[:2], each.shape[-1]), gates.dtype) for each in carry)
@@ -210,7 +210,7 @@ def _scan_backward(
     zoneout: Zoneout,
     norms: tuple | None,
 ) -> tuple[tuple, jax.Array, jax.Array | None, jax.Array | None, LayerNorm | None]:
-    norm, zoneout = weights.norm, _with_padding(zoneout, valid)
+    norm, zoneout = weights.norm, Zoneout(*(with_padding(kept, valid) for kept in zoneout))
     recurrent = weights.recurrent if norm is None else _centred(weights.recurrent)
     times_transposed = times(dtype, recurrent.T, d_hs.shape[0])
     down = None if weights.projection is None else weights.projection.T
@@ -219,32 +219,29 @@ def _scan_backward(
         (d_c, d_h), d_gates, d_outputs, shared, d_norm = state
         d_h = d_output = d_h + at(d_hs, t)
         c_kept, h_kept = (at(each, t) for each in zoneout)
-        d_output = _blend(h_kept, jnp.zeros_like(d_output), d_output)
+        d_output = blend(h_kept, jnp.zeros_like(d_output), d_output)
         if down is not None:
             d_outputs = put(d_outputs, d_output, t)
             d_output = dot(dtype, d_output, down)
         d_read = d_output * at(by_cell, t)
         if norm is not None:
             of_inputs, of_h, of_cell = jax.tree.map(lambda x: at(x, t), norms)
-            d_bias, d_read = d_read, _centred(_scaled_backward(*of_cell, norm.cell, d_read)[0])
-        d_new = _blend(c_kept, jnp.zeros_like(d_c), d_c) + d_read
+            d_bias, d_read = d_read, _centred(_scaled_backward(of_cell, norm.cell, d_read)[0])
+        d_new = blend(c_kept, jnp.zeros_like(d_c), d_c) + d_read
         of_gates = (d_new, d_new, d_new, d_output)
         d_activated = jnp.concatenate([at(by, t) * d for by, d in zip(by_gate, of_gates, strict=True)], -1)
         d_product = d_activated
         if norm is not None:
-            d_product, along = _scaled_backward(*of_h, norm.recurrent, d_activated)
+            d_product, along = _scaled_backward(of_h, norm.recurrent, d_activated)
             shared = put(shared, along, t)
-            gains = zip((d_activated, d_activated, d_bias), (of_inputs, of_h, of_cell), strict=True)
-            more = LayerNorm(*(d * (x * scale) for d, (x, scale) in gains), d_bias)
-            d_norm = jax.tree.map(jnp.add, d_norm, more)
-        d_before = times_transposed(d_product)
-        if c_kept is None:
-            d_c = d_new * at(kept, t)
-        else:
-            d_c = d_new * at(kept, t) + _blend(c_kept, d_c, jnp.zeros_like(d_c))
-        if h_kept is not None:
-            d_before += _blend(h_kept, d_h, jnp.zeros_like(d_h))
-        d_carry = zero_where((d_c, d_before), at(resets, t))
+            of_all = zip((d_activated, d_activated, d_bias), (of_inputs, of_h, of_cell), strict=True)
+            gains = [d * (x * scale) for d, (x, scale) in of_all]
+            d_norm = jax.tree.map(jnp.add, d_norm, LayerNorm(gains[0], gains[1], gains[2], d_bias))
+        d_before = [d_new * at(kept, t), times_transposed(d_product)]
+        for n, (stays, d) in enumerate(zip((c_kept, h_kept), (d_c, d_h), strict=True)):
+            if stays is not None:
+                d_before[n] += blend(stays, d, jnp.zeros_like(d))
+        d_carry = zero_where(tuple(d_before), at(resets, t))
         return (d_carry, put(d_gates, d_activated, t), d_outputs, shared, d_norm), None
 
     # The cotangents of the gates take the place of the gates, whose derivatives are all there is left to know of them.
@@ -287,31 +284,17 @@ def _scaled(x: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x * (scale * gain), scale
 
 
-def _scaled_backward(x: jax.Array, scale: jax.Array, gain: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The cotangent of x, but for its centring, and what its features share in it, ``[..., 1]``."""
-    shared = scale**3 * ((d * x) @ (gain[:, None] / len(gain)))
-    return _along(x, scale, gain, d, shared), shared
+def _scaled_backward(of: tuple, gain: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The cotangent of x, but for its centring, and what its features share in it, ``[..., 1]``; of is x and its factor."""
+    x, scale = of
+    shared = scale**3 * ((d * x) @ (gain[:, None] / len(gain)))  # as a product, which has vectors to add
+    return _along(of, gain, d, shared), shared
 
 
-def _along(x: jax.Array, scale: jax.Array, gain: jax.Array, d: jax.Array, shared: jax.Array) -> jax.Array:
+def _along(of: tuple, gain: jax.Array, d: jax.Array, shared: jax.Array) -> jax.Array:
+    x, scale = of
     return d * (scale * gain) - x * shared
 
 
 def _mean(x: jax.Array) -> jax.Array:
     return x.mean(-1, keepdims=True)
-
-
-def _with_padding(zoneout: Zoneout, valid: jax.Array | None) -> Zoneout:
-    """Padding is a step in which every unit stands still."""
-    if valid is None:
-        return zoneout
-    padding = ~valid[..., None]
-    c, h = (padding if kept is None else jnp.where(padding, jnp.ones((), kept.dtype), kept) for kept in zoneout)
-    return Zoneout(c, h)
-
-
-def _blend(kept: jax.Array | None, before: jax.Array, new: jax.Array) -> jax.Array:
-    """What stands still from ``before``, the rest from ``new``; or their mean, where ``kept`` is how likely that is."""
-    if kept is None:
-        return new
-    return jnp.where(kept, before, new) if kept.dtype == bool else kept * before + (1 - kept) * new
