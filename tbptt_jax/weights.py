@@ -260,6 +260,8 @@ def _models(params: PyTree) -> list[Mapping[str, Any]]:
 
 def _gates(layer: Any) -> str:
     if isinstance(layer, Weights):
+        if layer.norm is not None:
+            raise ValueError("These weights have layer normalisation; PyTorch's LSTM has none, so they stay here.")
         return LSTM
     for gates in (LSTM, GRU):
         if set(layer) == {side + gate for side in "ih" for gate in gates}:

@@ -82,8 +82,14 @@ def flat_weights(weights: Weights) -> jax.Array:
 
 
 def _forward(
-    dtype: Any, weights: Weights, carry: tuple, gates: jax.Array, resets: jax.Array | None, valid: jax.Array | None
-) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
+    dtype: Any,
+    weights: Weights,
+    carry: tuple,
+    gates: jax.Array,
+    resets: jax.Array | None,
+    valid: jax.Array | None,
+    *unused: None,
+) -> tuple[tuple, jax.Array, jax.Array, jax.Array, None]:
     lanes, time, _ = gates.shape
     features = carry[0].shape[-1]
 
@@ -110,7 +116,7 @@ def _forward(
     activated, cells, hs = layout.call(
         kernel, (pre, matrices, *map(layout.lanes_only, carry), *masks), ("by_gate", "by_unit", "by_unit")
     )
-    return (cells[:, -1], hs[:, -1]), activated, cells, hs
+    return (cells[:, -1], hs[:, -1]), activated, cells, hs, None
 
 
 def _backward(
@@ -124,7 +130,8 @@ def _backward(
     kept: jax.Array,
     resets: jax.Array | None,
     valid: jax.Array | None,
-) -> tuple[tuple, jax.Array, None]:
+    *unused: None,
+) -> tuple[tuple, jax.Array, None, None, None]:
     del gates  # a kernel's outputs are never filled before it
     lanes, time, features = by_cell.shape
 
@@ -162,7 +169,7 @@ def _backward(
     masks = layout.mask(resets, False), layout.mask(valid, True)
     own = *steps, matrices, *map(layout.lanes_only, d_carry), *masks
     d_gates, d_c, d_h = layout.call(kernel, own, ("by_gate", "lanes_only", "lanes_only"))
-    return (d_c, d_h), d_gates, None
+    return (d_c, d_h), d_gates, None, None, None
 
 
 PALLAS = Loops(_forward, _backward)

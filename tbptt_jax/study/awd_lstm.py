@@ -19,7 +19,6 @@ import numpy as np
 import optax
 
 import tbptt_jax as tb
-from tbptt_jax import noise
 from tbptt_jax.files import Path, read_text
 from tbptt_jax.study.task import Figure, Task
 
@@ -50,7 +49,7 @@ def awd_lstm(
     """An LSTM that predicts each word of a text from those before it, regularised as AWD-LSTM is.
 
     The text is split into a training part, a validation part that chooses the parameters, and a test part, in this order. All
-    noise is drawn once a window and lane, but for the recurrent weights that are dropped, which the lanes share.
+    noise is drawn once a window and lane, but for the recurrent weights that are dropped, which all lanes share.
 
     Args:
       text: a file. None: the reference manual that ships inside Python.
@@ -142,7 +141,7 @@ def language_model(
         logits = dropped @ params["embedding" if tied else "decoder"].T + params["bias"]
         return {"logits": logits, "h": h, "dropped": dropped}
 
-    model = tb.lstm(
+    return tb.lstm(
         hidden,
         layers=layers,
         encoder=encoder,
@@ -150,8 +149,8 @@ def language_model(
         init=init,
         input_dropout=input_dropout,
         dropout=dropout,
+        weight_drop=weight_drop,
     )
-    return weight_dropped(model, weight_drop)
 
 
 def embed(table: jax.Array, tokens: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -181,27 +180,6 @@ def locked_dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Arra
         return x
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[2:]))(key)
     return jnp.where(kept[:, None], x / (1 - rate), 0)
-
-
-def weight_dropped(model: tb.Recurrence, rate: float) -> tb.Recurrence:
-    """The LSTM with dropout of its recurrent weights, the same for a window and all lanes (Wan et al. 2013, *DropConnect*)."""
-    if not rate:
-        return model
-
-    def unroll(params: Any, *args: Any, key: jax.Array | None = None) -> tuple[Any, Any]:
-        if key is not None:
-            draws = jax.random.split(jax.random.fold_in(noise.shared(key), 1), len(params["cell"]))
-            cell = tuple(
-                w._replace(recurrent=_dropped(w.recurrent, rate, k)) for w, k in zip(params["cell"], draws, strict=True)
-            )
-            params = {**params, "cell": cell}
-        return model.unroll(params, *args, key=key)
-
-    return model._replace(unroll=unroll)
-
-
-def _dropped(weights: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, weights.shape), weights / (1 - rate), 0)
 
 
 def cut_at_random(window: tb.Window, length: int, lanes: int, *, readings: int = 1) -> tb.Window:
