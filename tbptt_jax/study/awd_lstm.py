@@ -29,11 +29,11 @@ UNITS = "words", "characters"
 def awd_lstm(
     text: Path | None = None,
     unit: str = "words",
-    most: int | None = 60_000,
+    most: int | None = 25_000,
     held_out: float = 0.2,
     least: int = 3,
     hidden: int = 128,
-    layers: int = 2,
+    layers: int = 1,
     lanes: int = 16,
     embedding_dropout: float = 0.1,
     input_dropout: float = 0.4,
@@ -97,7 +97,7 @@ def awd_lstm(
     def cross_entropy(outputs: Any, window: tb.Window) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(outputs["outputs"]["logits"], window.targets)
 
-    return Task(
+    task = Task(
         model=tb.with_activations(lstm, hidden, of=lambda y: y["h"], dropped=lambda y: y["dropped"]),
         loss=lambda outputs, window: cross_entropy(outputs, window) + penalty(outputs, window),
         train=tb.lanes(train[:-1], train[1:], lanes=lanes),
@@ -108,14 +108,14 @@ def awd_lstm(
         name="awd_lstm",
         about=f"A text, each {unit[:-1]} predicted from those before it; scored on its end, which is held out.",
         codec={"unit": unit, "vocabulary": vocabulary},
-        **({"cut": functools.partial(cut_at_random, readings=readings)} if random_lengths else {}),
     )
+    return task._replace(cut=functools.partial(cut_at_random, readings=readings)) if random_lengths else task
 
 
 def language_model(
     symbols: int,
     hidden: int,
-    layers: int = 2,
+    layers: int = 1,
     embedding_dropout: float = 0.0,
     input_dropout: float = 0.0,
     dropout: float = 0.0,
