@@ -112,7 +112,7 @@ def main() -> None:
             report(done, f"{name}, seed {seed}: {rows[name][-1]['test']:.3f}")
             launch.write_json(launch.expanded(FLAGS.workdir) / "so_far.json", rows)
     launch.console.print(table(rows))
-    launch.write_results(FLAGS.workdir, {"rows": rows})
+    launch.write_results(launch.expanded(FLAGS.workdir), {"rows": rows})
 
 
 if __name__ == "__main__":
