@@ -103,7 +103,7 @@ def check_key(key: jax.Array | None, lanes: int) -> None:
     """Raises a ``ValueError`` unless ``key`` is None or has a typed key for each lane."""
     if key is None:
         return
-    if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key) or key.shape != (lanes,):
+    if not is_key(key) or key.shape != (lanes,):
         raise ValueError(
             f"`key` is {jnp.result_type(key)}{list(jnp.shape(key))}; it needs to be a key for each of "
             f"{lanes} lanes, as `tb.noise.lane_keys(jax.random.key(0), {lanes})` makes them."
@@ -112,7 +112,12 @@ def check_key(key: jax.Array | None, lanes: int) -> None:
 
 def typed(key: jax.Array) -> jax.Array:
     """A key as ``jax.random.key`` makes it, of one that may be as ``jax.random.PRNGKey`` does."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    return key if is_key(key) else jax.random.wrap_key_data(key)
+
+
+def is_key(x: jax.Array) -> bool:
+    """Whether an array is of typed keys."""
+    return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
 def _of_words(words: jax.Array, last: jax.Array, like: jax.Array) -> jax.Array:
