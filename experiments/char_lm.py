@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import study
-from tbptt_jax.study.text import check_codec, decode, prompt
+from tbptt_jax.study.tasks.text import check_codec, decode, prompt
 
 READ = 100  # symbols of the held-out text that the sample goes on from
 

@@ -7,7 +7,7 @@ import sys
 from absl import flags
 
 from tbptt_jax.study.influences import LARGEST
-from tbptt_jax.study.writing import QUOTED, plain
+from tbptt_jax.study.process.writing import QUOTED, plain
 
 
 def check_flags() -> None:

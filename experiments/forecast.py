@@ -22,8 +22,8 @@ from absl import flags
 from experiments import launch, pictures
 from tbptt_jax import study
 from tbptt_jax.study import forecasting, series, tables
+from tbptt_jax.study.process.writing import check_own, csv_bytes, write_files
 from tbptt_jax.study.task import reader
-from tbptt_jax.study.writing import check_own, csv_bytes, write_files
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("train", None, "CSV file whose first line names the columns. None: two tanks, generated.")

@@ -17,27 +17,27 @@ from experiments.processes import join_processes as join_processes
 from experiments.results import made_by as made_by
 from experiments.results import write_flags as write_flags
 from experiments.results import write_results as write_results
-from tbptt_jax.study import machine, process
-from tbptt_jax.study.console import console as console
-from tbptt_jax.study.console import progress as progress
-from tbptt_jax.study.console import say as say
 from tbptt_jax.study.influences import INFLUENCES as INFLUENCES
 from tbptt_jax.study.influences import LARGEST as LARGEST
 from tbptt_jax.study.influences import check_influences as check_influences
 from tbptt_jax.study.influences import influence as influence
-from tbptt_jax.study.lock import expanded as expanded
-from tbptt_jax.study.lock import workdir as workdir
-from tbptt_jax.study.machine import check_fits as check_fits
-from tbptt_jax.study.machine import check_training as check_training
-from tbptt_jax.study.machine import memory as memory
-from tbptt_jax.study.machine import size as size
-from tbptt_jax.study.machine import train_all as train_all
-from tbptt_jax.study.writing import QUOTED as QUOTED
-from tbptt_jax.study.writing import WHITE as WHITE
-from tbptt_jax.study.writing import cell as cell
-from tbptt_jax.study.writing import plain as plain
-from tbptt_jax.study.writing import whole as whole
-from tbptt_jax.study.writing import write_json as write_json
+from tbptt_jax.study.process import machine, signals
+from tbptt_jax.study.process.console import console as console
+from tbptt_jax.study.process.console import progress as progress
+from tbptt_jax.study.process.console import say as say
+from tbptt_jax.study.process.lock import expanded as expanded
+from tbptt_jax.study.process.lock import workdir as workdir
+from tbptt_jax.study.process.machine import check_fits as check_fits
+from tbptt_jax.study.process.machine import check_training as check_training
+from tbptt_jax.study.process.machine import memory as memory
+from tbptt_jax.study.process.machine import size as size
+from tbptt_jax.study.process.machine import train_all as train_all
+from tbptt_jax.study.process.writing import QUOTED as QUOTED
+from tbptt_jax.study.process.writing import WHITE as WHITE
+from tbptt_jax.study.process.writing import cell as cell
+from tbptt_jax.study.process.writing import plain as plain
+from tbptt_jax.study.process.writing import whole as whole
+from tbptt_jax.study.process.writing import write_json as write_json
 
 matplotlib.use("agg")  # figures go to files; no display is needed
 
@@ -99,7 +99,7 @@ def run(main: Callable[[], None]) -> None:
                     f"{name}: another of the processes has ended: see what it says, and launch all of them again to go on.",
                     file=sys.stderr,
                 )
-                process.leave()  # a shutdown would wait for it
+                signals.leave()  # a shutdown would wait for it
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             sizes = "hidden", "layers", "lanes", "window", "windows", "steps", "updates", "windows_per_call", "seeds"
@@ -116,18 +116,18 @@ def run(main: Callable[[], None]) -> None:
         print(
             f"{name}: stopped by {signal.Signals(number).name}; the same command does what is missing.", file=sys.stderr
         )
-        process.leave(number)
+        signals.leave(number)
 
     def all_of_it() -> None:
-        with process.heard(stopped):
+        with signals.heard(stopped):
             app.run(guarded, flags_parser=parsed)
 
-    process.keep_streams()
+    signals.keep_streams()
     # What `--help` and `flags.txt` tell of: the program's own flags, and those of what launches share.
     for module in (__name__, f"{__package__}.processes", f"{__package__}.tasks"):
         for flag in FLAGS.get_key_flags_for_module(module):
             FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    process.end(all_of_it)
+    signals.end(all_of_it)
 
 
 def mesh(**sizes: int) -> Any:

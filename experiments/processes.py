@@ -8,7 +8,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from tbptt_jax.study.console import console
+from tbptt_jax.study.process.console import console
 
 SILENT = 30  # seconds without a word after which a process counts as dead
 

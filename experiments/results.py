@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from tbptt_jax.study.writing import whole, write_json
+from tbptt_jax.study.process.writing import whole, write_json
 
 FLAGS = flags.FLAGS
 

@@ -9,8 +9,8 @@ from typing import Any
 from absl import flags
 
 from tbptt_jax import study
+from tbptt_jax.study.process.writing import QUOTED, plain
 from tbptt_jax.study.task import maker
-from tbptt_jax.study.writing import QUOTED, plain
 
 FLAGS = flags.FLAGS
 SHORT = "hidden", "lanes", "text", "train", "test", "inputs", "targets", "missing", "fill", "decimal"

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from tbptt_jax.study.machine import cores, memory
-from tbptt_jax.study.machine import mesh as devices_mesh
+from tbptt_jax.study.process.machine import cores, memory
+from tbptt_jax.study.process.machine import mesh as devices_mesh
 from tbptt_jax.study.task import Task
 from tbptt_jax.study.trainings import Program, Trained, Training, compiled, train
 
@@ -154,7 +154,7 @@ def _do(job: Any) -> Trained:
     """A job, in a worker."""
     from ray import cloudpickle
 
-    from tbptt_jax.study.machine import prepare
+    from tbptt_jax.study.process.machine import prepare
     from tbptt_jax.study.task import task as make
 
     pickled, source, training, config = job

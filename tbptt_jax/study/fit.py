@@ -16,16 +16,16 @@ from tbptt_jax.arrays import check_whole
 from tbptt_jax.checkpoint import newest
 from tbptt_jax.sharding import over_lanes, own_lanes, place
 from tbptt_jax.study import averaging
-from tbptt_jax.study.console import progress
 from tbptt_jax.study.guard import first_not_finite
 from tbptt_jax.study.influences import influence as named_influence
-from tbptt_jax.study.lock import holding
 from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
-from tbptt_jax.study.machine import mesh as lane_mesh
+from tbptt_jax.study.process.console import progress
+from tbptt_jax.study.process.lock import holding
+from tbptt_jax.study.process.machine import mesh as lane_mesh
+from tbptt_jax.study.process.writing import QUOTED, plain, write_json
 from tbptt_jax.study.scoring import measure, test_reader
 from tbptt_jax.study.task import Task, check_task, checksum, data_of, figures, keys_of, maker, reader
 from tbptt_jax.study.task import task as make_task
-from tbptt_jax.study.writing import QUOTED, plain, write_json
 from tbptt_jax.training import TrainState, TrainStep
 
 RECORD = "run.json"

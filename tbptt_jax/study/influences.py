@@ -3,7 +3,7 @@
 import re
 
 import tbptt_jax as tb
-from tbptt_jax.study.writing import QUOTED, plain
+from tbptt_jax.study.process.writing import QUOTED, plain
 
 INFLUENCES = "Any of truncate, replay:WINDOWS, replay:WINDOWS:SURVIVAL, rtrl, uoro; WINDOWS is a number, or all."
 LARGEST = 2**31 - 1  # what counts and axes are numbered with has 32 bits

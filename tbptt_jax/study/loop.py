@@ -20,10 +20,10 @@ import tbptt_jax as tb
 from tbptt_jax.checkpoint import Store
 from tbptt_jax.checkpoint import open as open_checkpoints
 from tbptt_jax.study import averaging
-from tbptt_jax.study.console import say
 from tbptt_jax.study.guard import Watched, not_finite, watched
-from tbptt_jax.study.machine import check_fits, largest, meet, size
-from tbptt_jax.study.process import stop_asked
+from tbptt_jax.study.process.console import say
+from tbptt_jax.study.process.machine import check_fits, largest, meet, size
+from tbptt_jax.study.process.signals import stop_asked
 from tbptt_jax.training import TrainState, TrainStep, all_finite
 
 

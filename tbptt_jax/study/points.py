@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tbptt_jax.study.process.writing import QUOTED, finite, plain, whole, write_json
 from tbptt_jax.study.task import Task
 from tbptt_jax.study.trainings import Trained, curve
-from tbptt_jax.study.writing import QUOTED, finite, plain, whole, write_json
 
 MARK = "sweep.json"
 

@@ -19,18 +19,18 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from tbptt_jax.study.console import console, progress, say
 from tbptt_jax.study.engines import Engine, Job, local
 from tbptt_jax.study.findings import gradients, recommend
 from tbptt_jax.study.influences import check_influences
-from tbptt_jax.study.lock import expanded, holding
-from tbptt_jax.study.machine import largest, meet
 from tbptt_jax.study.points import Point, check_same_sweep, found_in, keep, keep_failed, mark, rows_of, write_events
-from tbptt_jax.study.process import stop_asked
+from tbptt_jax.study.process.console import console, progress, say
+from tbptt_jax.study.process.lock import expanded, holding
+from tbptt_jax.study.process.machine import largest, meet
+from tbptt_jax.study.process.signals import stop_asked
+from tbptt_jax.study.process.writing import QUOTED, finite, plain, write_json
 from tbptt_jax.study.report import report
 from tbptt_jax.study.task import Task, checksum, data_of, figures, is_drawn, keys_of
 from tbptt_jax.study.trainings import Training, check_sizes, shape_of, streams_of, windows_of
-from tbptt_jax.study.writing import QUOTED, finite, plain, write_json
 
 CARRIES, BUDGETS = ("stateful", "stateless"), ("data", "updates")
 

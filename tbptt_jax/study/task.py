@@ -16,14 +16,14 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.gradient import Loss
-from tbptt_jax.study.writing import QUOTED, plain
+from tbptt_jax.study.process.writing import QUOTED, plain
 
 Streams = Any  # see Task
 NAMES = {
-    **dict.fromkeys(("first_bit", "copy_memory", "adding", "lag", "influence_balancing"), "tasks"),
+    **dict.fromkeys(("first_bit", "copy_memory", "adding", "lag", "influence_balancing"), "known"),
     "char_lm": "text",
     "forecast": "series",
-}  # where the tasks of a name are made
+}  # where in `tasks` those of a name are made
 
 
 class Figure(NamedTuple):
@@ -161,7 +161,7 @@ def maker(reference: str) -> Callable[..., Task]:
     """
     given, (place, colon, name) = plain(reference, QUOTED), reference.rpartition(":")
     if not colon and reference in NAMES:
-        place, name = f"tbptt_jax.study.{NAMES[reference]}", reference
+        place, name = f"tbptt_jax.study.tasks.{NAMES[reference]}", reference
     elif not colon:
         raise ValueError(
             f"There is no task {given!r}: give one of {', '.join(NAMES)}, or a function of your own that returns a study.Task, "

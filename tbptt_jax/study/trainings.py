@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import tbptt_jax as tb
 from tbptt_jax.sharding import RUN, over_runs
 from tbptt_jax.study.influences import influence as named_influence
-from tbptt_jax.study.machine import check_fits, check_training, needs, size
+from tbptt_jax.study.process.machine import check_fits, check_training, needs, size
 from tbptt_jax.study.task import Task, data_of, figures, is_drawn, keys_of
 
 CALL = 500  # updates in a call

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from tbptt_jax.study.report import charts, reading
-from tbptt_jax.study.writing import csv_text, whole
+from tbptt_jax.study.process.writing import csv_text, whole
 
 FIELDS = (
     *("task", "budget", "carry", "influence", "window", "learning_rate", "seeds", "updates", "steps"),

@@ -14,8 +14,8 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.recurrence import Recurrence, unroll_window
-from tbptt_jax.study.series import Layout, features, known
-from tbptt_jax.study.tables import Series
+from tbptt_jax.study.tasks.series import Layout, features, known
+from tbptt_jax.study.tasks.tables import Series
 
 STRETCH = 1000  # steps of a window in which series are read
 AT_ONCE = 100_000  # steps of forecasts from many origins that are computed side by side
@@ -37,7 +37,7 @@ def forecasts(model: Recurrence, params: Any, layout: Layout, data: Sequence[Ser
     """Forecasts from every row of every series, each series read from the initial carry on.
 
     Args:
-      model: the recurrence, as a :func:`tbptt_jax.study.series.forecast` has it.
+      model: the recurrence, as a :func:`tbptt_jax.study.tasks.series.forecast` has it.
       params: its parameters.
       layout: of its task, ``Layout(**task.codec)``.
       data: the series.

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tbptt_jax.study.writing import QUOTED, plain
+from tbptt_jax.study.process.writing import QUOTED, plain
 
 NAME = ".lock"
 _held: dict[pathlib.Path, tuple[Any, bool]] = {}  # the open lock file, and whether the directory was made for it

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import tbptt_jax as tb
-from tbptt_jax.study.machine import check_fits
+from tbptt_jax.study.process.machine import check_fits
 from tbptt_jax.study.task import Figure, Task
 from tbptt_jax.tasks import adding as adding_data
 from tbptt_jax.tasks import adding_floor, copy_memory_floor, lag_floor

@@ -61,7 +61,7 @@ def read(
       decimal: as for :func:`tbptt_jax.streams.read_csv`.
       series: the column that tells series apart; they come in the order in which they appear.
       time: a column that is kept as text.
-      scales: those of a :class:`tbptt_jax.study.series.Layout`, whose means are those of the training file.
+      scales: those of a :class:`tbptt_jax.study.tasks.series.Layout`, whose means are those of the training file.
 
     Raises:
       ValueError: with file, line and column, if one is not as :func:`tbptt_jax.streams.read_csv` needs, or too short, an

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tbptt_jax.study.writing import plain
+from tbptt_jax.study.process.writing import plain
 
 console = Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False)
 

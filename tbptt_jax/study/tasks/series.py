@@ -15,8 +15,8 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.arrays import check_whole, quoted
-from tbptt_jax.study.tables import GENERATED, Series, load, scale_of
 from tbptt_jax.study.task import Figure, Task
+from tbptt_jax.study.tasks.tables import GENERATED, Series, load, scale_of
 
 
 class Layout(NamedTuple):
@@ -91,13 +91,13 @@ def forecast(
       warm_up: ``"train"``: the test goes on where the training file ends; a number: where its last rows end. 0: it begins from
         the initial carry.
       missing: what stands for a missing number, as for :func:`tbptt_jax.streams.read_csv`.
-      fill: what is read where an input is missing, as for :func:`tbptt_jax.study.tables.read`.
+      fill: what is read where an input is missing, as for :func:`tbptt_jax.study.tasks.tables.read`.
       decimal: as for :func:`tbptt_jax.streams.read_csv`.
       implementation: of :func:`tbptt_jax.lstm`.
       codec: of a task that was made before: the files are read only when their data is needed.
 
     Raises:
-      ValueError: as from :func:`tbptt_jax.study.tables.read`, or if the arguments do not go together.
+      ValueError: as from :func:`tbptt_jax.study.tasks.tables.read`, or if the arguments do not go together.
     """
     names = names_of(inputs), names_of(targets)
     given: dict[str, Any] = {"train": train, "valid": valid, "test": test, "inputs": names[0], "targets": names[1]}

@@ -24,9 +24,9 @@ import tbptt_jax as tb
 from tbptt_jax.files import Path, is_plain, read_text
 from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.streams import characters, open_bytes
-from tbptt_jax.study.console import say
+from tbptt_jax.study.process.console import say
+from tbptt_jax.study.process.writing import QUOTED, plain
 from tbptt_jax.study.task import Figure, Task
-from tbptt_jax.study.writing import QUOTED, plain
 
 UNITS = "characters", "bytes"
 SIDE_BY_SIDE = 32  # held-out documents
