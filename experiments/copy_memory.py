@@ -3,7 +3,6 @@
 python -m experiments.copy_memory
 """
 
-import time
 from typing import Any
 
 import flax.linen as nn
@@ -11,12 +10,11 @@ import jax
 import numpy as np
 import optax
 from absl import flags
-from rich import box
 from rich.table import Table
 
 import tbptt_jax as tb
 from experiments import launch, pictures
-from tbptt_jax import sharding
+from tbptt_jax.study.tasks.known import symbols as loss
 from tbptt_jax.tasks import copy_memory, copy_memory_floor
 from tbptt_jax.training import TrainStep
 
@@ -36,10 +34,6 @@ flags.DEFINE_integer("seeds", 5, "Trainings of each influence, side by side.", l
 flags.DEFINE_string("workdir", "runs/copy_memory", "Where results.json, figure.png and flags.txt go.")
 
 LOWER = "--seeds, --updates, --lanes, --lag, --length, --symbols, --hidden"
-
-
-def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, window.targets)
 
 
 def data(key: jax.Array, n: int) -> tb.Window:
@@ -85,13 +79,7 @@ def train(name: str) -> dict[str, Any]:
         total, weight = (x.reshape(groups, each).sum(1) for x in (metrics.loss * metrics.weight, metrics.weight))
         return total / weight, tb.evaluate(model, loss, state.params, data(keys[2], 16 * FLAGS.lanes)).loss
 
-    began = time.perf_counter()
-    train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
-    curves, final = launch.train_all(
-        train, jax.random.split(jax.random.key(0), FLAGS.seeds), f"{LOWER} or the reach of {name}"
-    )
-    curves, final = np.asarray(curves), np.asarray(final)
-    seconds = time.perf_counter() - began
+    (curves, final), seconds = launch.train_seeds(one_seed, FLAGS.seeds, f"{LOWER} or the reach of {name}")
     return {
         "influence": name,
         "window": FLAGS.window,
@@ -107,20 +95,12 @@ def table(rows: list[dict[str, Any]], floor: float) -> Table:
     title = (
         f"Nats a recalled symbol on new sequences; without memory {floor:.4f}, with it 0; learned: below 0.9 of that"
     )
-    out = Table("influence", box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for name in ("mean", "by seed", "seeds that learned", "s"):
-        out.add_column(name, justify="right")
+    told = []
     for row in rows:
         losses = np.asarray(row["loss"])
-        learned = f"{(losses < 0.9 * floor).sum()} of {len(losses)}"
-        out.add_row(
-            row["influence"],
-            f"{losses.mean():.4f}",
-            " ".join(f"{x:.4f}" for x in losses),
-            learned,
-            f"{row['seconds']:.0f}",
-        )
-    return out
+        learned, by_seed = f"{(losses < 0.9 * floor).sum()} of {len(losses)}", " ".join(f"{x:.4f}" for x in losses)
+        told.append((row["influence"], f"{losses.mean():.4f}", by_seed, learned, f"{row['seconds']:.0f}"))
+    return launch.table(title, ("influence", "mean", "by seed", "seeds that learned", "s"), told)
 
 
 def main() -> None:
@@ -140,7 +120,6 @@ def main() -> None:
     launch.console.print(table(rows, floor))
     title = f"Copy memory: lag {FLAGS.lag + FLAGS.length}, windows of {FLAGS.window}"
     launch.write_results(directory, {"rows": rows, "memoryless_floor": floor}, pictures.copy_memory(rows, floor, title))
-    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

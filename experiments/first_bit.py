@@ -13,7 +13,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from absl import flags
 
@@ -21,6 +20,7 @@ import tbptt_jax as tb
 from experiments import launch, pictures
 from experiments.first_bit_systems import LENGTH, System, by_start, shape_of, systems
 from tbptt_jax import sharding
+from tbptt_jax.study.tasks.known import binary, correct
 from tbptt_jax.tasks.first_bit import score_last
 from tbptt_jax.training import TrainStep
 
@@ -35,13 +35,8 @@ flags.DEFINE_integer("seeds", 5, "Trainings of each system, side by side.", lowe
 flags.DEFINE_string("workdir", "runs/first_bit", "Where results.json, figure.png and flags.txt go.")
 
 
-def cross_entropy(logits: jax.Array, window: tb.Window) -> jax.Array:
-    return optax.sigmoid_binary_cross_entropy(logits, window.targets)[..., 0]
-
-
 def figures(logits: jax.Array, window: tb.Window) -> dict[str, jax.Array]:
-    correct = (logits > 0) == (window.targets > 0.5)
-    return {"loss": cross_entropy(logits, window), "accuracy": correct[..., 0].astype(jnp.float32)}
+    return {"loss": binary(logits, window), "accuracy": correct(logits, window)}
 
 
 def data_of(system: System, key: jax.Array) -> tuple[tb.Window, tb.Window]:
@@ -58,7 +53,7 @@ def lstm() -> tb.Recurrence:
 
 def train_step(updates: int) -> TrainStep:
     rate = optax.cosine_decay_schedule(FLAGS.learning_rate, updates)
-    return tb.train_step(tb.gradient(lstm(), cross_entropy), optax.adam(rate))
+    return tb.train_step(tb.gradient(lstm(), binary), optax.adam(rate))
 
 
 def study(system: System, report: Callable[[float, str], None]) -> dict[str, Any]:
@@ -131,7 +126,6 @@ def main() -> None:
             rows.append(study(system, tell))
     launch.console.print(pictures.first_bit_table(rows))
     launch.write_results(directory, {"rows": rows}, pictures.first_bit(rows))
-    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

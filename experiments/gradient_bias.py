@@ -13,7 +13,6 @@ import numpy as np
 from absl import flags
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 
 from experiments import launch, tasks
@@ -38,24 +37,20 @@ flags.DEFINE_string("workdir", "runs/gradient_bias", "Where results.json, figure
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    out = Table("influence", box=box.SIMPLE_HEAD, pad_edge=False, title="Against full BPTT", title_justify="left")
-    for name in ("window", "relative bias", "± of its mean", "cosine", "relative std"):
-        out.add_column(name, justify="right")
+    told = []
     for row in rows:
-        out.add_row(
-            row["influence"],
-            str(row["window"]),
-            f"{row['relative_bias']:.2e}",
-            f"{row['relative_bias_standard_error']:.1e}" if row["draws"] > 1 else "",
-            f"{row['cosine']:.5f}",
-            f"{row['relative_std']:.2e}" if row["draws"] > 1 else "",
+        error, spread = f"{row['relative_bias_standard_error']:.1e}", f"{row['relative_std']:.2e}"
+        error, spread = (error, spread) if row["draws"] > 1 else ("", "")
+        told.append(
+            (row["influence"], str(row["window"]), f"{row['relative_bias']:.2e}", error, f"{row['cosine']:.5f}", spread)
         )
-    return out
+    heads = "influence", "window", "relative bias", "± of its mean", "cosine", "relative std"
+    return launch.table("Against full BPTT", heads, told)
 
 
 def picture(rows: list[dict[str, Any]], fading: horizon.Decay, choice: horizon.Choice) -> Figure:
     """Left: bias, and the spread of what is random, against the window. Right: the decay it comes from."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     floor = 1e-7
     for i, name in enumerate(dict.fromkeys(row["influence"] for row in rows)):
         mine = [row for row in rows if row["influence"] == name]
@@ -81,8 +76,7 @@ def picture(rows: list[dict[str, Any]], fading: horizon.Decay, choice: horizon.C
     left.axvline(choice.window, color="0.5", linestyle="--", label=f"suggested window, {choice.window}")
     right.set(yscale="log", xlabel="lag k, steps", ylabel="E‖∂l(s) / ∂h(s−k)‖", title="How fast the gradient fades")
     for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     return figure
 
 
@@ -127,7 +121,6 @@ def main() -> None:
         "probes": fading.probes,
     }
     launch.write_results(directory, results, picture(rows, fading, choice))
-    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

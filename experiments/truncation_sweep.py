@@ -90,9 +90,7 @@ def main() -> None:
     launch.check_influences(FLAGS.influences)
     part, learning_rates = share(FLAGS.points), rates()
     launch.join_processes(0)  # they share the trainings, not the lanes
-    # cuDNN's LSTM, the default on a GPU, has no transpose, by which uoro moves forward.
-    make = tasks.chosen(**({"implementation": "fused"} if "uoro" in FLAGS.influences else {}))
-    params = tasks.swept(FLAGS.param)
+    make, params = tasks.chosen(), tasks.swept(FLAGS.param)
     engine = study.local(launch.DEVICES.value)
     if FLAGS.engine == "ray":
         engine = study.ray(FLAGS.ray_address, cpus=FLAGS.ray_cpus, gpus=FLAGS.ray_gpus)

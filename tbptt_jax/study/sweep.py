@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from tbptt_jax.study.engines import Engine, Job, local
 from tbptt_jax.study.findings import gradients, recommend
 from tbptt_jax.study.influences import check_influences
 from tbptt_jax.study.points import Point, check_same_sweep, found_in, keep, keep_failed, mark, rows_of, write_events
-from tbptt_jax.study.process.console import console, progress, say
+from tbptt_jax.study.process.console import console, progress, say, table
 from tbptt_jax.study.process.lock import expanded, holding
 from tbptt_jax.study.process.machine import largest, meet
 from tbptt_jax.study.process.signals import stop_asked
@@ -261,17 +260,13 @@ def _do(plan: Plan, mine: list[Point], directory: pathlib.Path, engine: Engine, 
 
 def _table(plan: Plan, points: list[Point], done: set[Point], needed: dict[Point, int]) -> Table:
     each = len(plan.settings["learning_rates"]) * plan.settings["seeds"]
-    title = f"{len(points)} points of {each} trainings; {len(done)} are done"
-    table = Table("window", box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for name in ("carry", "influence", "budget", "updates", "memory"):
-        table.add_column(name, justify="right" if name in ("updates", "memory") else "left")
+    rows = []
     for point in points:
         memory = "done" if point in done else f"{needed[point] / 1e6:,.1f} MB" if point in needed else "–"
-        chosen = "".join(f", {name} {value}" for name, value in point.params)
-        table.add_row(
-            f"{point.window}{chosen}", point.carry, point.influence, point.budget, f"{plan.updates[point]:,}", memory
-        )
-    return table
+        window = f"{point.window}" + "".join(f", {name} {value}" for name, value in point.params)
+        rows.append((window, point.carry, point.influence, point.budget, f"{plan.updates[point]:,}", memory))
+    title = f"{len(points)} points of {each} trainings; {len(done)} are done"
+    return table(title, ("window", "carry", "influence", "budget", "updates", "memory"), rows, left=4)
 
 
 def _share(points: list[Point], share: tuple[int, int] | None) -> list[Point]:

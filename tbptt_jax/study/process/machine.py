@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,18 +83,6 @@ def needs(program: Any) -> tuple[int, int]:
         return 0, 0
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return found.temp_size_in_bytes + kept, found.temp_size_in_bytes
-
-
-def train_all(train: Callable[..., Any], keys: jax.Array, lower: str) -> Any:
-    """``train(keys)`` as one program, which is looked at before it runs.
-
-    Raises:
-      ValueError: if it needs more than there is; ``lower`` names what to lower.
-    """
-    program = jax.jit(train).lower(keys).compile()
-    devices = len(jax.tree.leaves(program.output_shardings)[0].device_set)
-    check_fits("The training", needs(program)[0] * devices, lower)
-    return program(keys)
 
 
 def mesh(*, runs: int = 1, lanes: int = 1, window: int = 1, units: int = 1, devices: int | None = None) -> Mesh:
