@@ -7,7 +7,7 @@ import sys
 from absl import flags
 
 from tbptt_jax.study.influences import LARGEST
-from tbptt_jax.study.process.writing import QUOTED, plain
+from tbptt_jax.study.process.writing import short
 
 
 def check_flags() -> None:
@@ -17,10 +17,10 @@ def check_flags() -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{flag.name}={value}: give a finite number.")
         if isinstance(value, int) and not -most <= value <= most:
-            raise ValueError(f"--{flag.name}={plain(str(value), QUOTED)}: give a number of at most {most}.")
+            raise ValueError(f"--{flag.name}={short(value)}: give a number of at most {most}.")
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"--{flag.name}={plain(text, QUOTED)} is not UTF-8: give it another name.")
+                raise ValueError(f"--{flag.name}={short(text)} is not UTF-8: give it another name.")
 
 
 def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
@@ -32,7 +32,7 @@ def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
     for value in values:
         if not re.fullmatch(r"\d{1,18}", value.strip()) or not 1 <= int(value) <= at_most:
             raise ValueError(
-                f"--{flag} has {plain(value, QUOTED)!r}: give whole numbers from 1 to {at_most}, such as --{flag}=1,2,5."
+                f"--{flag} has {short(value)!r}: give whole numbers from 1 to {at_most}, as --{flag}=1,2,5."
             )
     if not values:
         raise ValueError(f"--{flag} is empty: give at least one number, such as --{flag}=1,2,5.")

@@ -105,10 +105,8 @@ def table(rows: list[dict[str, Any]], floor: float) -> Table:
 
 def main() -> None:
     launch.check_influences(FLAGS.influences)
-    if FLAGS.window > FLAGS.lag + 2 * FLAGS.length:
-        raise ValueError(
-            f"--window={FLAGS.window} is longer than a sequence of {FLAGS.lag + 2 * FLAGS.length} steps: choose less."
-        )
+    if FLAGS.window > (steps := FLAGS.lag + 2 * FLAGS.length):
+        raise ValueError(f"--window={FLAGS.window} is longer than a sequence of {steps} steps: choose less.")
     check_sizes()
     directory = launch.workdir(FLAGS.workdir)
     floor = copy_memory_floor(1, FLAGS.lag, FLAGS.symbols, FLAGS.length).recalled

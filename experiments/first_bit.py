@@ -102,13 +102,9 @@ def study(system: System, report: Callable[[float, str], None]) -> dict[str, Any
 def main() -> None:
     for name, number in (("train", FLAGS.train), ("test", FLAGS.test)):
         if number % 2:
-            raise ValueError(
-                f"--{name}={number} is odd: half of the sequences begin with a one, so give an even number."
-            )
+            raise ValueError(f"--{name}={number} is odd: half of the sequences begin with a one. Give an even number.")
     if FLAGS.lanes > FLAGS.train:
-        raise ValueError(
-            f"--lanes={FLAGS.lanes} is more than --train={FLAGS.train}: choose at most one lane a sequence."
-        )
+        raise ValueError(f"--lanes={FLAGS.lanes} is more than --train={FLAGS.train}: choose at most one a sequence.")
     launch.check_fits(
         "The sequences", 4 * LENGTH * FLAGS.seeds * max(5 * FLAGS.train, FLAGS.test), "--seeds, --train or --test"
     )

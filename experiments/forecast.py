@@ -45,9 +45,7 @@ def check_flags() -> None:
     if FLAGS.stateful is not None and FLAGS["stateless"].present and FLAGS.stateful == FLAGS.stateless:
         raise ValueError("--stateful and --stateless contradict each other: give one of them.")
     if FLAGS.burn_in and not is_stateless():
-        raise ValueError(
-            f"--burn_in={FLAGS.burn_in} is for windows that begin with no state: give --stateless as well."
-        )
+        raise ValueError(f"--burn_in={FLAGS.burn_in} is for windows that begin anew: give --stateless as well.")
     if FLAGS.burn_in >= FLAGS.window:
         raise ValueError(
             f"--burn_in={FLAGS.burn_in} leaves no step to score: choose less than --window={FLAGS.window}."

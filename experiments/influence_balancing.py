@@ -90,9 +90,7 @@ def main() -> None:
     for run in FLAGS.runs:
         influence, at, window = run.rpartition("@")
         if not at:
-            raise ValueError(
-                f"--runs has {launch.plain(run, launch.QUOTED)!r}: write INFLUENCE@WINDOW, such as truncate@10."
-            )
+            raise ValueError(f"--runs has {launch.short(run)!r}: write INFLUENCE@WINDOW, such as truncate@10.")
         launch.influence(influence, 1, "runs")
         (steps,) = launch.positive_integers("runs", [window], at_most=FLAGS.steps)
         check_sizes(influence, steps)

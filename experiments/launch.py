@@ -22,7 +22,7 @@ from tbptt_jax.study.process import machine, signals
 from tbptt_jax.study.process.console import console, progress, say, table
 from tbptt_jax.study.process.lock import expanded, workdir
 from tbptt_jax.study.process.machine import check_fits, check_training, memory
-from tbptt_jax.study.process.writing import QUOTED, WHITE, cell, plain
+from tbptt_jax.study.process.writing import QUOTED, WHITE, cell, plain, short
 
 matplotlib.use("agg")  # figures go to files; no display is needed
 matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
@@ -45,10 +45,10 @@ def run(main: Callable[[], None]) -> None:
         try:
             for argument in argv[1:]:
                 if argument.startswith("-") and len(argument.partition("=")[0]) > QUOTED:  # absl looks for one like it
-                    raise flags.Error(f"No flag is called {plain(argument, QUOTED)} or like it.")
+                    raise flags.Error(f"No flag is called {short(argument)} or like it.")
             return flags.FLAGS(argv)
         except flags.Error as error:
-            said = re.sub(r"\S{81,}", lambda word: plain(word[0], QUOTED), str(error))
+            said = re.sub(r"\S{81,}", lambda word: short(word[0]), str(error))
             print(
                 f"FATAL Flags parsing error: {plain(said, keep=WHITE)}\nPass --help to see the flags.", file=sys.stderr
             )
@@ -56,7 +56,7 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
-            said = plain(" ".join(argv[1:]), QUOTED)
+            said = short(" ".join(argv[1:]))
             raise app.UsageError(f"Unknown arguments: {said}. Every setting is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)  # jax says at INFO which accelerators it did not find
         machine.prepare(DEVICES.value)
@@ -64,7 +64,7 @@ def run(main: Callable[[], None]) -> None:
             check_flags()
             main()
         except OSError as error:
-            where = f"{plain(str(error.filename), QUOTED)}: {error.strerror}." if error.filename else str(error)
+            where = f"{short(error.filename)}: {error.strerror}." if error.filename else str(error)
             refuse(where)
         except ValueError as error:
             refuse(str(error))

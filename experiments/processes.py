@@ -54,7 +54,7 @@ def join_processes(lanes: int) -> None:
             f"--{flag.name}" for flag, differs in zip(sorted(own, key=lambda f: f.name), apart, strict=True) if differs
         )
         raise ValueError(
-            f"The processes were launched with different flags: {names}. Give all of them the same, but --process."
+            f"The processes were launched with different flags: {names}. Give all the same, but --process."
         )
     if lanes % jax.device_count():
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.launch import QUOTED, plain
+from experiments.launch import short
 from tbptt_jax import study
 from tbptt_jax.study.task import maker
 
@@ -70,19 +70,17 @@ def chosen(**more: Any) -> Callable[..., study.Task]:
       ValueError: if there is none, or it does not take what was given.
     """
     if not FLAGS.task:
-        raise ValueError(
-            "--task is missing: give a task's name, or a function of your own as path/to/file.py:function."
-        )
+        raise ValueError("--task is missing: give a task's name, or a function of yours as path/to/file.py:function.")
     takes, arguments = inspect.signature(maker(FLAGS.task)).parameters, arguments_of(FLAGS.set)
-    short = given((*SIZES, *TEXT, *SERIES))
-    more["implementation"] = short.pop("implementation", None)
-    for name in short:
+    asked = given((*SIZES, *TEXT, *SERIES))
+    more["implementation"] = asked.pop("implementation", None)
+    for name in asked:
         if name not in takes:
             raise ValueError(f"--{name} was given, and --task={FLAGS.task} has no use for it: leave it out.")
         if name in arguments:
             raise ValueError(f"--{name} and --set={name}=… were both given: give one of them.")
     more = {name: value for name, value in more.items() if name in takes and value is not None}
-    return functools.partial(study.task, FLAGS.task, **more | short | arguments)
+    return functools.partial(study.task, FLAGS.task, **more | asked | arguments)
 
 
 def arguments_of(given: list[str]) -> dict[str, Any]:
@@ -95,7 +93,7 @@ def arguments_of(given: list[str]) -> dict[str, Any]:
     for each in given:
         name, equals, value = each.partition("=")
         if not equals or not name.isidentifier() or name in found:
-            raise ValueError(f"--set={plain(each, QUOTED)}: give --set=name=value, each name once.")
+            raise ValueError(f"--set={short(each)}: give --set=name=value, each name once.")
         found[name] = literal(value)
     return found
 
@@ -110,7 +108,7 @@ def swept(given: list[str]) -> dict[str, list[Any]]:
     for each in given:
         name, _, values = each.partition("=")
         if not name.isidentifier() or not all(values.split(",")) or name in found:
-            raise ValueError(f"--param={plain(each, QUOTED)}: give name=value,value, such as --param=hidden=8,16.")
+            raise ValueError(f"--param={short(each)}: give name=value,value, such as --param=hidden=8,16.")
         found[name] = [literal(value) for value in values.split(",")]
     return found
 

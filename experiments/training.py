@@ -79,7 +79,7 @@ def averaging(wanted: str | None) -> Any:
             return None
         return {"ema": lambda: study.ema(float(number or 0.999)), "asgd": lambda: study.asgd(int(number or 5))}[kind]()
     except (KeyError, ValueError) as error:
-        said = launch.plain(str(wanted), launch.QUOTED)
+        said = launch.short(wanted)
         raise ValueError(f"--average={said}: give ema:0.999 or asgd:5, with another number if you like.") from error
 
 
@@ -92,5 +92,5 @@ def listeners(wanted: list[str], workdir: pathlib.Path) -> list[Callable]:
     }
     unknown = [name for name in wanted if name not in ready]
     if unknown:
-        raise ValueError(f"--log has {launch.plain(unknown[0], launch.QUOTED)}: give any of {', '.join(ready)}.")
+        raise ValueError(f"--log has {launch.short(unknown[0])}: give any of {', '.join(ready)}.")
     return [ready[name]() for name in wanted]

@@ -59,9 +59,7 @@ def share(wanted: str | None) -> tuple[int, int] | None:
     parts = re.fullmatch(r"(\d{1,18})/(\d{1,18})", wanted)
     i, n = (int(part) for part in parts.groups()) if parts else (0, 0)
     if not 1 <= i <= n:
-        raise ValueError(
-            f"--points={launch.plain(wanted, launch.QUOTED)}: give I/N with I from 1 to N, such as --points=2/5."
-        )
+        raise ValueError(f"--points={launch.short(wanted)}: give I/N with I from 1 to N, such as --points=2/5.")
     return i, n
 
 
@@ -69,10 +67,7 @@ def rates() -> list[float]:
     for rate in FLAGS.learning_rates:
         number = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
         if not re.fullmatch(number, rate.strip().lower()) or not 0 < float(rate) < float("inf"):
-            raise ValueError(
-                f"--learning_rates has {launch.plain(rate, launch.QUOTED)!r}: give positive numbers, such as "
-                "--learning_rates=0.01,0.003."
-            )
+            raise ValueError(f"--learning_rates has {launch.short(rate)!r}: give positive numbers, such as 0.01,0.003.")
     if not FLAGS.learning_rates:
         raise ValueError("--learning_rates is empty: give at least one, such as --learning_rates=0.01.")
     return [float(rate) for rate in FLAGS.learning_rates]

@@ -114,9 +114,7 @@ def ray(address: str | None = None, *, cpus: float = 1, gpus: float = 0, retries
     try:
         import ray as cluster
     except ImportError as error:
-        raise ValueError(
-            "The engine is Ray, which is not installed: python -m pip install 'tbptt_jax[ray]', or leave the engine out."
-        ) from error
+        raise ValueError("Ray is not installed: pip install 'tbptt_jax[ray]', or leave the engine out.") from error
 
     def run(
         jobs: Sequence[Job], plan: Callable[[dict[int, int]], None], report: Callable[[int, int, float], None]

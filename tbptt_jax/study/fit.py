@@ -22,7 +22,7 @@ from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
 from tbptt_jax.study.process.console import progress
 from tbptt_jax.study.process.lock import holding
 from tbptt_jax.study.process.machine import mesh as lane_mesh
-from tbptt_jax.study.process.writing import QUOTED, plain, write_json
+from tbptt_jax.study.process.writing import short, write_json
 from tbptt_jax.study.scoring import measure, test_reader
 from tbptt_jax.study.task import Task, check_task, checksum, data_of, figures, keys_of, maker, reader
 from tbptt_jax.study.task import task as make_task
@@ -231,17 +231,17 @@ def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:
     directory = pathlib.Path(workdir).expanduser()
     path = directory / RECORD
     if not path.exists():
-        raise ValueError(f"{plain(str(directory), QUOTED)} holds no run, as study.fit keeps one: there is no {RECORD}.")
+        raise ValueError(f"{short(directory)} holds no run, as study.fit keeps one: there is no {RECORD}.")
     try:
         record = json.loads(path.read_text())
         reference, arguments, codec = record["task"], record["arguments"], record["codec"]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{plain(str(path), QUOTED)} is broken, so the run there is not known.") from error
+        raise ValueError(f"{short(path)} is broken, so the run there is not known.") from error
     if task is None:
         if reference is None:
             raise ValueError(
-                f"The run in {plain(str(directory), QUOTED)} was made from a Task in a program: give it as well, "
-                "`study.load(workdir, task)`, or make it by `study.task('file.py:function')`."
+                f"The run in {short(directory)} is of a Task that a program made: give it as well, `study.load(workdir, task)`, or "
+                "make it by `study.task('file.py:function')`."
             )
         takes = inspect.signature(maker(reference)).parameters
         task = make_task(reference, **arguments, **({"codec": codec} if "codec" in takes and codec else {}))
@@ -276,9 +276,7 @@ def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resu
     try:
         legs = json.loads(path.read_text())["legs"]
     except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{plain(str(path), QUOTED)} is broken, so the run there is not known: give another workdir."
-        ) from error
+        raise ValueError(f"{short(path)} is broken, so its run is not known: give another workdir.") from error
     _, last, before = legs[-1]
     if [last, before] == new[0][1:] or rate is None:
         return legs if rate is not None else new
@@ -287,7 +285,7 @@ def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resu
         return [*legs, [last, updates, rate]]
     if made == 0:
         return new
-    there = f"{plain(str(path.parent), QUOTED)} holds a run of {last} updates with the learning rate {before:g}"
+    there = f"{short(path.parent)} holds a run of {last} updates with the learning rate {before:g}"
     if made < last:
         raise ValueError(
             f"{there}, of which {made} are made, and {updates} with {rate:g} were asked for: give --updates={last} "
@@ -295,7 +293,7 @@ def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resu
         )
     raise ValueError(
         f"{there}, and {updates} with {rate:g} were asked for. To go on with it give more --updates than {last}, at any rate; "
-        f"to begin from what it has learned, --init_from={plain(str(path.parent), QUOTED)} and another --workdir; to begin "
+        f"to begin from what it has learned, --init_from={short(path.parent)} and another --workdir; to begin "
         "afresh, --noresume."
     )
 
@@ -343,8 +341,7 @@ def _started(state: TrainState, step: TrainStep, params: Any, first: tb.Window) 
     ]
     if differ:
         raise ValueError(
-            f"The run to start from has other parameters: there {'; '.join(differ[:3])}. Give the model its sizes, and text its "
-            "vocabulary."
+            f"The run to start from has other parameters: there {'; '.join(differ[:3])}. Give the model its sizes, text its vocabulary."
         )
     params = jax.tree.map(jnp.array, params)
     optimiser = state.optimiser

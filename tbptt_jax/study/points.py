@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tbptt_jax.study.process.writing import QUOTED, finite, plain, whole, write_json
+from tbptt_jax.study.process.writing import finite, short, whole, write_json
 from tbptt_jax.study.task import Task
 from tbptt_jax.study.trainings import Trained, curve
 
@@ -103,19 +103,12 @@ def check_same_sweep(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     try:
         there = dict(json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
-        name = plain(str(path), QUOTED)
-        raise ValueError(f"{name} is broken, so the sweep there is not known: give another --workdir.") from error
+        raise ValueError(f"{short(path)} is broken, so its sweep is not known: give another --workdir.") from error
     here = json.loads(json.dumps(settings))
-    differ = [
-        f"{name} {plain(str(there.get(name)), QUOTED)}, here {plain(str(here[name]), QUOTED)}"
-        for name in here
-        if there.get(name) != here[name]
-    ]
+    differ = [f"{k} {short(there.get(k))}, here {short(here[k])}" for k in here if there.get(k) != here[k]]
     if differ:
-        raise ValueError(
-            f"{plain(str(directory), QUOTED)} holds another sweep: there {'; '.join(differ)}. Give its flags to go on with it, or "
-            "another --workdir."
-        )
+        other = f"{short(directory)} holds another sweep: there {'; '.join(differ)}."
+        raise ValueError(f"{other} Give its flags to go on with it, or another --workdir.")
 
 
 def found_in(kept: list[pathlib.Path], points: list[Point], ending: str) -> dict[Point, pathlib.Path]:

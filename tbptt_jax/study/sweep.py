@@ -26,7 +26,7 @@ from tbptt_jax.study.process.console import console, progress, say, table
 from tbptt_jax.study.process.lock import expanded, holding
 from tbptt_jax.study.process.machine import largest, meet
 from tbptt_jax.study.process.signals import stop_asked
-from tbptt_jax.study.process.writing import QUOTED, finite, plain, write_json
+from tbptt_jax.study.process.writing import finite, plain, short, write_json
 from tbptt_jax.study.report import report
 from tbptt_jax.study.task import Task, checksum, data_of, figures, is_drawn, keys_of
 from tbptt_jax.study.trainings import Training, check_sizes, shape_of, streams_of, windows_of
@@ -111,11 +111,8 @@ def sweep(
             there = {**found_in(found, plan.points, ".json"), **found_in(found, plan.points, ".failed.json")}
             missing = [str(p) for p in plan.points if p not in there]
             if missing:
-                named = plain(", ".join(map(str, found)), 200)
-                raise ValueError(
-                    f"{len(missing)} of {len(plan.points)} points are in none of {named}, first {missing[0]}: "
-                    "do them first, with --points or without."
-                )
+                none = f"{len(missing)} of {len(plan.points)} points are in none of {plain(', '.join(map(str, found)), 200)}"
+                raise ValueError(f"{none}, first {missing[0]}: do them first, with --points or without.")
             mark(directory, plan.settings)
             return {**_finish(plan, directory, found, tensorboard, about_launch or {}), "all_done": True}
         failed = _do(plan, mine, directory, engine or local(), tensorboard)
@@ -146,9 +143,7 @@ def plan_of(
     """
     check_influences(list(influences))
     if not carry or set(carry) - set(CARRIES):
-        raise ValueError(
-            f"--carry has {plain(','.join(carry) or 'nothing', QUOTED)}: give stateful, stateless or both."
-        )
+        raise ValueError(f"--carry has {short(','.join(carry) or 'nothing')}: give stateful, stateless or both.")
     if budget not in (*BUDGETS, "both"):
         raise ValueError(f"`budget` is {budget!r}; it needs to be 'data', 'updates' or 'both'.")
     if not learning_rates or not all(0 < rate < float("inf") for rate in learning_rates):
@@ -161,9 +156,9 @@ def plan_of(
     for each in tasks.values():
         steps = shape_of(each).steps
         if not windows or max(windows) > steps:
+            most = max(windows, default="nothing")
             raise ValueError(
-                f"--windows has {max(windows, default='nothing')}, and a stream of {each.name} has {steps} steps: choose from 1 to "
-                f"{steps}."
+                f"--windows has {most}, and a stream of {each.name} has {steps} steps: give from 1 to {steps}."
             )
         check_sizes(each, len(learning_rates) * seeds, updates)
     budgets = BUDGETS if budget == "both" else (budget,)

@@ -96,9 +96,7 @@ def streams_of(task: Task, which: str, key: jax.Array) -> tb.Window:
     """The streams of ``"train"`` or ``"test"`` as a Window; for want of a test, the validation data."""
     streams = task.train if which == "train" else task.valid if task.test is None else task.test
     if streams is None:
-        raise ValueError(
-            f"The task {task.name!r} has neither test nor validation data: a sweep has nothing to compare by."
-        )
+        raise ValueError(f"The task {task.name!r} has no test or validation data: a sweep has nothing to compare by.")
     data = data_of(streams, key)
     if isinstance(data, tb.Window):
         return data

@@ -57,9 +57,8 @@ def size(tree: Any) -> int:
 def check_fits(what: str, needed: int, lower: str) -> None:
     """Raises a ``ValueError`` if ``what`` takes more bytes than there are; ``lower`` names what to lower."""
     if needed > memory():
-        raise ValueError(
-            f"{what} would take {needed / 1e9:,.1f} GB or more, and there are {memory() / 1e9:,.1f} GB: lower {lower}."
-        )
+        there = f"and there are {memory() / 1e9:,.1f} GB"
+        raise ValueError(f"{what} would take {needed / 1e9:,.1f} GB or more, {there}: lower {lower}.")
 
 
 def check_training(step: TrainStep, windows: Any, runs: int, lower: str) -> None:

@@ -30,6 +30,11 @@ def plain(text: str, at_most: int | None = None, keep: str = "") -> str:
     return f"{shown[: at_most // 2]}…{shown[at_most // 2 + 1 - at_most :]}"
 
 
+def short(text: Any) -> str:
+    """A user's text as a sentence quotes it."""
+    return plain(str(text), QUOTED)
+
+
 def cell(text: str) -> str:
     """A user's text as a field of a CSV file, such that no spreadsheet takes it for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
@@ -94,10 +99,8 @@ def check_own(directory: pathlib.Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         there = directory / name
         if there.exists() and there.read_bytes() != content:
-            raise ValueError(
-                f"{there} is not the series that is generated here, which would take its place: give it as --{there.stem}, or "
-                "another --workdir."
-            )
+            own = f"{there} is not the series that is generated here, which would take its place"
+            raise ValueError(f"{own}: give it as --{there.stem}, or another --workdir.")
 
 
 def csv_bytes(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:

@@ -155,9 +155,7 @@ def check_columns(
             raise ValueError(f"The {which} name {quoted(twice[0])} more than once: give each column once.")
     for which, name in (("series", series), ("time", time)):
         if name is not None and name in (*inputs, *targets):
-            raise ValueError(
-                f"The {which} column {quoted(name)} is among the inputs or targets: it is kept as text, so leave it out there."
-            )
+            raise ValueError(f"The {which} column {quoted(name)} is among the inputs or targets: leave it out there.")
     if series is not None and series == time:
         raise ValueError(f"The series column and the time column are both {quoted(series)}: give one of them.")
     check_whole("ahead", ahead)

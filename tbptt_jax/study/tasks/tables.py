@@ -106,13 +106,10 @@ def read(
                 "of the training file; or --fill=zero."
             )
         if name != "test" and any(own_past) and max(len(each.rows) for each in result[name]) < 2:
-            raise ValueError(
-                f"{files[name]} has {len(table.values)} rows; to tell a row from those before it takes at least 2."
-            )
+            raise ValueError(f"{files[name]} has {len(table.values)} rows; telling one from those before it takes 2.")
         if (name == "train" and not scored.all()) or (name == "valid" and not scored.any()):
-            raise ValueError(
-                f"{files[name]} has no number to be told in column {quoted(targets[int(scored.argmin())])}: leave it out."
-            )
+            column = quoted(targets[int(scored.argmin())])
+            raise ValueError(f"{files[name]} has no number to be told in column {column}: leave it out.")
     return result
 
 

@@ -25,7 +25,7 @@ from tbptt_jax.files import Path, is_plain, read_text
 from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.streams import characters, open_bytes
 from tbptt_jax.study.process.console import say
-from tbptt_jax.study.process.writing import QUOTED, plain
+from tbptt_jax.study.process.writing import short
 from tbptt_jax.study.task import Figure, Task
 
 UNITS = "characters", "bytes"
@@ -140,7 +140,7 @@ def check_codec(codec: dict[str, Any]) -> None:
     single = isinstance(vocabulary, list | tuple) and all(isinstance(c, str) and len(c) == 1 for c in vocabulary)
     if unit not in UNITS or (unit == "characters" and not (single and len(vocabulary or ()) > 1)):
         raise ValueError(
-            f"`codec` is {plain(repr(codec), QUOTED)}; it needs to be {{'unit': 'bytes'}}, or {{'unit': 'characters', 'vocabulary': "
+            f"`codec` is {short(repr(codec))}; it needs to be {{'unit': 'bytes'}}, or {{'unit': 'characters', 'vocabulary': "
             "[...]} of single characters, as a run of char_lm keeps it."
         )
 
@@ -191,10 +191,8 @@ def read(
         raise ValueError("No document has two symbols, so there is nothing to predict: give a longer text.")
     train, rest = _last(begins, ends, held_out)
     if min((train[1] - train[0]).max(), (rest[1] - rest[0]).max()) < 2:
-        raise ValueError(
-            f"The text has {(ends - begins).sum()} {unit}, and its end is held out: each side needs a document of two. Give a "
-            "longer text."
-        )
+        has = f"The text has {(ends - begins).sum()} {unit}, and its end is held out"
+        raise ValueError(f"{has}: each side needs a document of two. Give a longer text.")
     if unit == "bytes":
         ids, known = parts[0] if len(parts) == 1 else np.concatenate(parts), None
     else:
@@ -255,10 +253,8 @@ def _places(parts: list[Any], end: str | None, documents: str | None) -> np.ndar
         if places[-1] != start:
             places.append(start)
     if end is not None and not found and documents != "lines":
-        raise ValueError(
-            f"`documents` is {plain(repr(documents), QUOTED)}, which is nowhere in the text: give 'files', 'lines', or the text that "
-            "ends each document."
-        )
+        nowhere = f"`documents` is {short(repr(documents))}, which is nowhere in the text"
+        raise ValueError(f"{nowhere}: give 'files', 'lines', or the text that ends each document.")
     return np.asarray(places)
 
 
@@ -319,10 +315,8 @@ def prompt(
     """
     check_codec(codec)
     if codec["unit"] != "bytes" and (unknown := sorted(set(text) - set(codec["vocabulary"][1:]))):
-        raise ValueError(
-            f"The prompt has {', '.join(map(repr, unknown[:5]))}, which the model's training text does not have: leave "
-            f"{'it' if len(unknown) == 1 else 'them'} out."
-        )
+        has, them = ", ".join(map(repr, unknown[:5])), "it" if len(unknown) == 1 else "them"
+        raise ValueError(f"The prompt has {has}, which the model's training text does not have: leave {them} out.")
     if not text:
         raise ValueError("The prompt is empty: give at least one character for the model to go on from.")
     if isinstance(length, bool) or not isinstance(length, int) or length < 0:
