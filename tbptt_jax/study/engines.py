@@ -2,7 +2,7 @@
 
 import concurrent.futures
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,19 +27,10 @@ class Job(NamedTuple):
     name: str
 
 
-class Engine(Protocol):
-    """Does jobs, and yields what came of each as it comes: ``(number of the job, Trained or the exception)``."""
-
-    def __call__(
-        self, jobs: Sequence[Job], plan: Callable[[dict[int, int]], None], report: Callable[[int, int, float], None]
-    ) -> Iterator[tuple[int, Trained | Exception]]:
-        """Does the jobs.
-
-        Args:
-          jobs: what to do.
-          plan: is given the bytes that a device needs for each job, once and before any training, where they are known.
-          report: is given ``(number, updates, loss)`` of a job on its way, where that is known.
-        """
+Plan = Callable[[dict[int, int]], None]  # given the bytes that a device needs for each job, once, before any training
+Report = Callable[[int, int, float], None]  # given (number, updates, loss) of a job on its way, where that is known
+Outcomes = Iterator[tuple[int, Trained | Exception]]  # of each job its number and what came of it, as it comes
+Engine = Callable[[Sequence[Job], Plan, Report], Outcomes]  # does jobs
 
 
 def local(devices: int | None = None) -> Engine:
@@ -52,9 +43,7 @@ def local(devices: int | None = None) -> Engine:
       devices: to use at most; default all.
     """
 
-    def run(
-        jobs: Sequence[Job], plan: Callable[[dict[int, int]], None], report: Callable[[int, int, float], None]
-    ) -> Iterator[tuple[int, Trained | Exception]]:
+    def run(jobs: Sequence[Job], plan: Plan, report: Report) -> Outcomes:
         programs: dict[Any, Program | Exception] = {}
         with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
             asked: dict[Any, Any] = {}
@@ -116,9 +105,7 @@ def ray(address: str | None = None, *, cpus: float = 1, gpus: float = 0, retries
     except ImportError as error:
         raise ValueError("Ray is not installed: pip install 'tbptt_jax[ray]', or leave the engine out.") from error
 
-    def run(
-        jobs: Sequence[Job], plan: Callable[[dict[int, int]], None], report: Callable[[int, int, float], None]
-    ) -> Iterator[tuple[int, Trained | Exception]]:
+    def run(jobs: Sequence[Job], plan: Plan, report: Report) -> Outcomes:
         if not cluster.is_initialized():
             cluster.init(address=address, log_to_driver=False, include_dashboard=False)
         plan({})

@@ -37,13 +37,9 @@ def watched(step: TrainStep) -> TrainStep:
 
 
 def not_finite(
-    step: TrainStep,
-    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None],
-    state: TrainState,
-    windows: tb.Window,
-    number: int,
-    loss: float,
-) -> str:
+    step: TrainStep, locate: Callable[[TrainState, tb.Window], tuple[int, int] | None], state: TrainState, windows: tb.Window,
+    number: int, loss: float,
+) -> str:  # fmt: skip
     """What of window ``number``, the only one of ``windows``, read from ``state``, is not finite, where, and what to do."""
     window = jax.tree.map(lambda x: x[0], windows)
     (new, _), fine = jax.jit(step.update)(state, window), jax.jit(all_finite)

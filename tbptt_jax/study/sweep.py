@@ -125,17 +125,9 @@ def sweep(
 
 
 def plan_of(
-    task: Task | Callable[..., Task],
-    windows: Sequence[int],
-    *,
-    carry: Sequence[str],
-    influences: Sequence[str],
-    learning_rates: Sequence[float],
-    seeds: int,
-    budget: str,
-    updates: int,
-    params: Mapping[str, Sequence[Any]],
-) -> Plan:
+    task: Task | Callable[..., Task], windows: Sequence[int], *, carry: Sequence[str], influences: Sequence[str],
+    learning_rates: Sequence[float], seeds: int, budget: str, updates: int, params: Mapping[str, Sequence[Any]],
+) -> Plan:  # fmt: skip
     """The sweep that is asked for.
 
     Raises:

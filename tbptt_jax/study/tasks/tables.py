@@ -1,10 +1,8 @@
 """Time series from tables: one or many in a file, their gaps filled, a test that goes on where training ended."""
 
-import functools
 import math
-import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -113,22 +111,6 @@ def read(
     return result
 
 
-def load(
-    files: dict[str, str], inputs: Sequence[str], targets: Sequence[str], warm_up: str | int = 0, **how: Any
-) -> dict[str, list[Series]]:
-    """:func:`read`, or :func:`generated` where no file is named, and :func:`warmed`; what was read last is kept."""
-    stamps = tuple(
-        (pathlib.Path(path).stat().st_mtime_ns, path) for path in files.values() if pathlib.Path(path).exists()
-    )
-    how["missing"] = tuple(how.get("missing", ()))
-    return _load(tuple(files.items()), tuple(inputs), tuple(targets), warm_up, tuple(how.items()), stamps)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(files: tuple, inputs: tuple, targets: tuple, warm_up: str | int, how: tuple, stamps: tuple) -> Any:
-    return warmed(read(dict(files), inputs, targets, **dict(how)) if files else generated(), warm_up)
-
-
 def _rows_of(table: Table, series: str | None) -> dict[str, np.ndarray]:
     """The rows of each series, by its name."""
     if series is None:
@@ -184,7 +166,7 @@ def filled(values: np.ndarray, fill: str | None, means: np.ndarray) -> np.ndarra
     return np.where(gaps, 0 if fill == "zero" else means, values)
 
 
-def mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+def mean_of(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     """Of the numbers that are there; NaN where none is."""
     with np.errstate(invalid="ignore"):
         return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
@@ -198,8 +180,8 @@ def scale_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.nanmin(values, 0), np.nanmax(values, 0)
     size = np.frexp(np.maximum(-low, high))[1]  # by a power of two nothing is rounded, and no square overflows
     values = np.ldexp(values, -size)
-    middle = mean(values, 0)
-    deviation = np.ldexp(np.sqrt(mean((values - middle) ** 2, 0)), size)
+    middle = mean_of(values, 0)
+    deviation = np.ldexp(np.sqrt(mean_of((values - middle) ** 2, 0)), size)
     still = (low == high) | (deviation == 0)
     return np.where(still, low, np.ldexp(middle, size)), np.where(still, 1, deviation)
 

@@ -165,12 +165,9 @@ def decode(ids: np.ndarray, codec: dict[str, Any]) -> str:
 
 
 def read(
-    files: Sequence[str],
-    documents: str | None = None,
-    unit: str = "characters",
-    held_out: float = 0.1,
+    files: Sequence[str], documents: str | None = None, unit: str = "characters", held_out: float = 0.1,
     vocabulary: Sequence[str] | None = None,
-) -> Corpus:
+) -> Corpus:  # fmt: skip
     """The documents of files as numbers; where there are several, it says how many.
 
     Args:
@@ -349,15 +346,8 @@ def _read(model: Recurrence, params: Any, carry: Any, ids: Any, length: Any) -> 
 
 @functools.partial(jax.jit, static_argnames=("model", "never"))
 def _write(
-    model: Recurrence,
-    never: int,
-    params: Any,
-    carry: Any,
-    logits: Any,
-    keys: jax.Array,
-    temperature: jax.Array,
-    like: Any,
-) -> jax.Array:
+    model: Recurrence, never: int, params: Any, carry: Any, logits: Any, keys: jax.Array, temperature: jax.Array, like: Any
+) -> jax.Array:  # fmt: skip
     """Symbols ``[time]``, one for each key; the first ``never`` of the vocabulary are not drawn."""
 
     def one_step(state: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
