@@ -24,11 +24,7 @@ def check_flags() -> None:
 
 
 def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
-    """The numbers of a list flag, each from 1 to ``at_most``.
-
-    Raises:
-      ValueError: if one is not.
-    """
+    """The numbers of a list flag; a ``ValueError`` unless each is from 1 to ``at_most``."""
     for value in values:
         if not re.fullmatch(r"\d{1,18}", value.strip()) or not 1 <= int(value) <= at_most:
             raise ValueError(

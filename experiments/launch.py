@@ -106,11 +106,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def train_seeds(train: Callable[[jax.Array], Any], seeds: int, lower: str) -> tuple[Any, float]:
-    """``train(key)`` of each seed, as one program over the devices that is looked at before it runs, and its seconds.
-
-    Raises:
-      ValueError: if it needs more than there is; ``lower`` names what to lower.
-    """
+    """``train(key)`` of each seed, as one program over the devices, and its seconds; a ``ValueError`` if it needs more than there is."""
     began, keys = time.perf_counter(), jax.random.split(jax.random.key(0), seeds)
     program = jax.jit(sharding.over_runs(train, mesh(runs=seeds))).lower(keys).compile()
     devices = len(jax.tree.leaves(program.output_shardings)[0].device_set)

@@ -25,8 +25,7 @@ flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bo
 def join_processes(lanes: int) -> None:
     """Joins the processes that the flags name, before JAX computes anything; none are named: this is the only one.
 
-    Raises:
-      ValueError: if the flags do not go together, the others are not found, or the lanes do not divide by all devices.
+    A ``ValueError`` if flags do not go together, the others are not found, or the lanes do not divide by all devices.
     """
     if FLAGS.coordinator is None and FLAGS.processes is FLAGS.process is None:
         return

@@ -64,11 +64,7 @@ def given(names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def chosen(**more: Any) -> Callable[..., study.Task]:
-    """What makes the task that the flags choose; ``more`` are arguments for those tasks that take them.
-
-    Raises:
-      ValueError: if there is none, or it does not take what was given.
-    """
+    """What makes the task that the flags choose; ``more`` are arguments for those tasks that take them."""
     if not FLAGS.task:
         raise ValueError("--task is missing: give a task's name, or a function of yours as path/to/file.py:function.")
     takes, arguments = inspect.signature(maker(FLAGS.task)).parameters, arguments_of(FLAGS.set)
@@ -84,11 +80,7 @@ def chosen(**more: Any) -> Callable[..., study.Task]:
 
 
 def arguments_of(given: list[str]) -> dict[str, Any]:
-    """The arguments that ``--set=name=value`` gives.
-
-    Raises:
-      ValueError: if one has no name, or is given twice.
-    """
+    """The arguments that ``--set=name=value`` gives; a ``ValueError`` if one has no name, or is given twice."""
     found: dict[str, Any] = {}
     for each in given:
         name, equals, value = each.partition("=")
@@ -99,11 +91,7 @@ def arguments_of(given: list[str]) -> dict[str, Any]:
 
 
 def swept(given: list[str]) -> dict[str, list[Any]]:
-    """The arguments and values that ``--param=name=value,value`` gives.
-
-    Raises:
-      ValueError: if one has no name or no values.
-    """
+    """The arguments and values that ``--param=name=value,value`` gives; a ``ValueError`` if one has no name or no values."""
     found: dict[str, list[Any]] = {}
     for each in given:
         name, _, values = each.partition("=")

@@ -16,15 +16,11 @@ CONFIG = "jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precisio
 
 
 class Job(NamedTuple):
-    """Attributes:
-    task: what is trained.
-    training: how.
-    name: for people.
-    """
+    """What is trained, and how."""
 
     task: Task
     training: Training
-    name: str
+    name: str  # for people
 
 
 Plan = Callable[[dict[int, int]], None]  # given the bytes that a device needs for each job, once, before any training

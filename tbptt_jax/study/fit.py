@@ -264,11 +264,7 @@ def _run(
 
 
 def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resume: bool) -> list[list[float]]:
-    """The stretches ``[first, last, rate]`` over which the rate falls, those of a run that is gone on with first.
-
-    Raises:
-      ValueError: if the run in the directory was made otherwise.
-    """
+    """The stretches ``[first, last, rate]`` over which the rate falls, those of a run that is gone on with first."""
     new: list[list[float]] = [[0, updates, rate if rate is not None else 0.0]]
     path = directory and directory / RECORD
     if not resume or path is None or not path.exists() or not (path.parent / "checkpoints").exists():

@@ -10,11 +10,7 @@ LARGEST = 2**31 - 1  # what counts and axes are numbered with has 32 bits
 
 
 def influence(name: str, windows: int, flag: str = "influences") -> tb.Influence:
-    """The influence that a flag names, for a stream of ``windows`` windows.
-
-    Raises:
-      ValueError: if it names none.
-    """
+    """The influence that a flag names, for a stream of ``windows`` windows; a ``ValueError`` if it names none."""
     kind, *settings = name.split(":")
     if kind in ("truncate", "rtrl", "uoro") and not settings:
         return {"truncate": tb.truncate, "rtrl": tb.rtrl, "uoro": tb.uoro}[kind]()

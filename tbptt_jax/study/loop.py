@@ -75,15 +75,11 @@ class Kept(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """Attributes:
-    measure: ``params -> {name: number}``, the figures on the validation data, the one that decides first.
-    higher: whether more of it is better.
-    patience: stop after so many looks without a better one. None: never.
-    """
+    """What looks at the validation data."""
 
-    measure: Callable[[Any], dict[str, float]]
-    higher: bool = False
-    patience: int | None = None
+    measure: Callable[[Any], dict[str, float]]  # of the parameters the figures, the one that decides first
+    higher: bool = False  # whether more of it is better
+    patience: int | None = None  # stop after so many looks without a better one
 
 
 def train(
@@ -106,9 +102,7 @@ def train(
     listeners: Sequence[Callable[[Event], None]] = (),
     profile: int | None = None,
 ) -> tuple[Kept, list[Call]]:
-    """Trains from the newest checkpoint on.
-
-    SIGTERM and SIGINT finish the call, save, and exit with status 128 + the signal; a second one exits at once.
+    """Trains from the newest checkpoint on, as :func:`tbptt_jax.study.fit` describes it.
 
     A window in which something is not finite stops the run: the state just before it is saved, and the error names the
     window, and the lane and step if an output or a loss of it is not finite. ``skip`` can go on from there.
@@ -118,26 +112,15 @@ def train(
       init: its state at update 0.
       windows: ``(first, last) -> [last - first, lanes, time, ...]``, the windows of these updates.
       locate: ``(state, window) -> (lane, step)`` of the first loss that is not finite, as ``guard.first_not_finite`` finds.
-      updates: how many in all.
-      per_call: how many in one compiled call, which is what is reported and saved by.
+      updates: how many in all, ``per_call`` in a compiled call, which is what is reported and saved by.
       every: save, and judge, at the end of each call in which a multiple of this falls, and at the end.
       directory: of the checkpoints. None: nothing is kept.
-      settings: what makes it this run, as JSON.
       resume: False: begin at update 0. The checkpoints found are kept, in ``<directory>.old``, until this run stops.
-      skip: a window in which something is not finite is left out, and counted, instead of stopping the run.
-      judge: looks at other data on the way.
       nonmonotone: averaging begins when a look is worse than the best but so many (see :mod:`tbptt_jax.study.averaging`).
       begun: called in the first process once nothing refuses the run any more, such as another one's checkpoints.
-      show: is given all calls after each, in the first process.
-      listeners: each is given every :class:`Event`, in the first process.
-      profile: the call in which this update falls is traced by ``jax.profiler``, into ``profile`` beside ``directory``.
 
     Returns:
       The state after the last update with the best parameters, and all calls, those before the interruptions too.
-
-    Raises:
-      ValueError: if the checkpoints are of another run, or the loss, the gradient or the carry of a window is not finite.
-      OSError: if a checkpoint could not be written.
     """
     state_of, one = jax.eval_shape(init), size(windows(0, 1))
     sizes = "--hidden, --layers, --lanes or --window, or the windows of a replay"

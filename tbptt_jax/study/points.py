@@ -16,19 +16,13 @@ MARK = "sweep.json"
 
 
 class Point(NamedTuple):
-    """Attributes:
-    budget: ``"data"`` or ``"updates"``, what is equal for all windows.
-    carry: ``"stateful"`` or ``"stateless"``.
-    influence: its name.
-    window: steps.
-    params: of the task's arguments, ``(name, value)`` of each that is swept.
-    """
+    """What is trained, and compared with the others of its budget."""
 
-    budget: str
-    carry: str
+    budget: str  # "data" or "updates", what is equal for all windows
+    carry: str  # "stateful" or "stateless"
     influence: str
     window: int
-    params: tuple[tuple[str, Any], ...] = ()
+    params: tuple[tuple[str, Any], ...] = ()  # of the task's arguments those that are swept
 
     @property
     def name(self) -> str:

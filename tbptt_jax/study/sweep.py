@@ -35,21 +35,13 @@ CARRIES, BUDGETS = ("stateful", "stateless"), ("data", "updates")
 
 
 class Plan(NamedTuple):
-    """A sweep as it was asked for, checked.
+    """A sweep as it was asked for, checked."""
 
-    Attributes:
-      tasks: of each choice of the arguments that are swept.
-      points: all of them.
-      updates: of each point.
-      steps: of an update, of each point.
-      settings: what makes it this sweep and no other, as JSON.
-    """
-
-    tasks: dict[tuple, Task]
+    tasks: dict[tuple, Task]  # of each choice of the arguments that are swept
     points: list[Point]
     updates: dict[Point, int]
-    steps: dict[Point, float]
-    settings: dict[str, Any]
+    steps: dict[Point, float]  # of an update
+    settings: dict[str, Any]  # what makes it this sweep and no other, as JSON
 
 
 def sweep(
@@ -128,11 +120,7 @@ def plan_of(
     task: Task | Callable[..., Task], windows: Sequence[int], *, carry: Sequence[str], influences: Sequence[str],
     learning_rates: Sequence[float], seeds: int, budget: str, updates: int, params: Mapping[str, Sequence[Any]],
 ) -> Plan:  # fmt: skip
-    """The sweep that is asked for.
-
-    Raises:
-      ValueError: if an argument is not as :func:`sweep` describes it.
-    """
+    """The sweep that is asked for; refuses what is not as :func:`sweep` describes it."""
     check_influences(list(influences))
     if not carry or set(carry) - set(CARRIES):
         raise ValueError(f"--carry has {short(','.join(carry) or 'nothing')}: give stateful, stateless or both.")

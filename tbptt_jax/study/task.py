@@ -152,11 +152,7 @@ def _paths_as_text(value: Any) -> Any:
 
 
 def maker(reference: str) -> Callable[..., Task]:
-    """The function that a reference names.
-
-    Raises:
-      ValueError: if there is none.
-    """
+    """The function that a reference names; a ``ValueError`` if there is none."""
     given, (place, colon, name) = short(reference), reference.rpartition(":")
     if not colon and reference in NAMES:
         place, name = f"tbptt_jax.study.tasks.{NAMES[reference]}", reference

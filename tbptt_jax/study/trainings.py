@@ -25,63 +25,37 @@ PLACES = 50  # of a learning curve
 
 
 class Training(NamedTuple):
-    """What is trained once: a window, its carry and influence, all seeds and learning rates, for so many updates.
-
-    Attributes:
-      window: steps.
-      carry: ``"stateful"`` or ``"stateless"``.
-      influence: its name.
-      updates: of each run.
-      rates: Adam's rates at the start.
-      seeds: runs of each rate.
-    """
+    """What is trained once: a window, its carry and influence, all seeds and learning rates, for so many updates."""
 
     window: int
-    carry: str
+    carry: str  # "stateful" or "stateless"
     influence: str
-    updates: int
-    rates: tuple[float, ...]
-    seeds: int
+    updates: int  # of each run
+    rates: tuple[float, ...]  # Adam's at the start
+    seeds: int  # runs of each rate
 
 
 class Trained(NamedTuple):
-    """What came of it.
+    """What came of it."""
 
-    Attributes:
-      losses: of each update, ``[runs, updates]``, the runs of a rate side by side.
-      weights: likewise, how much was scored.
-      scores: the loss and the first figure on the test data, ``[runs, 2]``.
-      params: of the first seed of each rate, ``[rates, ...]``.
-      seconds: that the training took.
-      compile_seconds: before it.
-      temp_bytes: what lies between the operations of the training.
-    """
-
-    losses: np.ndarray
-    weights: np.ndarray
-    scores: np.ndarray
-    params: Any
-    seconds: float
-    compile_seconds: float
-    temp_bytes: int
+    losses: np.ndarray  # of each update, [runs, updates], the runs of a rate side by side
+    weights: np.ndarray  # likewise, how much was scored
+    scores: np.ndarray  # the loss and the first figure on the test data, [runs, 2]
+    params: Any  # of the first seed of each rate, [rates, ...]
+    seconds: float  # that the training took
+    compile_seconds: float  # before it
+    temp_bytes: int  # what lies between the operations of the training
 
 
 class Program(NamedTuple):
-    """Attributes:
-    begin: ``() -> (states, data)`` of all runs.
-    advance: ``(states, data, carried, first, last, updates) -> (states, losses, weights)``, each ``[runs, …]``.
-    evaluate: ``(params, data, carried) -> scores [runs, 2]``, the loss and the metric.
-    bytes: what a device needs for either.
-    temp_bytes: what lies between the operations of the training.
-    seconds: that it took to compile.
-    """
+    """A training, compiled."""
 
-    begin: Callable
-    advance: Callable
-    evaluate: Callable
-    bytes: int
-    temp_bytes: int
-    seconds: float
+    begin: Callable  # () -> (states, data) of all runs
+    advance: Callable  # (states, data, carried, first, last, updates) -> (states, losses, weights), each [runs, …]
+    evaluate: Callable  # (params, data, carried) -> scores [runs, 2], the loss and the metric
+    bytes: int  # what a device needs for either
+    temp_bytes: int  # what lies between the operations of the training
+    seconds: float  # that it took to compile
 
 
 class Shape(NamedTuple):
@@ -107,10 +81,6 @@ def streams_of(task: Task, which: str, key: jax.Array) -> tb.Window:
     return tb.lanes(*data, lanes=lanes)
 
 
-def cut(task: Task, streams: tb.Window, window: int, lanes: int) -> tb.Window:
-    return task.cut(streams, window, min(lanes, len(jax.tree.leaves(streams.inputs)[0])))
-
-
 def is_shared(task: Task) -> bool:
     """Whether the data is the same for every seed."""
     return not is_drawn(task.train)
@@ -125,9 +95,8 @@ def shape_of(task: Task) -> Shape:
 def windows_of(task: Task, window: int) -> tuple[int, int]:
     """How many windows the training data is cut into, and how many steps it has."""
     shape = shape_of(task)
-    train = jax.eval_shape(
-        lambda key: cut(task, streams_of(task, "train", key), window, shape.lanes), jax.random.key(0)
-    )
+    cut = lambda key: task.cut(streams_of(task, "train", key), window, shape.lanes)  # noqa: E731
+    train = jax.eval_shape(cut, jax.random.key(0))
     return len(jax.tree.leaves(train.inputs)[0]), shape.rows * shape.steps
 
 
@@ -146,7 +115,7 @@ def compiled(task: Task, training: Training, mesh: Mesh) -> Callable[[], Program
     def data(seed: jax.Array | int) -> tuple[tb.Window, tb.Window]:
         keys = keys_of(seed)
         train, test = streams_of(task, "train", keys.train), streams_of(task, "test", keys.test)
-        return cut(task, train, window, shape.lanes), cut(task, test, window, len(jax.tree.leaves(test.inputs)[0]))
+        return task.cut(train, window, shape.lanes), task.cut(test, window, len(jax.tree.leaves(test.inputs)[0]))
 
     def train_step(rate: jax.Array, updates: jax.Array) -> Any:
         def falling(done: jax.Array) -> jax.Array:

@@ -23,10 +23,8 @@ _held: dict[pathlib.Path, tuple[Any, bool]] = {}  # the open lock file, and whet
 def workdir(path: str | pathlib.Path, flag: str = "workdir") -> pathlib.Path:
     """The directory to write into, made if it is missing, and this launch's alone until it ends.
 
-    Of several processes of one launch, the first holds it for all.
-
-    Raises:
-      ValueError: if it cannot be made or written to, or another launch is at work there.
+    Of several processes of one launch, the first holds it for all. A ``ValueError`` if it cannot be made or written to, or
+    another launch is at work there.
     """
     directory, given, refused = expanded(path, flag), f"--{flag}={short(path)}", ""
     if re.search("[\n\r\ud800-\udfff]", str(directory.absolute())):
@@ -49,11 +47,7 @@ def workdir(path: str | pathlib.Path, flag: str = "workdir") -> pathlib.Path:
 
 
 def expanded(path: str | pathlib.Path, flag: str = "workdir") -> pathlib.Path:
-    """The path that a flag names, ``~`` as the home directory.
-
-    Raises:
-      ValueError: if it names none.
-    """
+    """The path that a flag names, ``~`` as the home directory; a ``ValueError`` if it names none."""
     if not str(path):
         raise ValueError(f"--{flag} is empty: name a directory; . is the one you are in.")
     try:

@@ -62,13 +62,9 @@ def check_fits(what: str, needed: int, lower: str) -> None:
 
 
 def check_training(step: TrainStep, windows: Any, runs: int, lower: str) -> None:
-    """Raises a ``ValueError`` if the state of so many trainings side by side, with a gradient, does not fit.
+    """Raises a ``ValueError`` if the state of ``runs`` trainings side by side, with a gradient, does not fit.
 
-    Args:
-      step: the train step.
-      windows: of one training, ``[windows, lanes, time, ...]``, or their shapes.
-      runs: how many trainings.
-      lower: what to lower, as a sentence has it.
+    ``windows`` are of one training, ``[windows, lanes, time, ...]``, or their shapes.
     """
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), windows)
     state = jax.eval_shape(step.init, jax.random.key(0), first)

@@ -35,15 +35,11 @@ PART = 128  # symbols of a prompt that are read at a time, so that one program r
 
 
 class Corpus(NamedTuple):
-    """Attributes:
-    train: the documents to train on, symbols ``[time]`` each, int32, of bytes uint8.
-    held_out: those to judge by.
-    vocabulary: the characters by their numbers; of bytes None.
-    """
+    """Documents, symbols ``[time]`` each, int32, of bytes uint8."""
 
     train: list[np.ndarray]
     held_out: list[np.ndarray]
-    vocabulary: list[str] | None
+    vocabulary: list[str] | None  # the characters by their numbers; of bytes None
 
 
 def char_lm(
