@@ -18,6 +18,7 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -89,26 +90,18 @@ def main() -> None:
     engine = study.local(launch.DEVICES.value)
     if FLAGS.engine == "ray":
         engine = study.ray(FLAGS.ray_address, cpus=FLAGS.ray_cpus, gpus=FLAGS.ray_gpus)
+    command = shlex.join(["python", "-m", "experiments.truncation_sweep", *sys.argv[1:]])
+    names = "carry", "influences", "seeds", "budget", "updates", "workdir", "merge", "tensorboard"
+    asked: Any = {name: FLAGS[name].value for name in names}
     results = study.sweep(
         make,
         windows,
-        carry=FLAGS.carry,
-        influences=FLAGS.influences,
         learning_rates=learning_rates,
-        seeds=FLAGS.seeds,
-        budget=FLAGS.budget,
-        updates=FLAGS.updates,
         params=params,
-        workdir=FLAGS.workdir,
         engine=engine,
         share=part,
-        merge=FLAGS.merge,
-        tensorboard=FLAGS.tensorboard,
-        about_launch={
-            "command": shlex.join(["python", "-m", "experiments.truncation_sweep", *sys.argv[1:]]),
-            "git": git_revision(),
-            **launch.made_by(),
-        },
+        about_launch={"command": command, "git": git_revision(), **launch.made_by()},
+        **asked,
     )
     if "rows" in results:
         launch.write_flags(launch.expanded(FLAGS.workdir))

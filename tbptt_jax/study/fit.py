@@ -152,7 +152,7 @@ def fit(
     assert updates is not None
     first = jax.tree.map(lambda x: x[0], read.read(0, 1))
     lanes = len(jax.tree.leaves(first.inputs)[0])
-    begin_from = _params_of(start)
+    begin_from = None if start is None else (start if isinstance(start, Run) else load(start)).params
     identity = {
         "window": window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
         "data": checksum(data), "average": average and list(average), "start": None if begin_from is None else checksum(begin_from),
@@ -181,11 +181,9 @@ def fit(
         judge = None
         if task.valid is not None:
             valid = test_reader(task, task.valid, "valid", window, stateless, burn_in, seed)
+            higher = figures(task)[0].better == "higher"
             judge = Judge(
-                lambda params: measure(task, jax.device_get(params), valid),
-                figures(task)[0].better == "higher",
-                patience,
-                int(legs[-1][0]),
+                lambda params: measure(task, jax.device_get(params), valid), higher, patience, int(legs[-1][0])
             )
         source, arguments = task.source or (None, {})
         record = {
@@ -199,24 +197,13 @@ def fit(
 
         with quieted(quiet), progress(updates, "updates") as report:
             kept, calls = train(
-                step,
-                init,
-                windows,
+                step, init, windows,
                 lambda state, window: first_not_finite(task.model, task.loss, state.params, state.stream.carry, window),
-                updates=updates,
-                per_call=windows_per_call,
-                every=checkpoint_every,
-                directory=directory and directory / "checkpoints",
-                settings=identity,
-                resume=resume,
-                skip=not_finite == "skip",
-                judge=judge,
-                nonmonotone=average and average.nonmonotone,
-                begun=keep_record,
-                show=lambda calls: report(calls[-1].updates, (show or _shown)(calls)),
-                listeners=listeners,
-                profile=profile,
-            )
+                updates=updates, per_call=windows_per_call, every=checkpoint_every,
+                directory=directory and directory / "checkpoints", settings=identity, resume=resume,
+                skip=not_finite == "skip", judge=judge, nonmonotone=average and average.nonmonotone, begun=keep_record,
+                show=lambda calls: report(calls[-1].updates, (show or _shown)(calls)), listeners=listeners, profile=profile,
+            )  # fmt: skip
         if calls and calls[-1].updates < updates:
             record["ended"] = calls[-1].updates
             keep_record()
@@ -328,25 +315,11 @@ def _carry(task: Task, first: tb.Window) -> Any:
     return jax.eval_shape(initial, jax.random.key(0), first.inputs)
 
 
-def _params_of(start: "Run | str | pathlib.Path | None") -> Any:
-    if start is None or isinstance(start, Run):
-        return start and start.params
-    return load(start).params
-
-
 def _started(state: TrainState, step: TrainStep, params: Any, first: tb.Window) -> TrainState:
     """The state at update 0, begun from other parameters."""
-    then, now = (
-        {
-            jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
-            for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (params, state.params)
-    )
-    differ = [
-        f"{name} {then.get(name)}, here {now.get(name)}" for name in {**then, **now} if then.get(name) != now.get(name)
-    ]
-    if differ:
+    leaves = map(jax.tree_util.tree_leaves_with_path, (params, state.params))
+    then, now = ({jax.tree_util.keystr(at): f"{x.dtype}{list(x.shape)}" for at, x in each} for each in leaves)
+    if differ := [f"{at} {then.get(at)}, here {now.get(at)}" for at in then | now if then.get(at) != now.get(at)]:
         raise ValueError(
             f"The run to start from has other parameters: there {'; '.join(differ[:3])}. Give the model its sizes, text its vocabulary."
         )

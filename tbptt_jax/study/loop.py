@@ -84,25 +84,13 @@ class Judge(NamedTuple):
 
 
 def train(
-    step: TrainStep,
-    init: Callable[[], TrainState],
-    windows: Callable[[int, int], tb.Window],
-    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None],
-    *,
-    updates: int,
-    per_call: int,
-    every: int,
-    directory: pathlib.Path | None,
-    settings: dict[str, Any],
-    resume: bool = True,
-    skip: bool = False,
-    judge: Judge | None = None,
-    nonmonotone: int | None = None,
-    begun: Callable[[], None] = lambda: None,
-    show: Callable[[list[Call]], None] = lambda calls: None,
-    listeners: Sequence[Callable[[Event], None]] = (),
+    step: TrainStep, init: Callable[[], TrainState], windows: Callable[[int, int], tb.Window],
+    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None], *, updates: int, per_call: int, every: int,
+    directory: pathlib.Path | None, settings: dict[str, Any], resume: bool = True, skip: bool = False,
+    judge: Judge | None = None, nonmonotone: int | None = None, begun: Callable[[], None] = lambda: None,
+    show: Callable[[list[Call]], None] = lambda calls: None, listeners: Sequence[Callable[[Event], None]] = (),
     profile: int | None = None,
-) -> tuple[Kept, list[Call]]:
+) -> tuple[Kept, list[Call]]:  # fmt: skip
     """Trains from the newest checkpoint on, as :func:`tbptt_jax.study.fit` describes it.
 
     A window in which something is not finite stops the run: the state just before it is saved, and the error names the
@@ -126,9 +114,8 @@ def train(
     state_of, one = jax.eval_shape(init), size(windows(0, 1))
     sizes = "the model's size, `lanes` or `window`, or the windows of a replay"
     check_fits("The state of the training", size(state_of) + size(state_of.params), sizes)
-    check_fits(
-        f"The {min(per_call, updates)} windows of a call", 2 * one * min(per_call, updates), "`windows_per_call`"
-    )
+    count = min(per_call, updates)
+    check_fits(f"The {count} windows of a call", 2 * one * count, "`windows_per_call`")
     if not resume and directory is not None:
         _put_aside(directory)
     settings = {**settings, "updates in a call": per_call}
@@ -181,9 +168,8 @@ def train(
         try:
             saved = store.restore(like)
         except ValueError as error:
-            raise ValueError(
-                f"{error} (Another workdir is free for this run; resume=False, --noresume, begins afresh in this one.)"
-            ) from error
+            free = "Another workdir is free for this run; resume=False, --noresume, begins afresh in this one."
+            raise ValueError(f"{error} ({free})") from error
         calls = [Call(*c) for c in saved.data["calls"]] if saved else []
         done, (state, best) = (saved.update, saved.state) if saved else (0, begin())
         if saved:
@@ -195,12 +181,8 @@ def train(
         while done < updates and not stop and not _early(calls, judge):
             began, last = time.perf_counter(), end_of(done)
             cut = windows(done, last) if ahead is None else ahead
-            traced = profile is not None and directory is not None and done <= profile < last
-            with (
-                jax.profiler.trace(str(directory.parent / "profile"))
-                if traced and directory
-                else contextlib.nullcontext()
-            ):
+            traced = directory and profile is not None and done <= profile < last and directory.parent / "profile"
+            with jax.profiler.trace(str(traced)) if traced else contextlib.nullcontext():
                 state, metrics = tb.train_windows(step, state, cut)
                 ahead = windows(last, end_of(last)) if last < updates else None  # read while the device computes
                 seen = Watched(*map(np.asarray, metrics))  # waits for the call
@@ -215,7 +197,7 @@ def train(
                     break
                 if before < bad:
                     if good:
-                        part, of_part = _first((cut, seen), good)
+                        part, of_part = jax.tree.map(lambda x, n=good: x[:n], (cut, seen))
                         calls.append(call_of(part, of_part, state, bad, began))
                     store.save(bad, Kept(state, best), {"calls": calls})
                 wrong += f" The state before it is saved, as update {bad} in {directory}." if bad and directory else ""
@@ -289,10 +271,6 @@ def _put_aside(directory: pathlib.Path) -> None:
         shutil.rmtree(_old(directory), ignore_errors=True)
         directory.rename(_old(directory))
     meet("the old checkpoints are out of the way")
-
-
-def _first(tree: Any, number: int) -> Any:
-    return jax.tree.map(lambda x: x[:number], tree)
 
 
 def health_of(calls: list[Call]) -> dict[str, Any]:
