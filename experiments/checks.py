@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 
 from absl import flags
 
@@ -12,7 +11,7 @@ from tbptt_jax.study.process.writing import short
 
 def check_flags() -> None:
     """Raises a ``ValueError`` if a number is none that can be counted with, or a text is not UTF-8."""
-    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+    for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
         value, most = flag.value, 2**63 - 1 if flag.name == "seed" else LARGEST
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{flag.name}={value}: give a finite number.")

@@ -11,6 +11,6 @@ def program_of(name):
     yield module
     by_module = flags.FLAGS.flags_by_module_dict()
     for defined_in in (module.__name__, "experiments.tasks", "experiments.training"):
-        for flag in by_module.get(defined_in, []):
+        for flag in list(by_module.get(defined_in, [])):
             delattr(flags.FLAGS, flag.name)
     del sys.modules[module.__name__]
