@@ -81,6 +81,10 @@ def streams_of(task: Task, which: str, key: jax.Array) -> tb.Window:
     return tb.lanes(*data, lanes=lanes)
 
 
+def cut(task: Task, streams: tb.Window, window: int, lanes: int) -> tb.Window:
+    return task.cut(streams, window, min(lanes, len(jax.tree.leaves(streams.inputs)[0])))
+
+
 def is_shared(task: Task) -> bool:
     """Whether the data is the same for every seed."""
     return not is_drawn(task.train)
@@ -95,8 +99,9 @@ def shape_of(task: Task) -> Shape:
 def windows_of(task: Task, window: int) -> tuple[int, int]:
     """How many windows the training data is cut into, and how many steps it has."""
     shape = shape_of(task)
-    cut = lambda key: task.cut(streams_of(task, "train", key), window, shape.lanes)  # noqa: E731
-    train = jax.eval_shape(cut, jax.random.key(0))
+    train = jax.eval_shape(
+        lambda key: cut(task, streams_of(task, "train", key), window, shape.lanes), jax.random.key(0)
+    )
     return len(jax.tree.leaves(train.inputs)[0]), shape.rows * shape.steps
 
 
@@ -115,7 +120,7 @@ def compiled(task: Task, training: Training, mesh: Mesh) -> Callable[[], Program
     def data(seed: jax.Array | int) -> tuple[tb.Window, tb.Window]:
         keys = keys_of(seed)
         train, test = streams_of(task, "train", keys.train), streams_of(task, "test", keys.test)
-        return task.cut(train, window, shape.lanes), task.cut(test, window, len(jax.tree.leaves(test.inputs)[0]))
+        return cut(task, train, window, shape.lanes), cut(task, test, window, len(jax.tree.leaves(test.inputs)[0]))
 
     def train_step(rate: jax.Array, updates: jax.Array) -> Any:
         def falling(done: jax.Array) -> jax.Array:
