@@ -26,9 +26,7 @@ def positive_integers(flag: str, values: list[str], at_most: int) -> list[int]:
     """The numbers of a list flag; a ``ValueError`` unless each is from 1 to ``at_most``."""
     for value in values:
         if not re.fullmatch(r"\d{1,18}", value.strip()) or not 1 <= int(value) <= at_most:
-            raise ValueError(
-                f"--{flag} has {short(value)!r}: give whole numbers from 1 to {at_most}, as --{flag}=1,2,5."
-            )
+            raise ValueError(f"--{flag} has {short(value)!r}: give whole numbers from 1 to {at_most}, as {flag}=1,2,5.")
     if not values:
         raise ValueError(f"--{flag} is empty: give at least one number, such as --{flag}=1,2,5.")
     return sorted({int(value) for value in values})

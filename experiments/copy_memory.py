@@ -19,9 +19,8 @@ from tbptt_jax.tasks import copy_memory, copy_memory_floor
 from tbptt_jax.training import TrainStep
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list(
-    "influences", ["truncate", "replay:1", "replay:all", "replay:all:0.9", "rtrl", "uoro"], launch.INFLUENCES
-)
+INFLUENCES = "truncate", "replay:1", "replay:all", "replay:all:0.9", "rtrl", "uoro"
+flags.DEFINE_list("influences", INFLUENCES, launch.INFLUENCES)
 flags.DEFINE_integer("window", 4, "Steps of a window.", lower_bound=1)
 flags.DEFINE_integer("lag", 28, "Steps of silence.", lower_bound=1)
 flags.DEFINE_integer("symbols", 2, "How many symbols there are.", lower_bound=2)
@@ -92,9 +91,7 @@ def train(name: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], floor: float) -> Table:
-    title = (
-        f"Nats a recalled symbol on new sequences; without memory {floor:.4f}, with it 0; learned: below 0.9 of that"
-    )
+    title = f"Nats a recalled symbol on new sequences; without memory {floor:.4f}; learned: below 0.9 of that"
     told = []
     for row in rows:
         losses = np.asarray(row["loss"])

@@ -22,9 +22,8 @@ from tbptt_jax.study.bias import check_bias
 FLAGS = flags.FLAGS
 tasks.define("lag")
 flags.DEFINE_list("windows", ["1", "2", "5", "10", "20", "50"], "Window lengths to measure, in steps.")
-flags.DEFINE_list(
-    "influences", ["truncate", "replay:1", "replay:3", "replay:all:0.5", "rtrl", "uoro"], launch.INFLUENCES
-)
+INFLUENCES = "truncate", "replay:1", "replay:3", "replay:all:0.5", "rtrl", "uoro"
+flags.DEFINE_list("influences", INFLUENCES, launch.INFLUENCES)
 flags.DEFINE_integer("steps", 400, "Steps of the probe.", lower_bound=4)
 flags.DEFINE_integer("lags", 60, "The longest lag to trace.", lower_bound=2)
 flags.DEFINE_float("tolerance", 0.1, "The relative bias that the suggested window may have.", lower_bound=1e-6)
@@ -41,9 +40,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         error, spread = f"{row['relative_bias_standard_error']:.1e}", f"{row['relative_std']:.2e}"
         error, spread = (error, spread) if row["draws"] > 1 else ("", "")
-        told.append(
-            (row["influence"], str(row["window"]), f"{row['relative_bias']:.2e}", error, f"{row['cosine']:.5f}", spread)
-        )
+        bias, cosine = f"{row['relative_bias']:.2e}", f"{row['cosine']:.5f}"
+        told.append((row["influence"], str(row["window"]), bias, error, cosine, spread))
     heads = "influence", "window", "relative bias", "± of its mean", "cosine", "relative std"
     return launch.table("Against full BPTT", heads, told)
 
@@ -55,9 +53,8 @@ def picture(rows: list[dict[str, Any]], fading: horizon.Decay, choice: horizon.C
     for i, name in enumerate(dict.fromkeys(row["influence"] for row in rows)):
         mine = [row for row in rows if row["influence"] == name]
         x = [row["window"] for row in mine]
-        left.plot(
-            x, [max(floor, row["relative_bias"]) for row in mine], marker="os^vD<>p*"[i % 9], color=f"C{i}", label=name
-        )
+        look = {"marker": "os^vD<>p*"[i % 9], "color": f"C{i}", "label": name}
+        left.plot(x, [max(floor, row["relative_bias"]) for row in mine], **look)
         if mine[0]["draws"] > 1:
             left.plot(x, [max(floor, row["relative_std"]) for row in mine], ":", color=f"C{i}")
     left.set(xscale="log", yscale="log", xlabel="window, steps", ylabel="relative to full BPTT")

@@ -22,13 +22,10 @@ from tbptt_jax.tasks import influence_balancing, influence_balancing_model, infl
 from tbptt_jax.training import TrainStep
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list(
-    "runs", ["truncate@1", "truncate@10", "truncate@40", "uoro@1", "rtrl@1"], "INFLUENCE@WINDOW, in steps."
-)
+RUNS = "truncate@1", "truncate@10", "truncate@40", "uoro@1", "rtrl@1"
+flags.DEFINE_list("runs", RUNS, "INFLUENCE@WINDOW, in steps.")
 flags.DEFINE_integer("steps", 100_000, "Steps of the stream.", lower_bound=100)
-flags.DEFINE_float(
-    "learning_rate", 3e-5, "SGD's rate at first; it falls as 1/sqrt(1 + steps read / 1000).", lower_bound=0.0
-)
+flags.DEFINE_float("learning_rate", 3e-5, "SGD's at first; it falls as 1/sqrt(1 + steps read / 1000).", lower_bound=0.0)
 flags.DEFINE_integer("seeds", 5, "Runs of each random influence.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/influence_balancing", "Where results.json, figure.png and flags.txt go.")
 
@@ -40,9 +37,8 @@ def loss(s: jax.Array, window: tb.Window) -> jax.Array:
 def train_step(influence: str, window: int) -> TrainStep:
     past = launch.influence(influence, FLAGS.steps // window)
     estimate = tb.gradient(influence_balancing_model(), loss, influence=past)
-    return tb.train_step(
-        estimate, optax.sgd(lambda updates: FLAGS.learning_rate / jnp.sqrt(1 + updates * window / 1000))
-    )
+    rate = lambda updates: FLAGS.learning_rate / jnp.sqrt(1 + updates * window / 1000)  # noqa: E731
+    return tb.train_step(estimate, optax.sgd(rate))
 
 
 def check_sizes(influence: str, window: int) -> None:

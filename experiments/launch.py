@@ -49,9 +49,8 @@ def run(main: Callable[[], None]) -> None:
             return flags.FLAGS(argv)
         except flags.Error as error:
             said = re.sub(r"\S{81,}", lambda word: short(word[0]), str(error))
-            print(
-                f"FATAL Flags parsing error: {plain(said, keep=WHITE)}\nPass --help to see the flags.", file=sys.stderr
-            )
+            said = f"FATAL Flags parsing error: {plain(said, keep=WHITE)}"
+            print(f"{said}\nPass --help to see the flags.", file=sys.stderr)
             sys.exit(1)
 
     def guarded(argv: list[str]) -> None:
@@ -88,9 +87,8 @@ def run(main: Callable[[], None]) -> None:
     def stopped(number: int) -> None:
         if console.is_terminal:
             console.show_cursor()  # a bar that is alive hides it
-        print(
-            f"{name}: stopped by {signal.Signals(number).name}; the same command does what is missing.", file=sys.stderr
-        )
+        sent = signal.Signals(number).name
+        print(f"{name}: stopped by {sent}; the same command does what is missing.", file=sys.stderr)
         signals.leave(number)
 
     def all_of_it() -> None:

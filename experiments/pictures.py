@@ -38,9 +38,8 @@ def forecast(
         right = axes[f"end {name}"]
         right.plot(steps[end], observed[end, i], color="0.6", linewidth=2, label="observed")
         right.plot(steps[end], predicted[end, i], color="C0", linewidth=1, label="predicted")
-        right.set(
-            xlabel="its last rows" if long else "row of the test file", ylabel="" if long else label, xmargin=0.01
-        )
+        rows_of = "its last rows" if long else "row of the test file"
+        right.set(xlabel=rows_of, ylabel="" if long else label, xmargin=0.01)
         if long:
             left = axes[f"whole {name}"]
             for values, colour in ((observed[:, i], "0.6"), (predicted[:, i], "C0")):
@@ -76,15 +75,13 @@ def first_bit(rows: list[dict[str, Any]]) -> Figure:
     for name, window in (("stateful contiguous", 2), ("stateless contiguous", 2), ("stateless sliding", 10)):
         (row,) = (row for row in rows if (row["system"], row["window"]) == (name, window))
         starts = row["accuracy_by_start"]
-        left.plot(
-            list(starts), list(starts.values()), linestyle="none", label=f"{name}, windows of {window}", **looks[name]
-        )
+        label = f"{name}, windows of {window}"
+        left.plot(list(starts), list(starts.values()), linestyle="none", label=label, **looks[name])
     left.set_title("What happened? Only the window at 0 sees the bit")
     left.set(xlabel="where the window starts in its sequence", ylabel="test accuracy", xticks=range(0, 20, 2))
     for name, look in looks.items():
-        points = sorted(
-            (row["window"], row["test_accuracy"], row["exact_accuracy"]) for row in rows if row["system"] == name
-        )
+        mine = [row for row in rows if row["system"] == name]
+        points = sorted((row["window"], row["test_accuracy"], row["exact_accuracy"]) for row in mine)
         windows, accuracy, exact = zip(*points, strict=True)
         right.plot(windows, accuracy, label=name, **look)
         right.plot(windows, exact, "k+", markersize=12, label="exact" if name == "stateless sliding" else None)

@@ -30,9 +30,8 @@ def join_processes(lanes: int) -> None:
     if FLAGS.coordinator is None and FLAGS.processes is FLAGS.process is None:
         return
     automatic = FLAGS.coordinator == "auto" and FLAGS.processes is FLAGS.process is None
-    if not automatic and (
-        None in (FLAGS.coordinator, FLAGS.processes, FLAGS.process) or FLAGS.process >= FLAGS.processes
-    ):
+    all_three = None not in (FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    if not automatic and not (all_three and FLAGS.process < FLAGS.processes):
         raise ValueError(
             "Several processes need --coordinator=HOST:PORT, --processes=N and --process=I with I from 0 to N - 1, or "
             "--coordinator=auto alone."
@@ -52,9 +51,7 @@ def join_processes(lanes: int) -> None:
         names = ", ".join(
             f"--{flag.name}" for flag, differs in zip(sorted(own, key=lambda f: f.name), apart, strict=True) if differs
         )
-        raise ValueError(
-            f"The processes were launched with different flags: {names}. Give all the same, but --process."
-        )
+        raise ValueError(f"The processes have different flags: {names}. Give all of them the same, but --process.")
     if lanes % jax.device_count():
         raise ValueError(
             f"--lanes={lanes} cannot be spread over the {jax.device_count()} devices of {jax.process_count()} processes: "

@@ -27,16 +27,10 @@ from tbptt_jax import study
 
 FLAGS = flags.FLAGS
 tasks.define("first_bit")
-flags.DEFINE_multi_string(
-    "param", [], "name=value,value: an argument of the task to sweep as well; may be given again."
-)
+flags.DEFINE_multi_string("param", [], "name=value,value: an argument of the task to sweep, too; may be given again.")
 flags.DEFINE_list("windows", ["1", "2", "5", "10", "20"], "Window lengths, in steps.")
-flags.DEFINE_list(
-    "carry", ["stateful", "stateless"], "stateful: carried from window to window; stateless: each begins anew."
-)
-flags.DEFINE_list(
-    "influences", ["truncate"], f"{launch.INFLUENCES} Stateless windows have no past: there it is truncate."
-)
+flags.DEFINE_list("carry", ["stateful", "stateless"], "stateful: carried on; stateless: each window begins anew.")
+flags.DEFINE_list("influences", ["truncate"], f"{launch.INFLUENCES} Stateless windows: truncate.")
 flags.DEFINE_list("learning_rates", ["0.02"], "Adam's rates at the start; each falls to zero along a cosine.")
 flags.DEFINE_integer("seeds", 5, "Trainings of each point and learning rate, side by side.", lower_bound=1)
 flags.DEFINE_enum("budget", "both", ["data", "updates", "both"], "Equal data for all windows, or equal updates.")

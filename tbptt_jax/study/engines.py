@@ -49,9 +49,8 @@ def local(devices: int | None = None) -> Engine:
                     continue
                 runs = len(job.training.rates) * job.training.seeds
                 try:
-                    asked[place] = pool.submit(
-                        compiled(job.task, job.training, devices_mesh(runs=runs, devices=devices))
-                    )
+                    mesh = devices_mesh(runs=runs, devices=devices)
+                    asked[place] = pool.submit(compiled(job.task, job.training, mesh))
                 except Exception as error:  # as where a matrix of rtrl would be too large: the others go on
                     programs[place] = error
             for place, future in asked.items():

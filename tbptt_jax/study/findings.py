@@ -85,9 +85,8 @@ def recommend(rows: list[dict[str, Any]], metric: dict[str, str], blind: float |
     largest = mine.get(place._replace(window=longest))
     if largest and place.window < longest and largest["temp_bytes"]:
         sentence += f" It takes {row['temp_bytes'] / largest['temp_bytes']:.0%} of the memory of windows of {longest}."
-    others = [
-        r for p, r in mine.items() if (p.window, p.params) == (place.window, place.params) and p.carry != place.carry
-    ]
+    alike = [(p, r) for p, r in mine.items() if (p.window, p.params) == (place.window, place.params)]
+    others = [r for p, r in alike if p.carry != place.carry]
     if others:
         verb = "Without the carried state" if place.carry == "stateful" else "With the state carried"
         sentence += f" {verb} such windows reach {others[0]['final_metric']:.4g}."

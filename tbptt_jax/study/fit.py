@@ -182,9 +182,7 @@ def fit(
         if task.valid is not None:
             valid = test_reader(task, task.valid, "valid", window, stateless, burn_in, seed)
             higher = figures(task)[0].better == "higher"
-            judge = Judge(
-                lambda params: measure(task, jax.device_get(params), valid), higher, patience, int(legs[-1][0])
-            )
+            judge = Judge(lambda at: measure(task, jax.device_get(at), valid), higher, patience, int(legs[-1][0]))
         source, arguments = task.source or (None, {})
         record = {
             "task": source, "arguments": arguments, "codec": task.codec, "settings": identity, "legs": legs,

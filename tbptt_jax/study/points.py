@@ -77,9 +77,8 @@ def keep_failed(directory: pathlib.Path, point: Point, error: Exception) -> str:
     """Why a point failed, on disk until it is done."""
     why = f"{type(error).__name__}: {error}".splitlines()[0]
     if jax.process_index() == 0:
-        write_json(
-            directory / f"{point.name}.failed.json", {**point._asdict(), "params": dict(point.params), "error": why}
-        )
+        row = {**point._asdict(), "params": dict(point.params), "error": why}
+        write_json(directory / f"{point.name}.failed.json", row)
     return why
 
 
@@ -108,9 +107,8 @@ def check_same_sweep(directory: pathlib.Path, settings: dict[str, Any]) -> None:
 def found_in(kept: list[pathlib.Path], points: list[Point], ending: str) -> dict[Point, pathlib.Path]:
     """Those points of which one of the directories has the file."""
     places = {p: [d / "points" / f"{p.name}{ending}" for d in kept] for p in points}
-    return {
-        p: next(path for path in each if path.exists()) for p, each in places.items() if any(x.exists() for x in each)
-    }
+    there = {p: [path for path in each if path.exists()] for p, each in places.items()}
+    return {p: each[0] for p, each in there.items() if each}
 
 
 def write_events(directory: pathlib.Path, point: Point, rows: list[dict[str, Any]]) -> None:

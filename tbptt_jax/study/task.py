@@ -122,9 +122,7 @@ def task(reference: str, **arguments: Any) -> Task:
     missing = [name for name in missing if name not in arguments]
     if unknown or missing:
         wrong = f"has no argument {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
-        has = (
-            f"its arguments are {', '.join(parameters) or 'none'}, each given as --set=name=value, or by name in Python"
-        )
+        has = f"its arguments are {', '.join(parameters) or 'none'}, given as --set=name=value, or by name in Python"
         raise ValueError(f"{short(reference)} {short(wrong)}: {has}.")
     made = make(**arguments)
     if not isinstance(made, Task):

@@ -99,9 +99,8 @@ def shape_of(task: Task) -> Shape:
 def windows_of(task: Task, window: int) -> tuple[int, int]:
     """How many windows the training data is cut into, and how many steps it has."""
     shape = shape_of(task)
-    train = jax.eval_shape(
-        lambda key: cut(task, streams_of(task, "train", key), window, shape.lanes), jax.random.key(0)
-    )
+    key = jax.random.key(0)
+    train = jax.eval_shape(lambda key: cut(task, streams_of(task, "train", key), window, shape.lanes), key)
     return len(jax.tree.leaves(train.inputs)[0]), shape.rows * shape.steps
 
 
@@ -134,9 +133,8 @@ def compiled(task: Task, training: Training, mesh: Mesh) -> Callable[[], Program
 
         def one(shared: Any, seed: jax.Array) -> tuple:
             own = shared or data(seed)
-            state = train_step(jnp.float32(0), jnp.int32(1)).init(
-                keys_of(seed).init, jax.tree.map(lambda x: x[0], own[0])
-            )
+            first = jax.tree.map(lambda x: x[0], own[0])
+            state = train_step(jnp.float32(0), jnp.int32(1)).init(keys_of(seed).init, first)
             return state, None if shared_data else own
 
         states, own = jax.vmap(functools.partial(one, shared))(seeds)

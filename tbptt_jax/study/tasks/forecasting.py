@@ -218,9 +218,7 @@ def origins(layout: Layout, series: Series, count: int) -> np.ndarray:
     return np.unique(spread[spread <= last])
 
 
-def backtest(
-    layout: Layout, test: Sequence[Series], predictions: Sequence[Forecasts], count: int
-) -> list[dict[str, Any]]:
+def backtest(layout: Layout, test: Sequence[Series], predictions: Sequence[Forecasts], count: int) -> list[dict]:
     """The root mean square error over all steps ahead, from each of ``count`` origins spread over each series.
 
     Returns:
@@ -252,9 +250,7 @@ def check_test(layout: Layout, test: Sequence[Series], count: int | None = None)
 
 def shown(layout: Layout, test: Sequence[Series], predictions: Sequence[Forecasts]) -> tuple[np.ndarray, np.ndarray]:
     """What was observed, NaN past the end, and the nearest forecast ``[rows, targets]``, series after series."""
-    predicted = [
-        nearest(layout, series, forecast)[series.warm :] for series, forecast in zip(test, predictions, strict=True)
-    ]
+    predicted = [nearest(layout, s, f)[s.warm :] for s, f in zip(test, predictions, strict=True)]
     observed = [np.full_like(x, np.nan) for x in predicted]
     for series, x in zip(test, observed, strict=True):
         x[: len(series.rows) - series.warm] = series.targets[series.warm :]
@@ -300,9 +296,8 @@ def summary(results: dict[str, Any]) -> str:
     if not of:
         return "none of its targets is known, so none is scored"
     before = results["test_mse_of_the_row_before"]
-    others = f"{results['test_mse_of_the_mean']:.4g} for the mean" + (
-        f" and {before:.4g} for the row before" if before else ""
-    )
+    others = f"{results['test_mse_of_the_mean']:.4g} for the mean"
+    others += f" and {before:.4g} for the row before" if before else ""
     text = f"squared error {results['test_mse']:.4g}, standardised ({others}); root mean square error {of}"
     steps = [step for step in results["steps_ahead"] if any(step["rows"].values())]
     for step in steps if len(steps) < 2 else (steps[0], steps[-1]):
@@ -341,9 +336,8 @@ def table(
         predicted, ahead = nearest(layout, each, forecast), by_row(each, forecast)
         for r in range(each.warm, len(predicted)):
             inside = r < len(each.rows)
-            row: list[Any] = [
-                int(each.rows[r]) if inside else "" if series else int(each.rows[-1]) + 1 + r - len(each.rows)
-            ]
+            beyond = "" if series else int(each.rows[-1]) + 1 + r - len(each.rows)
+            row: list[Any] = [int(each.rows[r]) if inside else beyond]
             row += [each.name] if series is not None else []
             row += [each.times[r] if inside and each.times else ""] if time is not None else []
             for i in range(len(layout.targets)):

@@ -11,6 +11,7 @@ import optax
 import tbptt_jax as tb
 from tbptt_jax.study.process.machine import check_fits
 from tbptt_jax.study.task import Figure, Task
+from tbptt_jax.tasks import copy_memory_floor
 from tbptt_jax.tasks.first_bit import first_bit_floor, score_last
 
 
@@ -81,9 +82,7 @@ def copy_memory(
         name="copy_memory",
         about=f"A symbol is shown, and asked for again after {silence} steps of silence. A window without the past knows it only if "
         "it spans both.",
-        exact=lambda carried, window: (
-            0.0 if carried else tb.tasks.copy_memory_floor(window, silence, alphabet, 1).recalled
-        ),
+        exact=lambda carried, window: 0.0 if carried else copy_memory_floor(window, silence, alphabet, 1).recalled,
     )
 
 

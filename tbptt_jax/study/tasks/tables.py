@@ -69,9 +69,8 @@ def read(
     own_past = [name in targets for name in inputs]
     columns = list(dict.fromkeys([*inputs, *targets]))
     texts = [name for name in (series, time) if name is not None]
-    tables = {
-        name: read_table(path, columns, missing=missing, decimal=decimal, texts=texts) for name, path in files.items()
-    }
+    how: dict = {"missing": missing, "decimal": decimal, "texts": texts}
+    tables = {name: read_table(path, columns, **how) for name, path in files.items()}
     if scales is None:
         for column, numbers in zip(columns, ~np.isnan(tables["train"].values.T), strict=True):
             if not numbers.any():
@@ -213,11 +212,9 @@ def generated() -> dict[str, list[Series]]:
     return {name: [Series(x[:, :1], x[:, 1:], np.arange(len(x)))] for name, x in tables.items()}
 
 
-def columns(
-    data: Sequence[Series], names: Sequence[str] = ("pump", "level")
-) -> tuple[Sequence[str], list[list[float]]]:
+def columns(data: Sequence[Series]) -> tuple[Sequence[str], list[list[float]]]:
     """Header and rows of a table of what was :func:`generated`."""
-    return names, np.hstack([data[0].inputs, data[0].targets])[data[0].warm :].tolist()
+    return ("pump", "level"), np.hstack([data[0].inputs, data[0].targets])[data[0].warm :].tolist()
 
 
 def tanks(seed: int, steps: int) -> np.ndarray:
