@@ -19,7 +19,7 @@ from tbptt_jax.tasks import copy_memory, copy_memory_floor
 from tbptt_jax.training import TrainStep
 
 FLAGS = flags.FLAGS
-INFLUENCES = "truncate", "replay:1", "replay:all", "replay:all:0.9", "rtrl", "uoro"
+INFLUENCES = ["truncate", "replay:1", "replay:all", "replay:all:0.9", "rtrl", "uoro"]
 flags.DEFINE_list("influences", INFLUENCES, launch.INFLUENCES)
 flags.DEFINE_integer("window", 4, "Steps of a window.", lower_bound=1)
 flags.DEFINE_integer("lag", 28, "Steps of silence.", lower_bound=1)

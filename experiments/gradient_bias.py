@@ -22,7 +22,7 @@ from tbptt_jax.study.bias import check_bias
 FLAGS = flags.FLAGS
 tasks.define("lag")
 flags.DEFINE_list("windows", ["1", "2", "5", "10", "20", "50"], "Window lengths to measure, in steps.")
-INFLUENCES = "truncate", "replay:1", "replay:3", "replay:all:0.5", "rtrl", "uoro"
+INFLUENCES = ["truncate", "replay:1", "replay:3", "replay:all:0.5", "rtrl", "uoro"]
 flags.DEFINE_list("influences", INFLUENCES, launch.INFLUENCES)
 flags.DEFINE_integer("steps", 400, "Steps of the probe.", lower_bound=4)
 flags.DEFINE_integer("lags", 60, "The longest lag to trace.", lower_bound=2)

@@ -22,7 +22,7 @@ from tbptt_jax.tasks import influence_balancing, influence_balancing_model, infl
 from tbptt_jax.training import TrainStep
 
 FLAGS = flags.FLAGS
-RUNS = "truncate@1", "truncate@10", "truncate@40", "uoro@1", "rtrl@1"
+RUNS = ["truncate@1", "truncate@10", "truncate@40", "uoro@1", "rtrl@1"]
 flags.DEFINE_list("runs", RUNS, "INFLUENCE@WINDOW, in steps.")
 flags.DEFINE_integer("steps", 100_000, "Steps of the stream.", lower_bound=100)
 flags.DEFINE_float("learning_rate", 3e-5, "SGD's at first; it falls as 1/sqrt(1 + steps read / 1000).", lower_bound=0.0)
