@@ -37,7 +37,7 @@ flags.DEFINE_integer("season", None, "Rows of a season, for a seasonal naive for
 def check_flags() -> None:
     """Raises a ``ValueError`` if the flags do not go together."""
     if FLAGS.train is None:
-        given = list(tasks.given(tasks.FILES))
+        given = [name for name in tasks.FILES if FLAGS[name].value]
         if given:
             raise ValueError(f"--{given[0]} needs --train=FILE: give --train, --test and --targets, or none of them.")
     elif FLAGS.test is None or not FLAGS.targets:
@@ -93,7 +93,8 @@ def main() -> None:
     kind = f"{'stateless' if is_stateless() else 'stateful'}, windows of {FLAGS.window}"
     shown, title = forecasting.shown(layout, data["test"], predictions), f"LSTM of {FLAGS.hidden} units, {kind}"
     figure = pictures.forecast(layout.targets, *shown, curve, results["test_mse"], title)
-    results |= {name: FLAGS[name].value for name in ("window", "influence", "seed", "fill", "warm_up", "season")}
+    results |= {name: FLAGS[name].value for name in ("window", "influence", "seed", "fill", "season")}
+    results["warm_up"] = FLAGS.warm_up or "0"
     results |= {"stateless": is_stateless(), "valid_mse": min((x for *_, x in curve if x is not None), default=None)}
     results |= {**tables.counts(data), **training.told_of(run), "curve": curve}
     results["seconds"] += time.perf_counter() - began
