@@ -11,7 +11,7 @@ from absl import flags
 
 from tbptt_jax.study.process.console import say
 from tbptt_jax.study.process.lock import expanded
-from tbptt_jax.study.process.writing import whole, write_json
+from tbptt_jax.study.process.writing import whole, write_files, write_json
 
 FLAGS = flags.FLAGS
 
@@ -28,10 +28,9 @@ def made_by() -> dict[str, Any]:
 
 def write_flags(directory: pathlib.Path) -> None:
     """``flags.txt``, to launch it again with ``--flagfile``."""
-    if jax.process_index() == 0:
-        with whole(directory / "flags.txt") as path:
-            own = FLAGS.get_key_flags_for_module(sys.argv[0])
-            path.write_text("".join(f"{flag.serialize()}\n" for flag in own if flag.serialize()))
+    own = FLAGS.get_key_flags_for_module(sys.argv[0])
+    text = "".join(f"{flag.serialize()}\n" for flag in own if flag.serialize())
+    write_files(directory, {"flags.txt": text.encode()})
 
 
 def write_results(workdir: str | pathlib.Path, results: dict[str, Any], figure: Any = None, more: str = "") -> None:

@@ -190,7 +190,7 @@ def fit(
         }  # fmt: skip
 
         def keep_record() -> None:
-            if directory is not None and jax.process_index() == 0:
+            if directory is not None:
                 write_json(directory / RECORD, record)
 
         with quieted(quiet), progress(updates, "updates") as report:

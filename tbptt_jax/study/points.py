@@ -76,16 +76,14 @@ def keep(directory: pathlib.Path, point: Point, rows: list[dict], params: Any) -
 def keep_failed(directory: pathlib.Path, point: Point, error: Exception) -> str:
     """Why a point failed, on disk until it is done."""
     why = f"{type(error).__name__}: {error}".splitlines()[0]
-    if jax.process_index() == 0:
-        row = {**point._asdict(), "params": dict(point.params), "error": why}
-        write_json(directory / f"{point.name}.failed.json", row)
+    row = {**point._asdict(), "params": dict(point.params), "error": why}
+    write_json(directory / f"{point.name}.failed.json", row)
     return why
 
 
 def mark(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     """Says which sweep the directory holds."""
-    if jax.process_index() == 0:
-        write_json(directory / MARK, settings)
+    write_json(directory / MARK, settings)
 
 
 def check_same_sweep(directory: pathlib.Path, settings: dict[str, Any]) -> None:

@@ -297,8 +297,8 @@ def _finish(
         **about_launch,
     }
     results = finite(results)
+    write_json(directory / "results.json", results)
     if jax.process_index() == 0:
-        write_json(directory / "results.json", results)
         report(directory, json.loads((directory / "results.json").read_text()))
         for each, of_point in rows_at.items() if tensorboard else ():
             write_events(directory / "tensorboard", each, of_point)

@@ -73,9 +73,8 @@ def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(target: pathlib.Path, content: Any) -> None:
-    """Whole or not at all; what is not finite, as where a training diverged, is written as null."""
-    with whole(target) as path:
-        path.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+    """By the first of several processes, whole or not at all; what is not finite, as of a training that diverged, as null."""
+    write_files(target.parent, {target.name: (json.dumps(finite(content), indent=1, allow_nan=False) + "\n").encode()})
 
 
 def finite(x: Any) -> Any:
