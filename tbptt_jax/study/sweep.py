@@ -137,7 +137,9 @@ def plan_of(
         steps = shape_of(each).steps
         if not windows or max(windows) > steps:
             most = max(windows, default="nothing")
-            raise ValueError(f"--windows has {most}, and streams of {each.name} have {steps} steps: give 1 to {steps}.")
+            raise ValueError(
+                f"--windows has {most}; streams of {each.name} have {steps} steps: give from 1 to {steps}."
+            )
         check_sizes(each, len(learning_rates) * seeds, updates)
     budgets = BUDGETS if budget == "both" else (budget,)
     points = [
