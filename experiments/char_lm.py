@@ -81,7 +81,8 @@ def main() -> None:
         return f"{calls[-1].loss / math.log(2):.3f} bits per {one}, {speed(calls):,.0f} {one}s/s"
 
     run = training.fitted(task, updates=5000, start=before, show=shown)
-    (scores,) = study.evaluate(task, run.params, window=FLAGS.window, stateless=FLAGS.stateless).values()
+    how: Any = {name: FLAGS[name].value for name in ("window", "stateless", "burn_in")}
+    (scores,) = study.evaluate(task, run.params, **how).values()
     read_by = itertools.accumulate(round(call.weight) for call in run.calls)
     curve = [(read, call.loss / math.log(2)) for read, call in zip(read_by, run.calls, strict=True)]
     first = held_out_text(task)
