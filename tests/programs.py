@@ -10,6 +10,7 @@ def program_of(name):
     module = importlib.import_module(f"experiments.{name}")
     yield module
     by_module = flags.FLAGS.flags_by_module_dict()
-    for flag in [*by_module.get(module.__name__, []), *by_module.get("experiments.tasks", [])]:
-        delattr(flags.FLAGS, flag.name)
+    for defined_in in (module.__name__, "experiments.tasks", "experiments.training"):
+        for flag in list(by_module.get(defined_in, [])):
+            delattr(flags.FLAGS, flag.name)
     del sys.modules[module.__name__]

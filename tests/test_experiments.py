@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from programs import program_of
 
 from experiments import launch as shared
-from tbptt_jax.study import lock
+from tbptt_jax.study.process import lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -156,7 +156,7 @@ def test_asked_to_stop_it_saves_the_call_it_is_in_and_says_so(whole, sent):
 def test_a_second_signal_ends_it_at_once():
     program = (
         "import os, signal, time, hashlib\n"
-        "from tbptt_jax.study.process import stop_asked\n"
+        "from tbptt_jax.study.process.signals import stop_asked\n"
         "with stop_asked() as asked:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    while not asked(): time.sleep(0.001)\n"

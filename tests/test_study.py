@@ -17,7 +17,7 @@ import pytest
 
 import tbptt_jax as tb
 from tbptt_jax import study
-from tbptt_jax.study import lock
+from tbptt_jax.study.process import lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILE = """
