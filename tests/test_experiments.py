@@ -173,7 +173,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_computing(tmp_path):
 
 
 MORE_THAN_FITS = [
-    ("char_lm", "--hidden=1000000", "--hidden"),
+    ("char_lm", "--hidden=100000", "--hidden"),
     ("char_lm", "--windows_per_call=100000000 --updates=1000000000", "--windows_per_call"),
     ("forecast", "--influence=replay:1000000000", "replay"),
     ("first_bit", "--seeds=1000000000", "--seeds"),
