@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from tbptt_jax.arrays import check_array
-from tbptt_jax.cutting import split
+from tbptt_jax.cutting import slide, split
 from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, check_carry, unroll_window
 from tbptt_jax.window import LaidOut, Layout, Window, check, time_shape
@@ -72,7 +72,8 @@ def join(outputs: PyTree, like: Window) -> PyTree:
 
     - ``windows = split(whole, k)``, with ``lanes`` and ``drop_padding`` or without: ``like=whole`` gives ``[n, time, ...]``, a
       row for each of its rows.
-    - ``slid = slide(whole, k, stride)``, ``windows = split(slid, k)``: ``like=slid`` gives the same.
+    - ``slid = slide(whole, k, stride)``, ``windows = split(slid, k)``: ``like=slid`` gives the same, and so does
+      ``like=whole`` where the number of cuts tells the stride. Of ``split(slid, k, lanes=...)`` only ``like=slid`` is right.
     - ``windows = overlap(whole, k, burn_in)``: ``like=windows`` gives the same.
     - ``packed = pack(...)``, ``windows = split(packed, k)``: ``like=packed`` gives a list, one ``[length, ...]`` for each
       sequence, in the order of ``lengths``, whatever order a key has drawn.
@@ -162,6 +163,15 @@ def _cut_from(like: Window, shape: tuple[int, int, int]) -> np.ndarray:
     n, time = time_shape(like)
     resets, valid = (None if x is None else np.asarray(x) for x in (like.resets, like.valid))
     numbered = Window(np.arange(n * time).reshape(n, time), resets=resets, valid=valid)
+    if windows == 1 and lanes > n and lanes % n == 0 and length <= time and valid is None:
+        strides = [s for s in range(1, time - length + 1) if (time - length) // s + 1 == lanes // n]
+        if len(strides) > 1:
+            raise ValueError(
+                f"`outputs` has {lanes // n} cuts for each of {n} sequences, which strides from {strides[0]} to {strides[-1]} "
+                "make: give as `like` the window that `slide` returned, which knows its own."
+            )
+        if strides:
+            return _layout(slide(numbered, length, strides[0])).places  # type: ignore[union-attr]
     for drop_padding in (False, True) if lanes <= n and length <= time else ():
         cut = split(numbered, length, lanes=lanes, drop_padding=drop_padding)
         if len(cut.inputs) == windows:

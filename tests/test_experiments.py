@@ -78,7 +78,7 @@ def test_char_lm_reads_any_text_and_goes_on(tmp_path, text):
     told = results(more, tmp_path / "run")
     assert "Going on from update 60 of 80" in more.stdout and told["updates"] == 80
     less = launch("char_lm", tmp_path / "run", f"--text={text}", *small, "--learning_rate=0.001")
-    assert less.returncode == 2 and "To go on with it give more --updates than 80" in less.stderr
+    assert less.returncode == 2 and "To go on with it give more updates than 80" in less.stderr
 
 
 def test_char_lm_begins_from_another_run_with_its_vocabulary_on_documents_of_another_text(tmp_path, text):

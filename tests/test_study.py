@@ -139,6 +139,23 @@ def test_more_updates_go_on_bit_for_bit_where_the_optimiser_is_its_own(task, tmp
     assert half.updates == 20 and [c.loss for c in both.calls] == [c.loss for c in once.calls]
 
 
+def test_a_run_that_stopped_early_stays_so_and_goes_on_with_more_updates(task, tmp_path, capsys):
+    fit = {
+        "window": 5,
+        "learning_rate": 0.0,
+        "windows_per_call": 2,
+        "checkpoint_every": 2,
+        "patience": 2,
+        "quiet": True,
+    }
+    early = study.fit(task, updates=20, workdir=tmp_path, **fit)
+    same = study.fit(task, updates=20, workdir=tmp_path, **fit)
+    assert early.updates == same.updates == 6
+    more = study.fit(task, updates=30, workdir=tmp_path, **fit)
+    assert more.updates == 10 and study.fit(task, updates=30, workdir=tmp_path, **fit | {"patience": 9}).updates == 24
+    assert not capsys.readouterr().out
+
+
 def test_a_finished_run_goes_on_at_another_rate_and_is_begun_from(task, tmp_path):
     run = study.fit(task, window=5, updates=20, workdir=tmp_path / "run")
     with pytest.raises(ValueError, match=r"holds a run of 20 updates with the learning rate 0\.01"):

@@ -107,5 +107,5 @@ def check_bias(
         for name in influences:
             estimate = tb.gradient(task.model, task.loss, influence=named_influence(name, -(-steps // window)))
             step = tb.train_step(estimate, optax.sgd(0.0))
-            check_training(step, example, 1, f"--hidden, --lanes or the reach of {name}")
-    check_fits("The estimates", draws * size(params), "--draws or --hidden")
+            check_training(step, example, 1, f"the model's size, the lanes or the reach of {name}")
+    check_fits("The estimates", draws * size(params), "`draws` or the model's size")

@@ -19,6 +19,16 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
+def quieted(quiet: bool) -> Iterator[None]:
+    """Prints nothing, if so."""
+    before, console.quiet = console.quiet, quiet or console.quiet
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+@contextlib.contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
     """Shows ``report(done, text)``: a live bar on a terminal, elsewhere a plain line every few seconds."""
     if console.is_terminal:
@@ -35,6 +45,6 @@ def progress(total: int, unit: str) -> Iterator[Callable[[float, str], None]]:
         if time.monotonic() - last > 5 or done == total:
             last = time.monotonic()
             left = (last - began) * (total - done) / done if done else 0
-            print(f"{done:.4g} of {total} {unit}, {left:.0f} s left  {text}", flush=True)
+            say(f"{done:.4g} of {total} {unit}, {left:.0f} s left  {text}")
 
     yield report

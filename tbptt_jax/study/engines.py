@@ -79,8 +79,8 @@ def local(devices: int | None = None) -> Engine:
                 training = jobs[i].training
                 raise ValueError(
                     f"Windows of {training.window} with {training.influence} need {most / 1e9:,.1f} GB, and a device has "
-                    f"{limit / 1e9:,.1f} GB: leave them out of --windows or --influences, or choose fewer --seeds, --lanes or "
-                    "--hidden."
+                    f"{limit / 1e9:,.1f} GB: leave them out of `windows` or `influences`, or choose fewer `seeds`, `lanes` or "
+                    "a smaller model."
                 )
         for i, job in enumerate(jobs):
             program = programs[_program_of(job)]

@@ -16,7 +16,7 @@ from tbptt_jax.arrays import check_whole
 from tbptt_jax.checkpoint import newest
 from tbptt_jax.sharding import over_lanes, own_lanes, place
 from tbptt_jax.study import averaging
-from tbptt_jax.study.console import progress
+from tbptt_jax.study.console import progress, quieted
 from tbptt_jax.study.guard import first_not_finite
 from tbptt_jax.study.influences import influence as named_influence
 from tbptt_jax.study.lock import holding
@@ -84,10 +84,11 @@ def fit(
     settings: dict[str, Any] | None = None,
     devices: int | None = None,
     show: Callable[[list[Call]], str] | None = None,
+    quiet: bool = False,
 ) -> Run:
     """Trains a task; interrupted in any way, the same call goes on and ends with the same bits.
 
-    With more ``updates`` a run that is done is gone on with, from its last state, at another ``learning_rate`` if you like:
+    With more ``updates`` a run that is done, or has stopped early, is gone on with, from its last state, at another ``learning_rate`` if you like:
     the rate of those that are added falls along a cosine of their own. For other data, or to begin from the best
     parameters, ``start`` another run from it.
 
@@ -118,6 +119,7 @@ def fit(
       settings: whatever else makes it this run, such as your optimiser's settings, as JSON.
       devices: to spread the lanes over at most; default all that there are.
       show: ``calls -> text`` beside the progress; default the loss, and the validation's figure.
+      quiet: print nothing.
 
     Returns:
       The run.
@@ -155,7 +157,7 @@ def fit(
         "window": window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
         "data": checksum(data), "average": average and list(average), "start": None if begin_from is None else checksum(begin_from),
         **({"influence": influence} if isinstance(influence, str) else {}),
-        **({"checkpoint_every": checkpoint_every, "patience": patience} if needs_valid else {}),
+        **({"checkpoint_every": checkpoint_every} if needs_valid else {}),
         **(settings or {}),
     }  # fmt: skip
     with holding(workdir) as directory:
@@ -183,6 +185,7 @@ def fit(
                 lambda params: measure(task, jax.device_get(params), valid),
                 figures(task)[0].better == "higher",
                 patience,
+                int(legs[-1][0]),
             )
         source, arguments = task.source or (None, {})
         record = {
@@ -191,10 +194,10 @@ def fit(
         }  # fmt: skip
 
         def keep_record() -> None:
-            if directory is not None:
+            if directory is not None and jax.process_index() == 0:
                 write_json(directory / RECORD, record)
 
-        with progress(updates, "updates") as report:
+        with quieted(quiet), progress(updates, "updates") as report:
             kept, calls = train(
                 step,
                 init,
@@ -214,6 +217,9 @@ def fit(
                 listeners=listeners,
                 profile=profile,
             )
+        if calls and calls[-1].updates < updates:
+            record["ended"] = calls[-1].updates
+            keep_record()
     return _run(task, kept, calls, read.windows, directory, identity)
 
 
@@ -274,29 +280,34 @@ def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resu
     if not resume or path is None or not path.exists() or not (path.parent / "checkpoints").exists():
         return new
     try:
-        legs = json.loads(path.read_text())["legs"]
+        record = json.loads(path.read_text())
+        legs = record["legs"]
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{plain(str(path), QUOTED)} is broken, so the run there is not known: give another workdir."
         ) from error
-    _, last, before = legs[-1]
-    if [last, before] == new[0][1:] or rate is None:
-        return legs if rate is not None else new
+    first, last, before = legs[-1]
+    if [last, before] == new[0][1:]:
+        return legs
     made = max((int(p.name) for p in (path.parent / "checkpoints").iterdir() if p.name.isdecimal()), default=0)
-    if made == last and updates > last:
-        return [*legs, [last, updates, rate]]
+    ended = made == record.get("ended", last)
+    if ended and updates > made:
+        return [*legs, [made, updates, new[0][2]]]
     if made == 0:
         return new
+    if rate is None:
+        return [*legs[:-1], [first, updates, 0.0]]
     there = f"{plain(str(path.parent), QUOTED)} holds a run of {last} updates with the learning rate {before:g}"
-    if made < last:
+    asked = f"{updates} with {rate:g} were asked for"
+    if not ended:
         raise ValueError(
-            f"{there}, of which {made} are made, and {updates} with {rate:g} were asked for: give --updates={last} "
-            f"--learning_rate={before:g} to end it first, or begin afresh with --noresume or in another --workdir."
+            f"{there}, of which {made} are made, and {asked}: give updates={last} and learning_rate={before:g} to end it "
+            "first, or begin afresh with resume=False (--noresume) or in another workdir."
         )
     raise ValueError(
-        f"{there}, and {updates} with {rate:g} were asked for. To go on with it give more --updates than {last}, at any rate; "
-        f"to begin from what it has learned, --init_from={plain(str(path.parent), QUOTED)} and another --workdir; to begin "
-        "afresh, --noresume."
+        f"{there}, and {asked}. To go on with it give more updates than {made}, at any rate; to begin from what it has "
+        f"learned, start={plain(str(path.parent), QUOTED)} (--init_from) and another workdir; to begin afresh, resume=False "
+        "(--noresume)."
     )
 
 

@@ -61,7 +61,7 @@ def not_finite(
         lanes = len(jax.tree.leaves(window.inputs)[0]) // jax.process_count()
         where += f", which process {place[0] // lanes} reads"
     return (
-        f"{what}{where}: lower the learning rate, look at the data there, or go on with --not_finite=skip, which leaves such "
+        f"{what}{where}: lower the learning rate, look at the data there, or go on with not_finite=skip, which leaves such "
         "windows out."
     )
 

@@ -93,14 +93,12 @@ def take(directory: pathlib.Path) -> None:
     who = f"process {pid} on {host}" if host else "just started"
     if locked is False or (locked is None and host == here and _is_alive(pid)):
         file.close()
-        raise BlockingIOError(
-            f"another launch is at work there, {who}: wait for it, stop it, or give another --workdir."
-        )
+        raise BlockingIOError(f"another launch is at work there, {who}: wait for it, stop it, or give another workdir.")
     if host and host != here:
         file.close()
         raise BlockingIOError(
             f"another launch is at work there, {who}, or was killed: if it is gone, remove the file {NAME} in it and run this "
-            "again; else wait for it, or give another --workdir."
+            "again; else wait for it, or give another workdir."
         )
     file.truncate(0)
     file.write(f"{here} {os.getpid()}\n")

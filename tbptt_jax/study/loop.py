@@ -79,11 +79,13 @@ class Judge(NamedTuple):
     measure: ``params -> {name: number}``, the figures on the validation data, the one that decides first.
     higher: whether more of it is better.
     patience: stop after so many looks without a better one. None: never.
+    since: of the looks after this update.
     """
 
     measure: Callable[[Any], dict[str, float]]
     higher: bool = False
     patience: int | None = None
+    since: int = 0
 
 
 def train(
@@ -140,10 +142,10 @@ def train(
       OSError: if a checkpoint could not be written.
     """
     state_of, one = jax.eval_shape(init), size(windows(0, 1))
-    sizes = "--hidden, --layers, --lanes or --window, or the windows of a replay"
+    sizes = "the model's size, `lanes` or `window`, or the windows of a replay"
     check_fits("The state of the training", size(state_of) + size(state_of.params), sizes)
     check_fits(
-        f"The {min(per_call, updates)} windows of a call", 2 * one * min(per_call, updates), "--windows_per_call"
+        f"The {min(per_call, updates)} windows of a call", 2 * one * min(per_call, updates), "`windows_per_call`"
     )
     if not resume and directory is not None:
         _put_aside(directory)
@@ -198,7 +200,7 @@ def train(
             saved = store.restore(like)
         except ValueError as error:
             raise ValueError(
-                f"{error} (--workdir=DIRECTORY is another; --noresume begins afresh in this one.)"
+                f"{error} (Another workdir is free for this run; resume=False, --noresume, begins afresh in this one.)"
             ) from error
         calls = [Call(*c) for c in saved.data["calls"]] if saved else []
         done, (state, best) = (saved.update, saved.state) if saved else (0, begin())
@@ -262,7 +264,10 @@ def train(
         say(f"Stopped at update {done} of {updates}; the same command goes on.")
         sys.exit(128 + stop)
     if done < updates:
-        say(f"Stopped early at update {done}: the last {judge and judge.patience} looks were no better.")
+        say(
+            f"Stopped early at update {done}: the last {judge and judge.patience} looks were no better. More updates than "
+            f"{updates}, or more patience, go on."
+        )
     return Kept(state, best), calls
 
 
@@ -275,7 +280,8 @@ def _scores(calls: list[Call], judge: Judge) -> list[float]:
 def _early(calls: list[Call], judge: Judge | None) -> bool:
     if judge is None or judge.patience is None or not (scores := _scores(calls, judge)):
         return False
-    return len(scores) - 1 - scores.index(min(scores)) >= judge.patience
+    before = sum(call.updates <= judge.since for call in calls if call.valid)
+    return len(scores) - max(scores.index(min(scores)) + 1, before) >= judge.patience
 
 
 def _event(call: Call) -> Event:

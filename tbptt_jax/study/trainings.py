@@ -232,14 +232,14 @@ def compiled(task: Task, training: Training, mesh: Mesh) -> Callable[[], Program
 def check_sizes(task: Task, runs: int, updates: int) -> None:
     """Raises a ``ValueError`` if not even what must be there at once, of the smallest windows, fits."""
     recorded = 24 * runs * max(CALL, updates)  # losses and weights
-    check_fits("What is recorded of the training", recorded, "--seeds or --updates")
+    check_fits("What is recorded of the training", recorded, "`seeds` or `updates`")
     streams = jax.eval_shape(lambda key: streams_of(task, "train", key), jax.random.key(0))
-    check_fits("The data", size(streams) * (1 if is_shared(task) else runs), "--seeds or --lanes")
+    check_fits("The data", size(streams) * (1 if is_shared(task) else runs), "`seeds` or `lanes`")
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((1, min(task.lanes, x.shape[0]), 1, *x.shape[2:]), x.dtype), streams
     )
     step = tb.train_step(tb.gradient(task.model, task.loss), optax.adam(1.0))
-    check_training(step, like, runs, "--hidden, --lanes, --seeds or the number of --learning_rates")
+    check_training(step, like, runs, "the model's size, `lanes`, `seeds` or the number of `learning_rates`")
 
 
 def windows_anew(windows: tb.Window, carried: jax.Array) -> tb.Window:
