@@ -173,8 +173,8 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_computing(tmp_path):
 
 
 MORE_THAN_FITS = [
-    ("char_lm", "--hidden=100000", "--hidden"),
-    ("char_lm", "--windows_per_call=100000000 --updates=1000000000", "--windows_per_call"),
+    ("char_lm", "--hidden=100000", "the model's size"),
+    ("char_lm", "--windows_per_call=100000000 --updates=1000000000", "windows_per_call"),
     ("forecast", "--influence=replay:1000000000", "replay"),
     ("first_bit", "--seeds=1000000000", "--seeds"),
     ("first_bit", "--hidden=1000000", "--hidden"),
@@ -185,16 +185,16 @@ MORE_THAN_FITS = [
     ("lag", "--hidden=1000000", "--hidden"),
     ("influence_balancing", "--steps=2000000000", "--steps"),
     ("influence_balancing", "--runs=replay:1000000000@10", "reach of replay"),
-    ("gradient_bias", "--draws=1000000000", "--draws"),
-    ("gradient_bias", "--hidden=1000000", "--hidden"),
-    ("truncation_sweep", "--seeds=1000000000", "--seeds"),
-    ("truncation_sweep", "--hidden=1000000", "--hidden"),
+    ("gradient_bias", "--draws=1000000000", "draws"),
+    ("gradient_bias", "--hidden=1000000", "model's size"),
+    ("truncation_sweep", "--seeds=1000000000", "seeds"),
+    ("truncation_sweep", "--hidden=1000000", "model's size"),
     ("truncation_sweep", "--task=copy_memory --lanes=10000000", "--lanes"),
 ]
 
 
 @pytest.mark.parametrize("program", sorted({name for name, *_ in MORE_THAN_FITS}), indirect=True)
-def test_what_does_not_fit_is_refused_before_it_is_allocated_with_the_flags_to_lower(program, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_refused_before_it_is_allocated_with_what_to_lower(program, tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "memory", lambda: 16 * 10**9)
     monkeypatch.setattr(sys, "argv", [program.__name__])
     for given, lower in (case[1:] for case in MORE_THAN_FITS if program.__name__ == f"experiments.{case[0]}"):
