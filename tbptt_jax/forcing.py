@@ -72,7 +72,7 @@ def scheduled_sampling(
       checkpoint: see :func:`tbptt_jax.from_step`; that of ``model`` has one step to work on.
 
     Raises:
-      ValueError: now, if ``model`` is none or ``probability`` is not from 0 to 1; from ``init`` and ``unroll``, before any compute,
+      ValueError: now, if ``model`` is none, or ``probability`` or ``draw`` is not as described; from ``init`` and ``unroll``, before any compute,
         if the outputs are not like ``like``, or ``feed`` makes other inputs than it was given; and what the model raises.
 
     Reference: Bengio et al. 2015, *Scheduled sampling for sequence prediction with recurrent neural networks*, section 2.4.
@@ -83,6 +83,8 @@ def scheduled_sampling(
         )
     if not callable(probability) and not (isinstance(probability, int | float) and 0 <= probability <= 1):
         raise ValueError(f"`probability` is {quoted(probability)}; it needs to be a number from 0 to 1, or a function.")
+    if draw not in ("window", "step"):
+        raise ValueError(f"`draw` is {draw!r}; it needs to be 'window' or 'step': how often what is random is drawn.")
 
     def initial_carry(params: PyTree, lanes: int) -> ForcingCarry:
         said = jax.tree.map(lambda x: jnp.zeros((lanes, *jnp.shape(x)), jnp.result_type(x)), like)
