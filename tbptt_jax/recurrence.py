@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tbptt_jax.arrays import PyTree, check_whole, where_lanes
+from tbptt_jax.begin import Begun, first_steps, starts_of
 from tbptt_jax.noise import Keys, check_key, fold_in, of_part, step_keys, takes_key
 from tbptt_jax.step_by_step import check_step_by_step
 from tbptt_jax.window import Window, time_shape
@@ -53,6 +54,7 @@ def from_step(
     *,
     encoder: Callable[..., PyTree] | None = None,
     readout: Callable[..., PyTree] | None = None,
+    begin: Callable[[PyTree, PyTree], PyTree] | None = None,
     draw: Draw = "window",
     checkpoint: Segment = None,
 ) -> Recurrence:
@@ -67,6 +69,9 @@ def from_step(
       encoder: ``(params, inputs [lanes, time, ...]) -> x [lanes, time, ...]``: what has no state and comes before the
         step is done for all steps at once.
       readout: ``(params, y [lanes, time, ...]) -> outputs [lanes, time, ...]``, likewise after it.
+      begin: ``(params, x [lanes, ...]) -> carry``: what a lane begins from, of the inputs of its first valid step, such as the
+        features of a sequence that do not change; the carry then also knows which lanes have not begun. None: from
+        ``initial_carry``, which else only says the carry's shapes.
       draw: ``"window"``: the keys are those of the window, the same at each step, so that a mask is drawn once a window and
         held (Gal & Ghahramani 2016). ``"step"``: each step has its own, and encoder and readout are given ``[lanes, time]``.
       checkpoint: keep only the carry at every so many steps for the backward pass and compute the rest again: the
@@ -82,25 +87,27 @@ def from_step(
 
     call = takes_key(step)
 
-    def scan(params: PyTree, carry: PyTree, x: PyTree, *masks: jax.Array | None, keys: Keys) -> tuple[PyTree, PyTree]:
-        start = initial_carry(params, jax.tree.leaves(x)[0].shape[0])
+    def scan(
+        params: PyTree, carry: PyTree, x: PyTree, *masks: jax.Array | None, starts: PyTree, keys: Keys
+    ) -> tuple[PyTree, PyTree]:
+        always = initial_carry(params, jax.tree.leaves(x)[0].shape[0])
 
         def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, PyTree]:
-            x, reset, is_valid, edge, key = at_t
+            x, reset, is_valid, edge, start, key = at_t
             if edge is not None:
                 carry = scale_cotangent(edge, carry)
             if reset is not None:
-                carry = where_lanes(reset, start, carry)
+                carry = where_lanes(reset, always if start is None else start, carry)
             key = keys.window if draw == "window" else key
             new, y = step(params, carry, x, key=key) if call else step(params, carry, x)
             new = _as_given(new, carry)
             return (new if is_valid is None else where_lanes(is_valid, new, carry)), y
 
         each = keys.step if call and draw == "step" else None
-        carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, *masks, each)))
+        carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, *masks, starts, each)))
         return carry, jax.tree.map(_swap, y)
 
-    return recurrence(init, initial_carry, scan, encoder, readout, checkpoint, draw)
+    return recurrence(init, initial_carry, scan, encoder, readout, checkpoint, draw, begin)
 
 
 def recurrence(
@@ -111,11 +118,13 @@ def recurrence(
     readout: Callable[[PyTree, PyTree], PyTree] | None,
     checkpoint: Segment,
     draw: Draw = "window",
+    begin: Callable[[PyTree, PyTree], PyTree] | None = None,
 ) -> Recurrence:
     """``encoder`` → ``scan`` → ``readout``, over a whole window at a time or in segments of it.
 
-    ``scan`` is ``(params, carry, x, resets, valid, edges, keys=Keys) -> (carry, y)``, x and y ``[lanes, time, ...]``; the others
-    are as for :func:`from_step`.
+    ``scan`` is ``(params, carry, x, resets, valid, edges, starts=, keys=Keys) -> (carry, y)``, x and y ``[lanes, time, ...]``;
+    starts, a carry ``[lanes, time, ...]``, is what a reset at a step returns to, None: the initial carry. The others are as for
+    :func:`from_step`.
 
     Raises:
       ValueError: if ``draw`` is neither.
@@ -139,7 +148,7 @@ def recurrence(
         key: jax.Array | None = None,
     ) -> tuple[PyTree, PyTree]:
         lanes, time = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
-        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
+        check_carry(carry, jax.eval_shape(lambda p: first_carry(p, lanes), params), lanes)
         check_key(key, lanes)
         inputs, edges = jax.tree.map(jnp.asarray, (inputs, edges))
         resets, valid = jax.tree.map(lambda x: jnp.asarray(x, bool), (resets, valid))
@@ -147,11 +156,16 @@ def recurrence(
 
         def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
             x, *masks, each = per_step
-            keys = Keys(key, each)
+            keys, starts, fresh = Keys(key, each), None, None
             if (valid := masks[1]) is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
                 x = where_lanes(valid, x, jax.tree.map(jnp.zeros_like, x))
+            if begin is not None:
+                carry, fresh = carry
+                masks[0], fresh = first_steps(fresh, masks[0], valid, jax.tree.leaves(x)[0].shape[1])
+                starts = starts_of(functools.partial(begin, params), x, masks[0], carry)
             x = x if encoder is None else with_key(encoder, params, x, of_part(keys, 0))
-            carry, y = scan(params, carry, x, *masks, keys=of_part(keys, 1))
+            carry, y = scan(params, carry, x, *masks, starts=starts, keys=of_part(keys, 1))
+            carry = carry if fresh is None else Begun(carry, fresh)
             return carry, (y if readout is None else with_key(readout, params, y, of_part(keys, 2)))
 
         return in_segments(segment, carry, (inputs, resets, valid, edges, each), time, checkpoint)
@@ -165,7 +179,9 @@ def recurrence(
         if readout is not None:
             lanes, _ = time_shape(Window(inputs))
             carry = jax.eval_shape(lambda p: initial_carry(p, lanes), params)
-            y = jax.eval_shape(lambda p, c, x: scan(p, c, x, None, None, None, keys=Keys())[1], params, carry, x)
+            y = jax.eval_shape(
+                lambda p, c, x: scan(p, c, x, None, None, None, starts=None, keys=Keys())[1], params, carry, x
+            )
             check_step_by_step("readout", readout, params, y)
 
     def checked_init(key: jax.Array, inputs: PyTree) -> PyTree:
@@ -175,7 +191,11 @@ def recurrence(
             check_modules(tree, tuple((jnp.shape(x), x.dtype) for x in leaves))
         return params
 
-    return Recurrence(checked_init, initial_carry, unroll)
+    def first_carry(params: PyTree, lanes: int) -> PyTree:
+        carry = initial_carry(params, lanes)
+        return carry if begin is None else Begun(carry, jnp.ones(lanes, bool))
+
+    return Recurrence(checked_init, initial_carry if begin is None else first_carry, unroll)
 
 
 def stack(*layers: Recurrence) -> Recurrence:
