@@ -39,7 +39,8 @@ def lane_keys(key: jax.Array, lanes: int) -> jax.Array:
     numbers = jnp.arange(lanes)
     with contextlib.suppress(NameError):  # not spread over devices
         numbers += jax.lax.axis_index(LANE) * lanes
-    words = jax.random.key_data(typed(key))
+    key = jax.random.fold_in(typed(key), WINDOW)  # the words of keys from small seeds are close to each other
+    words = jax.random.key_data(key)
     return _of_words(jnp.broadcast_to(words, (lanes, *words.shape)), words[-1] + numbers.astype(words.dtype), key)
 
 
@@ -87,7 +88,7 @@ def of_part(keys: Keys, number: int) -> Keys:
 
 def window_keys(unroll: Callable, key: jax.Array, lanes: int) -> jax.Array | None:
     """The keys ``[lanes]`` of a window that is trained on, from its stream's key; None for an ``unroll`` that takes none."""
-    return lane_keys(jax.random.fold_in(key, WINDOW), lanes) if takes_key(unroll) else None
+    return lane_keys(key, lanes) if takes_key(unroll) else None
 
 
 def takes_key(f: Callable) -> bool:
