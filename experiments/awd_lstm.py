@@ -12,11 +12,11 @@ from typing import Any
 
 import optax
 from absl import flags
-from rich.table import Table
 
 import tbptt_jax as tb
 from experiments import launch, tasks
 from tbptt_jax import study
+from tbptt_jax.study.process.writing import write_json
 
 PARTS: dict[str, dict[str, Any]] = {
     "embedding dropout": {"embedding_dropout": 0.0},
@@ -30,7 +30,12 @@ PARTS: dict[str, dict[str, Any]] = {
 }  # and what leaves each out
 RECIPE = "clip", "nonmonotone"
 PLAIN = {k: v for name, part in PARTS.items() if name != "clipping" for k, v in part.items()}
-SYSTEMS = {"full": {}, **{f"without {name}": part for name, part in PARTS.items()}, "plain": PLAIN}
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "full": {},
+    **{f"without {name}": part for name, part in PARTS.items()},
+    "plain": PLAIN,
+}
+HEADS = "system", "validation", "test", "of each seed", "updates", "seconds"
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("text", None, "A file. None: the reference manual that ships inside Python.")
@@ -87,32 +92,30 @@ def trained(name: str, seed: int) -> dict[str, Any]:
             "curve": [(call.updates, call.loss, call.valid and call.valid[figure]) for call in run.calls]}  # fmt: skip
 
 
-def table(rows: dict[str, list[dict[str, Any]]]) -> Table:
-    """A system a row: held-out bits, their mean and each seed's."""
-    made = Table("system", "validation", "test", "of each seed", "updates", "seconds", title="bits, lower is better")
+def told(rows: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """A system a row: bits of validation and test, in the mean and of each seed, updates and seconds."""
+    found = []
     for name, runs in rows.items():
         mean = {key: statistics.fmean(run[key] for run in runs) for key in ("valid", "test", "updates", "seconds")}
-        each = " ".join(f"{run['test']:.3f}" for run in runs)
-        made.add_row(name, f"{mean['valid']:.3f}", f"{mean['test']:.3f}", each,
-                     f"{mean['updates']:.0f}", f"{mean['seconds']:.0f}")  # fmt: skip
-    return made
+        each = ", ".join(f"{run['test']:.3f}" for run in runs)
+        bits = [f"{mean[part]:.3f}" for part in ("valid", "test")]
+        found.append([name, *bits, each, f"{mean['updates']:.0f}", f"{mean['seconds']:.0f}"])
+    return found
 
 
 def main() -> None:
     unknown = [name for name in FLAGS.systems if name not in SYSTEMS]
     if unknown or not FLAGS.systems:
-        raise ValueError(
-            f"--systems has {launch.plain(''.join(unknown[:1]), launch.QUOTED)!r}: give any of {', '.join(SYSTEMS)}."
-        )
-    rows: dict[str, list[dict[str, Any]]] = {}
+        raise ValueError(f"--systems has {launch.short(''.join(unknown[:1]))!r}: give any of {', '.join(SYSTEMS)}.")
+    directory, rows = launch.expanded(FLAGS.workdir), dict[str, list[dict[str, Any]]]()
     order = [(name, seed) for seed in range(FLAGS.seeds) for name in FLAGS.systems]
     with launch.progress(len(order), "trainings") as report:
         for done, (name, seed) in enumerate(order, 1):
             rows.setdefault(name, []).append(trained(name, seed))
             report(done, f"{name}, seed {seed}: {rows[name][-1]['test']:.3f}")
-            launch.write_json(launch.expanded(FLAGS.workdir) / "so_far.json", rows)
-    launch.console.print(table(rows))
-    launch.write_results(launch.expanded(FLAGS.workdir), {"rows": rows})
+            write_json(directory / "results.json", {"rows": rows})
+    launch.console.print(launch.table("Bits, lower is better", HEADS, told(rows)))
+    launch.write_results(directory, {"rows": rows})
 
 
 if __name__ == "__main__":

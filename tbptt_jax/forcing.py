@@ -72,7 +72,7 @@ def scheduled_sampling(
       checkpoint: see :func:`tbptt_jax.from_step`; that of ``model`` has one step to work on.
 
     Raises:
-      ValueError: now, if ``model`` is none or ``probability`` is not from 0 to 1; from ``init`` and ``unroll``, before any compute,
+      ValueError: now, if ``model`` is none, or ``probability`` or ``draw`` is not as described; from ``init`` and ``unroll``, before any compute,
         if the outputs are not like ``like``, or ``feed`` makes other inputs than it was given; and what the model raises.
 
     Reference: Bengio et al. 2015, *Scheduled sampling for sequence prediction with recurrent neural networks*, section 2.4.
@@ -83,6 +83,8 @@ def scheduled_sampling(
         )
     if not callable(probability) and not (isinstance(probability, int | float) and 0 <= probability <= 1):
         raise ValueError(f"`probability` is {quoted(probability)}; it needs to be a number from 0 to 1, or a function.")
+    if draw not in ("window", "step"):
+        raise ValueError(f"`draw` is {draw!r}; it needs to be 'window' or 'step': how often what is random is drawn.")
 
     def initial_carry(params: PyTree, lanes: int) -> ForcingCarry:
         said = jax.tree.map(lambda x: jnp.zeros((lanes, *jnp.shape(x)), jnp.result_type(x)), like)
@@ -107,7 +109,7 @@ def scheduled_sampling(
             of_model = fold_in(of_model, number) if draw == "step" else of_model
         if own is not False:
             fed = feed(inputs, carry.outputs, drawn)
-            _check("`feed` makes", fed, "the inputs that it was given", inputs)
+            _check("`feed` makes inputs", fed, inputs, "those it was given")
             fed = jax.tree.map(lambda new, given: jnp.asarray(new, given.dtype), fed, inputs)
             inputs = where_lanes(own & carry.begun, fed, inputs)
         one_step = Window(jax.tree.map(lambda x: x[:, None], inputs))
@@ -115,7 +117,12 @@ def scheduled_sampling(
             model, params, carry.model, one_step, of_model if takes_key(model.unroll) else None
         )
         outputs = jax.tree.map(lambda y: y[:, 0], outputs)
-        _check("The model's outputs are", outputs, "`like`, with lanes before it", carry.outputs)
+        _check(
+            "The model has outputs",
+            outputs,
+            carry.outputs,
+            "those of `like`, which is one lane's: shapes without [lanes, time]",
+        )
         return ForcingCarry(end, outputs, jnp.ones_like(carry.begun)), outputs
 
     stepwise = from_step(step, init, initial_carry, checkpoint=checkpoint)
@@ -149,7 +156,7 @@ def _of(value: bool | float | OfInputs, inputs: PyTree, lanes: jax.Array) -> boo
     return by_lane
 
 
-def _check(what: str, has: PyTree, whose: str, needs: PyTree) -> None:
+def _check(what: str, has: PyTree, needs: PyTree, whose: str) -> None:
     """Raises a ``ValueError`` unless two trees are of one kind."""
 
     def kinds(tree: PyTree) -> tuple:
@@ -161,4 +168,4 @@ def _check(what: str, has: PyTree, whose: str, needs: PyTree) -> None:
         one, other = (
             jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree) for tree in (has, needs)
         )
-        raise ValueError(f"{what} {one}; it needs to be {other}, {whose}, in tree, shapes and kinds of number.")
+        raise ValueError(f"{what} {one}; they need the tree, shapes and kinds of number {other}, {whose}.")

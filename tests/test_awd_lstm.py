@@ -8,7 +8,7 @@ import pytest
 
 import tbptt_jax as tb
 from tbptt_jax import noise, study
-from tbptt_jax.study.awd_lstm import awd_lstm, cut_at_random, embed, language_model
+from tbptt_jax.study.tasks.awd_lstm import awd_lstm, cut_at_random, embed, language_model
 
 SMALL = {"most": 400, "least": 1, "hidden": 4, "layers": 1, "lanes": 2, "readings": 2}
 

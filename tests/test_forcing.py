@@ -170,6 +170,15 @@ def test_the_gradient_goes_through_what_it_reads_and_over_edges_as_the_influence
         assert_close(summed_gradient(estimate, params, tb.split(window, k))[0], expected, rtol=1e-9)
 
 
+def test_two_devices_and_checkpointing_draw_the_same():
+    params, windows = params_of(elman), tb.split(stream(seed=2, lanes=4, time=9), 3)
+    estimate = tb.gradient(forced(0.5), loss)
+    spread = tb.sharding.over_lanes(estimate, tb.sharding.mesh(lane=2))
+    expected = summed_gradient(estimate, params, windows)
+    assert_close(summed_gradient(spread, params, windows), expected, rtol=1e-10)
+    assert_close(summed_gradient(tb.gradient(forced(0.5, checkpoint=2), loss), params, windows), expected, rtol=1e-10)
+
+
 def test_given_the_draws_rtrl_is_replay_of_all():
     params, windows = params_of(elman), tb.split(stream(seed=2, lanes=3, time=9), 3)
     one, other = (
@@ -185,9 +194,12 @@ def test_given_the_draws_rtrl_is_replay_of_all():
         ({"probability": 1.5}, "`probability` is 1.5"),
         ({"probability": "half"}, "`probability` is 'half'"),
         ({"model": loss}, "`model` is"),
-        ({"like": jnp.zeros(3)}, r"The model's outputs are float64\[4, 2\]; it needs to be float64\[4, 3\], `like`"),
-        ({"feed": lambda inputs, outputs, key: outputs[:, :1]}, r"`feed` makes float64\[4, 1\]; .* float64\[4, 2\]"),
-        ({"feed": lambda inputs, outputs, key: outputs.argmax(-1)}, r"`feed` makes int64\[4\]"),
+        ({"like": jnp.zeros(3)}, r"The model has outputs float64\[4, 2\]; .* float64\[4, 3\], those of `like`"),
+        (
+            {"feed": lambda inputs, outputs, key: outputs[:, :1]},
+            r"`feed` makes inputs float64\[4, 1\]; .* float64\[4, 2\], those",
+        ),
+        ({"feed": lambda inputs, outputs, key: outputs.argmax(-1)}, r"`feed` makes inputs int64\[4\]"),
         ({"probability": lambda inputs: inputs}, r"returned shape \[4, 2\]; `probability` and `free` need one number"),
     ],
 )

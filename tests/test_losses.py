@@ -261,6 +261,19 @@ def test_the_parameters_are_the_models_own_and_its_outputs_the_same():
     assert_close(read(activating, params, windows)[1]["outputs"], read(handing, params, windows)[1])
 
 
+def test_what_the_model_draws_it_draws_as_without_the_wrapper():
+    noisy = tb.from_step(
+        lambda params, carry, x, key: (carry, x if key is None else jax.vmap(jax.random.normal)(key)[:, None]),
+        lambda *_: (),
+        lambda params, lanes: jnp.zeros(lanes),
+    )
+    model, x, key = tb.with_activations(noisy, 1), jnp.zeros((3, 5, 1)), tb.noise.lane_keys(jax.random.key(0), 3)
+    for keys in (key, None):
+        _, outputs = model.unroll((), model.initial_carry((), 3), x, key=keys)
+        _, expected = noisy.unroll((), noisy.initial_carry((), 3), x, key=keys)
+        np.testing.assert_array_equal(outputs["activation"], expected)
+
+
 def test_activations_in_half_precision_are_penalised_in_single():
     half = lambda params, carry, x: (carry, x.astype(jnp.bfloat16))  # noqa: E731
     model = tb.with_activations(tb.from_step(half, lambda *_: (), lambda params, lanes: jnp.zeros(lanes)), 1)

@@ -10,7 +10,7 @@ import os
 import pydoc_data.topics
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ UNITS = "words", "characters"
 
 
 def awd_lstm(
-    text: Path | None = None,
+    text: Path | Sequence[Path] = (),
     unit: str = "words",
     most: int | None = 25_000,
     held_out: float = 0.2,
@@ -52,7 +52,7 @@ def awd_lstm(
     noise is drawn once a window and lane, but for the recurrent weights that are dropped, which all lanes share.
 
     Args:
-      text: a file. None: the reference manual that ships inside Python.
+      text: a file, or several, one after another; none: the reference manual that ships inside Python.
       unit: ``"words"``, also signs and ends of lines, or ``"characters"``.
       most: of these, that are read from the text's beginning. None: all.
       held_out: the part of them for validation, and the part for test.
@@ -79,7 +79,8 @@ def awd_lstm(
         raise ValueError(f"`unit` is {unit!r}; it needs to be 'words' or 'characters'.")
     if not 0 < held_out < 0.5:
         raise ValueError(f"`held_out` is {held_out}; it is a part of the text for each of two, between 0 and 0.5.")
-    symbols = _symbols(None if text is None else os.fspath(text), unit)[:most]
+    files = [text] if isinstance(text, str | os.PathLike) else text
+    symbols = _symbols(tuple(map(os.fspath, files)), unit)[:most]
     parts = [round(len(symbols) * share) for share in (1 - 2 * held_out, 1 - held_out)]
     if min(parts[0] // lanes, parts[1] - parts[0], len(symbols) - parts[1]) < 2:
         raise ValueError(
@@ -202,7 +203,7 @@ def cut_at_random(window: tb.Window, length: int, lanes: int, *, readings: int =
 
 
 @functools.lru_cache(maxsize=1)
-def _symbols(text: str | None, unit: str) -> list[str]:
+def _symbols(files: tuple[str, ...], unit: str) -> list[str]:
     topics = pydoc_data.topics.topics
-    whole = read_text(text) if text is not None else "\n".join(topics[name] for name in sorted(topics))
-    return WORD.findall(whole) if unit == "words" else list(whole)
+    text = "\n".join([read_text(file) for file in files] or [topics[name] for name in sorted(topics)])
+    return WORD.findall(text) if unit == "words" else list(text)
