@@ -43,7 +43,7 @@ flags.DEFINE_multi_string("set", [], "name=value: another argument of the task; 
 flags.DEFINE_list("systems", list(SYSTEMS), "Which to train: full, plain, 'without weight-drop' and so on.")
 flags.DEFINE_integer("seeds", 3, "Trainings of each system.", lower_bound=1)
 flags.DEFINE_integer("window", 32, "Steps of a window, or the mean of those that are drawn.", lower_bound=1)
-flags.DEFINE_integer("updates", 900, "Updates at most, one a window.", lower_bound=1)
+flags.DEFINE_integer("updates", 1600, "Updates at most, one a window.", lower_bound=1)
 flags.DEFINE_integer("look", 50, "Updates from one look at the validation part to the next.", lower_bound=1)
 flags.DEFINE_integer("patience", 6, "Looks without a better one, after which a training ends.", lower_bound=1)
 flags.DEFINE_integer("nonmonotone", 3, "Looks before which one has to be better, or averaging begins.", lower_bound=0)
