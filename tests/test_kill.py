@@ -167,7 +167,7 @@ def trainer(directory, windows, step, updates, **options):
         step,
         lambda: step.init(jax.random.key(0), first(windows)),
         lambda first, last: jax.tree.map(lambda x: x[first:last], windows),
-        lambda state, window: guard.first_not_finite(lstm(), loss, state.params, state.stream.carry, window),
+        lambda state, window: guard.first_not_finite(lstm(), loss, state, window),
         updates=updates,
         directory=directory,
         settings={},
