@@ -293,5 +293,5 @@ def test_a_finished_run_is_not_trained_again_and_another_is_refused(whole):
     }
     run = start(directory, "whole", "--seed=1")
     _, err = run.communicate()
-    assert run.returncode == 2 and "there seed 0, here 1" in err and "--workdir=DIRECTORY" in err
+    assert run.returncode == 2 and "there seed 0, here 1" in err and "Another workdir is free" in err
     assert ended(directory / "whole") == before
