@@ -18,6 +18,7 @@ from tbptt_jax.flax_models import from_linen as from_linen
 from tbptt_jax.flax_models import from_nnx as from_nnx
 from tbptt_jax.recurrence import stack as stack
 from tbptt_jax.lstm import lstm as lstm
+from tbptt_jax.gru import gru as gru
 from tbptt_jax.influence import Influence as Influence
 from tbptt_jax.influence import truncate as truncate
 from tbptt_jax.influence import replay as replay
