@@ -66,8 +66,8 @@ def _cell(dtype: Any, weights: Weights, lanes: int) -> Callable[[jax.Array, jax.
         if weights.recurrent_bias is None:
             r_z = _sigmoid(from_input[:, : 2 * features] + of_gates(h))
             r, z = jnp.split(r_z, 2, 1)
-            inner = r * h
-            n = jnp.tanh(from_input[:, 2 * features :] + of_candidate(inner))
+            inner = None
+            n = jnp.tanh(from_input[:, 2 * features :] + of_candidate(r * h))
         else:
             from_h = of_all(h)
             r_z = _sigmoid(from_input[:, : 2 * features] + from_h[:, : 2 * features])
@@ -113,11 +113,12 @@ def _forward(
         r_z, n, inner, h = cell(at(gates, t), before)
         h = h if valid is None else where_lanes(at(valid, t), h, before)
         gates = put(gates, jnp.concatenate([r_z, n], 1), t)
-        return (h, gates, put(inners, inner, t), put(hs, h, t)), None
+        return (h, gates, None if inner is None else put(inners, inner, t), put(hs, h, t)), None
 
     gates = dot(dtype, x, weights.input)
     blank = jnp.zeros((*x.shape[:2], carry.shape[-1]), gates.dtype)
-    after, gates, inners, hs = lax.scan(step, (carry, gates, blank, blank), jnp.arange(x.shape[1]))[0]
+    start = carry, gates, None if weights.recurrent_bias is None else blank, blank
+    after, gates, inners, hs = lax.scan(step, start, jnp.arange(x.shape[1]))[0]
     return (after, hs), (weights, carry, x, resets, valid, gates, inners, hs)
 
 
@@ -147,7 +148,7 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
         into_gates, into_candidate = (into(w.T) for w in jnp.split(weights.recurrent, [2 * features], 1))
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
-        d_h, d_gates, d_hs = state
+        d_h, d_gates, d_sums = state
         d_h = d_h + at(d_hs, t)
         d_z, d_inner = at(by_z, t) * d_h, at(by_inner, t) * d_h
         if after:
@@ -158,17 +159,17 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
             d_all = jnp.concatenate([at(by_r, t) * d_reset, d_z, d_inner], -1)
             d_before = into_gates(d_all[:, : 2 * features]) + at(r, t) * d_reset
         (d_before,) = zero_where((d_before + at(kept, t) * d_h,), at(resets, t))
-        return (d_before, put(d_gates, d_all, t), put(d_hs, d_h, t)), None
+        return (d_before, put(d_gates, d_all, t), put(d_sums, d_h, t) if after else None), None
 
-    # The cotangents of the gates take the place of the gates, and all of h's that of those from outside.
-    d_carry, d_gates, d_hs = lax.scan(step, (d_carry, gates, d_hs), jnp.arange(x.shape[1]), reverse=True)[0]
+    # The cotangents take the places of the gates and of what the reset gate multiplies, which the loop does not read.
+    d_carry, d_gates, d_sums = lax.scan(step, (d_carry, gates, inners), jnp.arange(x.shape[1]), reverse=True)[0]
     d_r_z, d_inner = jnp.split(d_gates, [2 * features], -1)
     if after:
-        d_into = jnp.concatenate([d_r_z, by_n * d_hs], -1)
+        d_into = jnp.concatenate([d_r_z, by_n * d_sums], -1)
         d_recurrent = over_steps(dtype, h_before, d_gates)
     else:
         d_into = d_gates
-        d_recurrent = jnp.concatenate([over_steps(dtype, h_before, d_r_z), over_steps(dtype, inners, d_inner)], -1)
+        d_recurrent = jnp.concatenate([over_steps(dtype, h_before, d_r_z), over_steps(dtype, r * h_before, d_inner)], -1)
     d_weights = Weights(
         over_steps(dtype, x, d_into),
         d_recurrent,
