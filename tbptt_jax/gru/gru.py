@@ -53,7 +53,7 @@ def gru(
             if implementation == "scan" or edges is not None:
                 state, x = scanned(dtype, weights, before, x, resets, valid, edges)
             else:
-                state, x = fused(dtype, weights, before, x, resets, valid)
+                state, x = fused(dtype, weights, before, x, resets, valid, None)
             after.append(state)
         return tuple(after), x
 

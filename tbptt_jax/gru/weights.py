@@ -12,6 +12,18 @@ from tbptt_jax.arrays import PyTree
 GATES = "rzn"  # reset, update, candidate: PyTorch's order, by the letters of Flax
 
 
+class LayerNorm(NamedTuple):
+    """The gains of layer normalisation: see :func:`tbptt_jax.gru`.
+
+    Attributes:
+      input: ``[3 * features]``, of what comes from the inputs.
+      recurrent: ``[3 * features]``, of what comes from h.
+    """
+
+    input: jax.Array
+    recurrent: jax.Array
+
+
 class Weights(NamedTuple):
     """One layer's parameters, the gates side by side in the order reset, update, candidate.
 
@@ -21,16 +33,20 @@ class Weights(NamedTuple):
       bias: ``[3 * features]``.
       recurrent_bias: ``[features]``, the candidate's, inside the product with the reset gate; None where that gate is
         applied before the matrix (``reset_after=False``), and such a bias would be a second one of the candidate.
+      norm: gains of layer normalisation, or None.
     """
 
     input: jax.Array
     recurrent: jax.Array
     bias: jax.Array
     recurrent_bias: jax.Array | None
+    norm: LayerNorm | None = None
 
 
-def initial_weights(key: jax.Array, inputs: int, features: int, reset_after: bool) -> Weights:
-    """Flax's initial values: each gate's own LeCun normal and orthogonal matrices, zero biases."""
+def initial_weights(
+    key: jax.Array, inputs: int, features: int, reset_after: bool = True, layer_norm: bool = False
+) -> Weights:
+    """Flax's initial values: each gate's own LeCun normal and orthogonal matrices, zero biases; gains of 1."""
     into, again = jax.random.split(key)
 
     def side_by_side(initial: Any, key: jax.Array, rows: int) -> jax.Array:
@@ -42,6 +58,7 @@ def initial_weights(key: jax.Array, inputs: int, features: int, reset_after: boo
         side_by_side(nn.initializers.orthogonal(), again, features),
         jnp.zeros(3 * features),
         jnp.zeros(features) if reset_after else None,
+        LayerNorm(jnp.ones(3 * features), jnp.ones(3 * features)) if layer_norm else None,
     )
 
 
@@ -68,8 +85,10 @@ def to_flax(weights: Weights) -> PyTree:
     """The parameters of an ``nn.GRUCell`` with these weights: ``cell.apply(to_flax(weights), carry, x)``.
 
     Raises:
-      ValueError: if the weights are of the form that resets before the matrix.
+      ValueError: if the weights are of the form that resets before the matrix, or have layer normalisation.
     """
+    if weights.norm is not None:
+        raise ValueError("These weights have layer normalisation; Flax's GRU cell has none.")
     if weights.recurrent_bias is None:
         raise ValueError("These weights are of a GRU with `reset_after=False`; Flax's resets after the matrix.")
     parts = zip(GATES, *(jnp.split(w, 3, -1) for w in (weights.input, weights.recurrent, weights.bias)), strict=True)
