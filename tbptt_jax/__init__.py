@@ -1,5 +1,6 @@
 """Truncated backpropagation through time for recurrent networks, in JAX and Flax. Names in reading order."""
 
+from tbptt_jax import noise as noise
 from tbptt_jax import schedules as schedules
 from tbptt_jax import tasks as tasks
 from tbptt_jax.window import Window as Window
