@@ -16,18 +16,10 @@ from tbptt_jax.gru import from_flax, to_flax
 
 LANES, TIME, INPUTS, FEATURES = 3, 7, 4, 5
 FORMS = {"after": {}, "before": {"reset_after": False}, "normalised": {"layer_norm": True}}
-MASKS = {
-    "plain": {},
-    "resets": {"resets": jax.random.bernoulli(jax.random.key(4), 0.3, (LANES, TIME))},
-    "everywhere": {"resets": jnp.ones((LANES, TIME), bool), "valid": jnp.ones((LANES, TIME), bool)},
-    "nowhere": {"valid": jnp.zeros((LANES, TIME), bool)},
-    "both": {
-        "resets": jax.random.bernoulli(jax.random.key(4), 0.3, (LANES, TIME)),
-        "valid": jax.random.bernoulli(jax.random.key(5), 0.6, (LANES, TIME)),
-    },
-}
+RESETS, VALID = (jax.random.bernoulli(jax.random.key(n), p, (LANES, TIME)) for n, p in ((4, 0.3), (5, 0.6)))
+ALL = jnp.ones((LANES, TIME), bool)
+MASKS = [{}, *({"resets": r, "valid": v} for r, v in [(RESETS, VALID), (ALL, ALL), (~ALL, ALL), (RESETS, ~ALL)])]
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-masked = pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 close = functools.partial(assert_close, rtol=1e-10, atol=1e-10)
 
 
@@ -51,24 +43,25 @@ def pullback(unroll, *args, **masks):
     return result, vjp(jax.tree.map(lambda y: jnp.asarray(rng.normal(size=y.shape), y.dtype), result))
 
 
-@masked
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-10), ("float32", 2e-5)])
-def test_numbers_are_those_of_flax_cell(masks, dtype, tolerance):
+def test_numbers_are_those_of_flax_cell(dtype, tolerance):
     fused, params, carry = model(dtype)
     flax = tb.from_linen(nn.GRUCell(FEATURES, param_dtype=dtype))
 
     def theirs(params, carry, x, **masks):
         (weights,), (carry,) = params["cell"], carry
         after, y = flax.unroll({"cell": to_flax(weights)}, carry, x, **masks)
-        return (after,), jnp.where(masks.get("valid", jnp.ones((LANES, TIME), bool))[..., None], y, 0)
+        return (after,), jnp.where(masks.get("valid", ALL)[..., None], y, 0)
 
     def ours(params, carry, x, **masks):
         after, y = fused.unroll(params, carry, x, **masks)
-        return after, jnp.where(masks.get("valid", jnp.ones((LANES, TIME), bool))[..., None], y, 0)
+        return after, jnp.where(masks.get("valid", ALL)[..., None], y, 0)
 
-    a, b = (pullback(jax.jit(unroll), params, carry, window(dtype=dtype), **masks) for unroll in (ours, theirs))
-    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(a))
-    assert_close(a, b, rtol=tolerance, atol=tolerance)
+    both = [jax.jit(functools.partial(pullback, unroll)) for unroll in (ours, theirs)]
+    for masks in MASKS:
+        a, b = (found(params, carry, window(dtype=dtype), **masks) for found in both)
+        assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(a))
+        assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert_close(from_flax(to_flax(params["cell"][0])), params["cell"][0], rtol=0, atol=0)
 
 
@@ -90,84 +83,81 @@ def test_numbers_are_those_of_torch(layers):
     close((np.stack(d_carry), d_x), (start.grad.numpy(), x.grad.numpy()))
 
 
-def reference(params, carry, x, masks, zoneout=0.0):
-    """The equations of the papers, one lane and step after another."""
-    (weights,), (hs,) = params["cell"], carry
+def by_the_papers(weights, h, x, zoneout):
+    """A step of one lane."""
     units = slice(None, 2 * FEATURES), slice(2 * FEATURES, None)
 
     def normalised(x, gain):
-        parts = [(x[u] - x[u].mean()) / jnp.sqrt(x[u].var() + 1e-5) for u in units]
-        return gain * jnp.concatenate(parts)
+        return gain * np.concatenate([(x[u] - x[u].mean()) / np.sqrt(x[u].var() + 1e-5) for u in units])
 
-    after, y = [], []
-    for lane in range(len(x)):
-        h = hs[lane]
-        for t in range(x.shape[1]):
-            h = jnp.where(masks["resets"][lane, t], 0, h) if "resets" in masks else h
-            if "valid" in masks and not masks["valid"][lane, t]:
-                y.append(h)
-                continue
-            into, again = x[lane, t] @ weights.input, h @ weights.recurrent
-            if weights.norm is not None:
-                into, again = normalised(into, weights.norm.input), normalised(again, weights.norm.recurrent)
-            into = into + weights.bias
-            r, z = jnp.split(jax.nn.sigmoid((into + again)[units[0]]), 2)
-            if weights.recurrent_bias is None:
-                n = jnp.tanh(into[units[1]] + (r * h) @ weights.recurrent[:, units[1]])
-            else:
-                n = jnp.tanh(into[units[1]] + r * (again[units[1]] + weights.recurrent_bias))
-            h = zoneout * h + (1 - zoneout) * ((1 - z) * n + z * h)
-            y.append(h)
-        after.append(h)
-    return (jnp.stack(after),), jnp.stack(y).reshape(*x.shape[:2], FEATURES)
+    into, again = x @ weights.input, h @ weights.recurrent
+    if weights.norm is not None:
+        into, again = normalised(into, weights.norm.input), normalised(again, weights.norm.recurrent)
+    into = into + weights.bias
+    r, z = np.split(1 / (1 + np.exp(-(into + again)[units[0]])), 2)
+    if weights.recurrent_bias is None:
+        n = np.tanh(into[units[1]] + (r * h) @ weights.recurrent[:, units[1]])
+    else:
+        n = np.tanh(into[units[1]] + r * (again[units[1]] + weights.recurrent_bias))
+    return zoneout * h + (1 - zoneout) * ((1 - z) * n + z * h)
 
 
 @forms
 def test_forms_are_those_of_the_papers(form):
     fused, params, carry = model(zoneout=0.3, **form)
-    masks = jax.tree.map(np.asarray, MASKS["both"])
-    result = jax.jit(fused.unroll)(params, carry, window(), **MASKS["both"])
-    close(result, reference(params, carry, window(), masks, 0.3))
+    (weights,), h = jax.tree.map(np.asarray, params["cell"]), np.array(carry[0])
+    expected = np.zeros((LANES, TIME, FEATURES))
+    for lane, t in np.ndindex(LANES, TIME):
+        h[lane] = 0 if RESETS[lane, t] else h[lane]
+        h[lane] = by_the_papers(weights, h[lane], np.asarray(window())[lane, t], 0.3) if VALID[lane, t] else h[lane]
+        expected[lane, t] = h[lane]
+    close(fused.unroll(params, carry, window(), RESETS, VALID), ((jnp.asarray(h),), jnp.asarray(expected)))
 
 
-@masked
 @forms
-def test_hand_written_backward_pass_and_its_transpose_are_the_derivatives_of_the_scan(form, masks):
-    options = {"layers": 2, "encoder": nn.Dense(4, param_dtype="float64"), "zoneout": 0.2, "weight_drop": 0.4, **form}
+def test_hand_written_backward_pass_and_its_transpose_are_the_derivatives_of_the_scan(form):
+    options = {"zoneout": 0.2, "weight_drop": 0.4, **form}
     fused, params, carry = model(**options)
     scan = tb.gru(FEATURES, implementation="scan", **options)
-    masks = {**masks, "key": noise.lane_keys(jax.random.key(6), LANES)}
-    ours, theirs = (functools.partial(m.unroll, inputs=window(), **masks) for m in (fused, scan))
+    key, x = noise.lane_keys(jax.random.key(6), LANES), window()
     tangents = jax.tree.map(lambda p: jnp.cos(7 * p), (params, carry))
 
     @jax.jit
-    def derivatives(params, carry, tangents):
-        result, vjp = jax.vjp(ours, params, carry)
+    def derivatives(masks):
+        result, vjp = jax.vjp(lambda p, c: fused.unroll(p, c, x, key=key, **masks), params, carry)
         (forward,) = jax.linear_transpose(vjp, result)(tangents)
-        return forward, pullback(fused.unroll, params, carry, window(), **masks)
+        return forward, pullback(fused.unroll, params, carry, x, key=key, **masks)
 
-    forward, backward = derivatives(params, carry, tangents)
-    close(backward, jax.jit(functools.partial(pullback, scan.unroll))(params, carry, window(), **masks))
-    close(forward, jax.jit(lambda *a: jax.jvp(theirs, *a)[1])((params, carry), tangents))
+    @jax.jit
+    def expected(masks):
+        def run(params, carry):
+            return scan.unroll(params, carry, x, key=key, **masks)
+
+        return jax.jvp(run, (params, carry), tangents)[1], pullback(scan.unroll, params, carry, x, key=key, **masks)
+
+    for masks in MASKS:
+        close(derivatives(masks), expected(masks))
 
 
 @forms
 def test_cut_anywhere_and_in_segments_nothing_changes(form):
     fused, params, carry = model(layers=2, **form)
-    masks = MASKS["both"]
+    segments = tb.gru(FEATURES, layers=2, checkpoint=3, **form)
 
-    def cut(at, params, carry, x, **masks):
+    def cut(params, carry, x, resets, valid):
         parts = []
-        for part in (slice(at), slice(at, None)):
-            carry, y = fused.unroll(params, carry, x[:, part], **{k: v[:, part] for k, v in masks.items()})
+        for part in (slice(4), slice(4, None)):
+            carry, y = fused.unroll(params, carry, x[:, part], resets[:, part], valid[:, part])
             parts.append(y)
         return carry, jnp.concatenate(parts, 1)
 
-    whole = pullback(fused.unroll, params, carry, window(), **masks)
-    for at in (1, 4):
-        close(pullback(functools.partial(cut, at), params, carry, window(), **masks), whole)
-    kept = tb.gru(FEATURES, layers=2, checkpoint=3, **form)
-    close(pullback(kept.unroll, params, carry, window(), **masks), whole)
+    masks = {"resets": RESETS, "valid": VALID}
+    whole, *others = (
+        jax.jit(functools.partial(pullback, unroll))(params, carry, window(), **masks)
+        for unroll in (fused.unroll, cut, segments.unroll)
+    )
+    for other in others:
+        close(other, whole)
 
 
 @forms
@@ -181,26 +171,21 @@ def test_padding_may_hold_nan_and_stands_still(form):
     close(after[0][1:2], fused.unroll(params, (carry[0][1:2],), window()[1:2, :2])[0][0])
 
 
-@forms
-def test_a_learned_beginning_is_returned_to_and_has_its_gradient(form):
-    fused, params, carry = model(initial_carry="learned", **form)
-    scan = tb.gru(FEATURES, initial_carry="learned", implementation="scan", **form)
-    for masks in (MASKS["resets"], {"resets": jnp.arange(TIME) == jnp.zeros((LANES, 1))}):
-        ours, theirs = (pullback(m.unroll, params, carry, window(), **masks) for m in (fused, scan))
-        close(ours, theirs)
-        assert np.abs(ours[1][0]["initial_carry"][0]).min() > 0
-        close(ours[0], reference_from(params, carry, masks)) if not form else None
+def test_a_learned_beginning_is_returned_to_and_has_its_gradient():
+    fused, params, carry = model(initial_carry="learned")
+    plain, first = tb.gru(FEATURES), jnp.zeros((LANES, TIME), bool).at[:, 0].set(True)
 
+    def by_hand(params, carry, x, resets):
+        ys = []
+        for t in range(TIME):
+            carry = (jnp.where(resets[:, t, None], params["initial_carry"][0], carry[0]),)
+            carry, y = plain.unroll(params, carry, x[:, t : t + 1])
+            ys.append(y)
+        return carry, jnp.concatenate(ys, 1)
 
-def reference_from(params, carry, masks):
-    """Lanes begun by hand, at a reset, from what is learned."""
-    plain, start = tb.gru(FEATURES), params["initial_carry"][0]
-    ys, (h,) = [], carry
-    for t in range(TIME):
-        h = jnp.where(masks["resets"][:, t, None], start, h)
-        (h,), y = plain.unroll(params, (h,), window()[:, t : t + 1])
-        ys.append(y)
-    return (h,), jnp.concatenate(ys, 1)
+    ours, expected = (jax.jit(functools.partial(pullback, unroll)) for unroll in (fused.unroll, by_hand))
+    for resets in (RESETS, first):
+        close(ours(params, carry, window(), resets=resets), expected(params, carry, window(), resets=resets))
 
 
 @forms
