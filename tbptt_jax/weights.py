@@ -268,6 +268,8 @@ def _models(params: PyTree) -> list[Mapping[str, Any]]:
 
 def _gates(layer: Any) -> str:
     if isinstance(layer, Weights):
+        if layer.norm is not None:
+            raise ValueError("These weights have layer normalisation; PyTorch's LSTM has none, so they stay here.")
         return LSTM
     if isinstance(layer, GruWeights):
         if layer.recurrent_bias is None or layer.norm is not None:
