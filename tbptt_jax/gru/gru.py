@@ -15,6 +15,7 @@ from tbptt_jax.layers import check_rates, layered
 from tbptt_jax.modules import Part
 from tbptt_jax.noise import Keys, shared
 from tbptt_jax.recurrence import Draw, Recurrence, Segment
+from tbptt_jax.zoneout import stays
 
 
 def gru(
@@ -57,8 +58,8 @@ def gru(
       input_dropout: likewise of the first layer's inputs.
       weight_drop: the part of the recurrent weights that is left out in training, drawn once a window for all lanes, the kept
         ones 1 / (1 - weight_drop) larger (Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*).
-      zoneout: how likely a unit is to keep its h in a step, in training; each step draws anew. Else h is the mean over the
-        draws of the step (Krueger et al. 2017, *Zoneout*).
+      zoneout: how likely a unit is to keep its h in a step, in training; each step draws anew. Otherwise h is the mean over the
+        draws of the step (Krueger et al. 2017, *Zoneout*, eq. 2 to 5). Taken to the nearest of 1/256, 2/256, ... 255/256.
       layer_norm: LN(x W_x) and LN(h W_h), each with its gains, in the place of these products; r and z are normalised
         together, n by itself (Ba et al. 2016, *Layer normalization*, eq. 26 to 28).
       residual: add a layer's inputs to its outputs, where they are as many.
@@ -104,14 +105,14 @@ def gru(
     ) -> tuple[jax.Array, jax.Array]:
         _check_inputs(x, weights)
         x = x.astype(weights.input.dtype)
-        weights = weights._replace(recurrent=_left_out(weights.recurrent, weight_drop, keys))
-        stays = _stays(x, features, zoneout, keys)
-        left_to_jax = functools.partial(scanned, dtype, weights, carry, x, resets, valid, edges, starts, stays)
+        weights = weights._replace(recurrent=_dropped(weights.recurrent, weight_drop, keys))
+        (still,) = stays((zoneout,), (features,), x, keys.step)
+        left_to_jax = functools.partial(scanned, dtype, weights, carry, x, resets, valid, edges, starts, still)
         if implementation == "scan" or edges is not None:  # reweighted edges are left to JAX too
             return left_to_jax()
 
         def whole(carry: jax.Array, resets: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            return fused(dtype, weights, carry, x, resets, valid, stays)
+            return fused(dtype, weights, carry, x, resets, valid, still)
 
         return from_first_step(whole, left_to_jax, carry, resets, starts)
 
@@ -135,19 +136,10 @@ def gru(
     )
 
 
-def _left_out(w: jax.Array, rate: float, keys: Keys) -> jax.Array:
+def _dropped(w: jax.Array, rate: float, keys: Keys) -> jax.Array:
     if rate == 0 or keys.window is None:
         return w
     return jnp.where(jax.random.bernoulli(shared(keys.window), 1 - rate, w.shape), w / (1 - rate), jnp.zeros_like(w))
-
-
-def _stays(x: jax.Array, features: int, rate: float, keys: Keys) -> jax.Array | None:
-    """Zoneout as :func:`scanned` takes it."""
-    if rate == 0:
-        return None
-    if keys.step is None:
-        return jnp.full((1, x.shape[1], 1), rate, x.dtype)
-    return jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, rate, (features,))))(keys.step)
 
 
 def _check_inputs(x: jax.Array, weights: Weights) -> None:

@@ -24,6 +24,7 @@ from tbptt_jax.arrays import where_lanes
 from tbptt_jax.gru.weights import LayerNorm, Weights
 from tbptt_jax.products import at, dot, over_steps, put, times, zero_where
 from tbptt_jax.recurrence import scale_cotangent
+from tbptt_jax.zoneout import blend, with_padding
 
 EPSILON = 1e-5  # of layer normalisation, added to the variance
 
@@ -43,8 +44,7 @@ def scanned(
 
     Args:
       starts: ``[lanes, time, features]``, what a reset returns to; None: zeros.
-      zoneout: bool ``[lanes, time, features]``, True where a unit keeps its value in a step, or floats ``[1, time, 1]``, how
-        likely that is (Krueger et al. 2017, *Zoneout*); None: never.
+      zoneout: what stands still, as :func:`tbptt_jax.zoneout.stays` draws it; None: nothing.
     """
     cell = _cell(dtype, weights, x.shape[0])
 
@@ -53,10 +53,10 @@ def scanned(
         h = h if edge is None else scale_cotangent(edge, h)
         if reset is not None:
             h = where_lanes(reset, jnp.zeros_like(h) if start is None else start, h)
-        h = _blend(stays, h, cell(from_input, h)[-1])
+        h = blend(stays, h, cell(from_input, h)[-1])
         return h, h
 
-    per_step = _from_inputs(dtype, weights, x)[0], resets, edges, starts, _with_padding(zoneout, valid)
+    per_step = _from_inputs(dtype, weights, x)[0], resets, edges, starts, with_padding(zoneout, valid)
     carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), per_step))
     return carry, h.swapaxes(0, 1)
 
@@ -84,14 +84,14 @@ def _forward(
     valid: jax.Array | None,
     zoneout: jax.Array | None,
 ) -> tuple[tuple, tuple]:
-    cell, stays = _cell(dtype, weights, x.shape[0]), _with_padding(zoneout, valid)
+    cell, stays = _cell(dtype, weights, x.shape[0]), with_padding(zoneout, valid)
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
         h, gates, inners, hs = state
         (before,) = zero_where((h,), at(resets, t))
         # The gates take the place of the products they come from, and lanes lead as they do outside.
         activated, inner, h = cell(at(gates, t), before)
-        h = _blend(at(stays, t), before, h)
+        h = blend(at(stays, t), before, h)
         return (h, put(gates, activated, t), put(inners, inner, t), put(hs, h, t)), None
 
     from_inputs, products = _from_inputs(dtype, weights, x)
@@ -120,9 +120,9 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
         space, inners = jnp.zeros_like(hs), (normal * norm.recurrent)[..., 2 * features :] + weights.recurrent_bias
     by_n = (1 - z) * (1 - n * n)  # dh/d(what tanh is taken of), and so on: before the activations
     by_z = (h_before - n) * z * (1 - z)
-    stays = _with_padding(zoneout, valid)
-    by_n, by_z = (_blend(stays, jnp.zeros_like(by), by) for by in (by_n, by_z))
-    kept = _blend(stays, jnp.ones_like(z), z)
+    stays = with_padding(zoneout, valid)
+    by_n, by_z = (blend(stays, jnp.zeros_like(by), by) for by in (by_n, by_z))
+    kept = blend(stays, jnp.ones_like(z), z)
     by_r = (by_n * inners if after else h_before) * r * (1 - r)
     by_inner = by_n * r if after else by_n
     if after:
@@ -154,7 +154,9 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
     if after:
         d_recurrent = over_steps(dtype, h_before, d_gates)
     else:
-        d_recurrent = jnp.concatenate([over_steps(dtype, h_before, d_r_z), over_steps(dtype, r * h_before, d_inner)], -1)
+        d_recurrent = jnp.concatenate(
+            [over_steps(dtype, h_before, d_r_z), over_steps(dtype, r * h_before, d_inner)], -1
+        )
     if norm is not None:
         of_inputs, input_scales = _normal(products)
         d_norm = LayerNorm((d_into * of_inputs).sum((0, 1)), (d_from_h * normal).sum((0, 1)))
@@ -244,18 +246,3 @@ def _means(x: jax.Array) -> jax.Array:
 def _spread(of_groups: jax.Array, n: int) -> jax.Array:
     """``[..., 2] -> [..., n]``: to each column that of its group."""
     return jnp.where(jnp.arange(n) < 2 * n // 3, of_groups[..., :1], of_groups[..., 1:])
-
-
-def _with_padding(zoneout: jax.Array | None, valid: jax.Array | None) -> jax.Array | None:
-    """Padding is a step in which every unit stands still."""
-    if valid is None:
-        return zoneout
-    padding = ~valid[..., None]
-    return padding if zoneout is None else jnp.where(padding, jnp.ones((), zoneout.dtype), zoneout)
-
-
-def _blend(stays: jax.Array | None, before: jax.Array, new: jax.Array) -> jax.Array:
-    """What stands still from ``before``, the rest from ``new``; or their mean, where ``stays`` is how likely that is."""
-    if stays is None:
-        return new
-    return jnp.where(stays, before, new) if stays.dtype == bool else stays * before + (1 - stays) * new
