@@ -6,6 +6,13 @@ Only ``h W_h`` and the gates recur, so only they are inside the scan (Appleyard,
 performance of recurrent neural networks on GPUs*): the product with the inputs is one for all steps before it, and in the
 backward pass the scan computes the cotangents of the gates alone; every weight's gradient is one product after it.
 What the window keeps for its backward pass is the gates, the cells and, as its output, h: six numbers a unit and step.
+
+With layer normalisation (Ba, Kiros & Hinton 2016, eq. 20 to 22)
+
+    i, f, o = σ(LN(x W_x) + LN(h W_h) + b),  g = tanh(…)        h ← o tanh(LN(c))
+
+the weights are centred, not the products: where the columns of W have a mean of 0, so has every product. Both products are
+kept too, eight numbers more.
 """
 
 import functools
