@@ -20,6 +20,8 @@ import optax
 
 import tbptt_jax as tb
 from tbptt_jax.files import Path, read_text
+from tbptt_jax.layers import dropped
+from tbptt_jax.noise import Keys
 from tbptt_jax.study.task import Figure, Task
 
 WORD = re.compile(r"\w+|[^\w\s]|\n+")
@@ -138,9 +140,9 @@ def language_model(
         return embed(params["embedding"], tokens, embedding_dropout, key)
 
     def readout(params: Any, h: jax.Array, key: jax.Array | None = None) -> dict[str, jax.Array]:
-        dropped = locked_dropout(h, output_dropout, key)
-        logits = dropped @ params["embedding" if tied else "decoder"].T + params["bias"]
-        return {"logits": logits, "h": h, "dropped": dropped}
+        left = dropped(h, output_dropout, Keys(key, key), "window")
+        logits = left @ params["embedding" if tied else "decoder"].T + params["bias"]
+        return {"logits": logits, "h": h, "dropped": left}
 
     return tb.lstm(
         hidden,
@@ -173,14 +175,6 @@ def embed(table: jax.Array, tokens: jax.Array, rate: float, key: jax.Array | Non
     of_tokens = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key, tokens)
     kept = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate)))(of_tokens)
     return jnp.where(kept[..., None], rows / (1 - rate), 0)
-
-
-def locked_dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Dropout of the same units of ``x [lanes, time, units]`` at each step; of ``key [lanes]``, or none where that is None."""
-    if key is None or not rate:
-        return x
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[2:]))(key)
-    return jnp.where(kept[:, None], x / (1 - rate), 0)
 
 
 def cut_at_random(window: tb.Window, length: int, lanes: int, *, readings: int = 1) -> tb.Window:
