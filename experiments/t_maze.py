@@ -19,7 +19,10 @@ from rich import box
 from rich.table import Table
 
 import tbptt_jax as tb
-from experiments import agents, launch
+from experiments import launch
+from experiments.agents import Agent
+from experiments.ppo import EPOCHS, ppo
+from experiments.r2d2 import BATCHES, r2d2
 from tbptt_jax import sharding
 from tbptt_jax.rollout import Steps
 from tbptt_jax.tasks.t_maze import ACTIONS
@@ -40,17 +43,17 @@ LOWER = "--seeds, --updates, --lanes, --window or --hidden"
 EPISODES = 500  # of the test
 
 
-def agent() -> tuple[tb.Recurrence, agents.Agent]:
+def agent() -> tuple[tb.Recurrence, Agent]:
     """The model, and how it is trained."""
-    ppo = FLAGS.algorithm == "ppo"
-    model = tb.lstm(FLAGS.hidden, readout=nn.Dense(ACTIONS + ppo))
-    each = agents.EPOCHS if ppo else agents.BATCHES
+    policy = FLAGS.algorithm == "ppo"
+    model = tb.lstm(FLAGS.hidden, readout=nn.Dense(ACTIONS + policy))
+    each = EPOCHS if policy else BATCHES
     rate = optax.linear_schedule(FLAGS.learning_rate, 0.0, each * FLAGS.updates)
     settings = model, tb.tasks.t_maze(FLAGS.corridor), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    if not ppo:
-        return model, agents.r2d2(*settings, FLAGS.lanes, FLAGS.window)
+    if not policy:
+        return model, r2d2(*settings, FLAGS.lanes, FLAGS.window)
     past = launch.influence(FLAGS.influence, FLAGS.updates, "influence")
-    return model, agents.ppo(*settings, FLAGS.lanes, FLAGS.window, past)
+    return model, ppo(*settings, FLAGS.lanes, FLAGS.window, past)
 
 
 def train() -> dict[str, Any]:
@@ -63,7 +66,7 @@ def train() -> dict[str, Any]:
     def found(steps: Steps) -> jax.Array:
         return steps.done & (steps.reward > 0)
 
-    def update(state: agents.State, key: jax.Array) -> tuple[agents.State, tuple[jax.Array, jax.Array]]:
+    def update(state: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         state, steps = made.update(state, key)
         return state, (found(steps).sum(), steps.done.sum())
 
