@@ -108,7 +108,7 @@ def r2d2(
 
 def written(memory: Memory, window: tb.Window, carry: PyTree) -> Memory:
     """The memory with one more window, and the carry at its left edge, in the place of the oldest."""
-    slot = memory.written % CAPACITY
+    slot = memory.written % len(memory.windows.targets.done)
     windows, carries = jax.tree.map(
         lambda old, new: old.at[slot].set(new), (memory.windows, memory.carries), (window, carry)
     )
@@ -117,7 +117,7 @@ def written(memory: Memory, window: tb.Window, carry: PyTree) -> Memory:
 
 def drawn(memory: Memory, n: int, key: jax.Array) -> tuple[tb.Window, PyTree]:
     """``n`` sequences of two windows that followed one another, ``[n, 2 * time]``, and the carries at their left edges."""
-    capacity, lanes, time = jnp.shape(memory.windows.resets)
+    capacity, lanes, time = memory.windows.targets.done.shape
     back_key, lane_key = jax.random.split(key)
     back = jax.random.randint(back_key, (n, 1), 0, jnp.clip(memory.written - 1, 1, capacity - 1))
     pair = (memory.written - 2 - back + jnp.arange(2)) % capacity
