@@ -32,6 +32,23 @@ def begun(
     return params, acting.init(key, params, lanes)
 
 
+def chrono(model: tb.Recurrence, steps: int) -> tb.Recurrence:
+    """An LSTM of one layer whose units keep what they hold for about 1 to ``steps`` steps at first; with 1 its biases stay zero.
+
+    Reference: Tallec & Ollivier 2018, *Can recurrent neural networks warp time?*, here with times spread evenly.
+    """
+
+    def init(key: jax.Array, inputs: PyTree) -> PyTree:
+        params = model.init(key, inputs)
+        (cell,) = params["cell"]
+        units = cell.bias.shape[0] // 4
+        keeps = jnp.log(jnp.linspace(1, steps, units, dtype=cell.bias.dtype))
+        bias = cell.bias.at[:units].add(-keeps).at[units : 2 * units].add(keeps)  # the input and the forget gates
+        return {**params, "cell": (cell._replace(bias=bias),)}
+
+    return model._replace(init=init)
+
+
 def at_action(x: jax.Array, action: jax.Array) -> jax.Array:
     """Of ``x`` ``[lanes, time, actions]`` the number of the action that was taken, ``[lanes, time]``."""
     return jnp.take_along_axis(x, action[..., None], -1)[..., 0]

@@ -20,7 +20,7 @@ from rich.table import Table
 
 import tbptt_jax as tb
 from experiments import launch
-from experiments.agents import Agent
+from experiments.agents import Agent, chrono
 from experiments.ppo import EPOCHS, ppo
 from experiments.r2d2 import BATCHES, r2d2
 from tbptt_jax import sharding
@@ -32,6 +32,12 @@ flags.DEFINE_enum("algorithm", "ppo", ["ppo", "r2d2"], "Recurrent PPO, or R2D2."
 flags.DEFINE_integer("corridor", 20, "Steps from the cue to the junction.", lower_bound=1)
 flags.DEFINE_integer("window", 10, "Steps of a window; R2D2 burns in one more.", lower_bound=1)
 flags.DEFINE_string("influence", "replay:2", f"What PPO's gradient knows of the past. {launch.INFLUENCES}")
+flags.DEFINE_integer(
+    "keeps",
+    None,
+    "Steps that the LSTM's units keep at first, from 1 up to it; default 1, for R2D2 the corridor.",
+    lower_bound=1,
+)
 flags.DEFINE_integer("hidden", 32, "Units of the LSTM.", lower_bound=1)
 flags.DEFINE_integer("lanes", 16, "Mazes side by side.", lower_bound=1)
 flags.DEFINE_integer("updates", 1500, "Windows of experience that are learned from.", lower_bound=1)
@@ -46,7 +52,8 @@ EPISODES = 500  # of the test
 def agent() -> tuple[tb.Recurrence, Agent]:
     """The model, and how it is trained."""
     policy = FLAGS.algorithm == "ppo"
-    model = tb.lstm(FLAGS.hidden, readout=nn.Dense(ACTIONS + policy))
+    keeps = FLAGS.keeps or (1 if policy else FLAGS.corridor)
+    model = chrono(tb.lstm(FLAGS.hidden, readout=nn.Dense(ACTIONS + policy)), keeps)
     each = EPOCHS if policy else BATCHES
     rate = optax.linear_schedule(FLAGS.learning_rate, 0.0, each * FLAGS.updates)
     settings = model, tb.tasks.t_maze(FLAGS.corridor), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
