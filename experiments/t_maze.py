@@ -3,7 +3,6 @@
 python -m experiments.t_maze --algorithm=ppo
 """
 
-import time
 from typing import Any
 
 import flax.linen as nn
@@ -15,16 +14,14 @@ from absl import flags
 from jax import lax
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
 
 import tbptt_jax as tb
 from experiments import launch
 from experiments.agents import Agent, chrono
 from experiments.ppo import EPOCHS, ppo
 from experiments.r2d2 import BATCHES, r2d2
-from tbptt_jax import sharding
 from tbptt_jax.rollout import Steps
+from tbptt_jax.study.process import machine
 from tbptt_jax.tasks.t_maze import ACTIONS
 
 FLAGS = flags.FLAGS
@@ -67,7 +64,7 @@ def train() -> dict[str, Any]:
     """A row: of each seed, the share of new episodes in which the best known actions lead to the goal, and its curve."""
     model, made = agent()
     shapes = jax.eval_shape(made.init, jax.random.key(0))
-    launch.check_fits("The agents", FLAGS.seeds * launch.size(shapes), f"{LOWER} or the reach of --influence")
+    launch.check_fits("The agents", FLAGS.seeds * machine.size(shapes), f"{LOWER} or the reach of --influence")
     best = tb.rollout(model, tb.tasks.t_maze(FLAGS.corridor), lambda key, outputs: outputs[..., :ACTIONS].argmax(-1))
 
     def found(steps: Steps) -> jax.Array:
@@ -86,13 +83,7 @@ def train() -> dict[str, Any]:
         first = jnp.cumsum(window.targets.done, 1) == 1
         return *counts, (first & found(window.targets)).any(1).mean()
 
-    began = time.perf_counter()
-    trained = launch.train_all(
-        sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds)),
-        jax.random.split(jax.random.key(0), FLAGS.seeds),
-        LOWER,
-    )
-    goals, ends, success = map(np.asarray, trained)
+    (goals, ends, success), seconds = launch.train_seeds(one_seed, FLAGS.seeds, LOWER)
     width = -(-FLAGS.updates // 50)
     starts = np.arange(0, FLAGS.updates, width)
     goals, ends = (np.add.reduceat(x, starts, 1) for x in (goals, ends))
@@ -105,31 +96,19 @@ def train() -> dict[str, Any]:
         "updates": np.minimum(starts + width, FLAGS.updates).tolist(),
         "curve": (goals / np.maximum(ends, 1)).tolist(),
         "episodes": ends.sum(1).tolist(),
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
     }
 
 
 def picture(row: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.4))
     for seed, curve in enumerate(row["curve"]):
         axes.plot(row["updates"], curve, color=f"C{seed % 10}", alpha=0.8, label=f"seed {seed}" if seed < 10 else None)
     axes.axhline(0.5, color="k", linestyle="--", linewidth=1, label="without memory, at best")
     axes.set(xlabel="updates", ylabel="episodes that end at the goal, while it learns", ylim=(0, 1.02))
     axes.set_title(f"{row['algorithm']}: corridor {row['corridor']}, windows of {row['window']}")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure
-
-
-def table(row: dict[str, Any]) -> Table:
-    title = f"Goals found in {EPISODES} new episodes, corridor {row['corridor']}, windows of {row['window']}; without memory .5"
-    out = Table("algorithm", box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for name in ("influence", "by seed", "seeds that solve it", "s"):
-        out.add_column(name, justify="right")
-    by_seed = " ".join(f"{x:.3f}" for x in row["success"])
-    solved = f"{sum(x >= 0.99 for x in row['success'])} of {FLAGS.seeds}"
-    out.add_row(row["algorithm"], row["influence"], by_seed, solved, f"{row['seconds']:.0f}")
-    return out
 
 
 def main() -> None:
@@ -137,9 +116,13 @@ def main() -> None:
     directory = launch.workdir(FLAGS.workdir)
     launch.say(f"{FLAGS.algorithm}: {FLAGS.seeds} seeds, {FLAGS.updates} updates each, in one program.")
     row = train()
-    launch.console.print(table(row))
+    solved = f"{sum(x >= 0.99 for x in row['success'])} of {FLAGS.seeds}"
+    by_seed = " ".join(f"{x:.3f}" for x in row["success"])
+    told = (row["algorithm"], row["influence"], by_seed, solved, f"{row['seconds']:.0f}")
+    title = f"Goals found in {EPISODES} new episodes, corridor {FLAGS.corridor}, windows of {FLAGS.window}; without memory .5"
+    heads = "algorithm", "influence", "by seed", "solved", "s"
+    launch.console.print(launch.table(title, heads, [told]))
     launch.write_results(directory, {"rows": [row]}, picture(row))
-    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

@@ -1,43 +1,55 @@
 """Recurrences of Flax modules, Linen and NNX: ``encoder`` → ``cell`` over time → ``readout``."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from tbptt_jax.arrays import PyTree
-from tbptt_jax.recurrence import Recurrence, Segment, from_step
+from tbptt_jax.begin import InitialCarry, begin_from
+from tbptt_jax.modules import Part, depends_on_key, linen_parts, of_any_lanes, of_lanes
+from tbptt_jax.recurrence import Draw, Recurrence, Segment, from_step
 from tbptt_jax.window import Window, time_shape
 
 
 def from_linen(
     cell: nn.RNNCellBase,
     *,
-    encoder: nn.Module | None = None,
-    readout: nn.Module | None = None,
+    encoder: Part = None,
+    readout: Part = None,
     input_shape: tuple[int, ...] = (1,),
+    init: Callable[[jax.Array, PyTree], dict[str, PyTree]] | None = None,
+    initial_carry: InitialCarry = None,
+    rngs: Sequence[str] = ("dropout",),
+    draw: Draw = "window",
     checkpoint: Segment = None,
 ) -> Recurrence:
     """A recurrence from Flax Linen: ``encoder`` → ``cell`` over time → ``readout``.
 
-    Modules keep parameters and nothing else: what changes from step to step is the carry.
+    Modules keep parameters and nothing else: what changes from step to step is the carry. What draws, such as ``nn.Dropout``,
+    does so in training, by a key of each lane, and is left out in evaluation; an argument ``deterministic``, ``train`` or
+    ``training`` of a module's ``__call__`` is set so.
 
     Args:
       cell: any ``nn.RNNCellBase``. Its parameters become ``params["cell"]``.
-      encoder: a module without state, called on ``[lanes, time, ...]``, for all steps at once; ``params["encoder"]``.
+      encoder: a module without state, called on ``[lanes, time, ...]``, for all steps at once; ``params["encoder"]``. Or a
+        function ``(params, x) -> x`` of all parameters, which may take a ``key``: weights are tied in a line.
       readout: likewise, called on the cell's outputs; ``params["readout"]``.
       input_shape: shape of one lane's input to the cell at one step. Only cells whose carry has spatial axes, such as
         ``nn.ConvLSTMCell``, read it.
+      init: ``(key, inputs) -> params`` of the functions among these, a dict beside what the modules have.
+      initial_carry: see :func:`tbptt_jax.lstm`.
+      rngs: names that modules ask keys by.
+      draw: how often, see :func:`tbptt_jax.from_step`.
       checkpoint: see :func:`tbptt_jax.from_step`.
 
     Raises:
       ValueError: now, if ``cell`` is no cell; from ``init``, if the inputs are not ``[lanes, time, ...]`` or have no axis of
-        features, a module has variables besides its parameters, such as batch statistics, or looks along time or lanes; from
+        features, a module has variables besides its parameters, such as batch statistics, draws where it is given no key, or looks
+        along time or lanes; from
         ``unroll``, as :func:`tbptt_jax.from_step`, and if ``checkpoint`` is not as described.
     """
     if not isinstance(cell, nn.RNNCellBase):
@@ -45,31 +57,34 @@ def from_linen(
             f"`cell` is {cell!r}; it needs to be an RNN cell of Flax Linen, such as `nn.OptimizedLSTMCell(64)`."
         )
 
-    begin, apply = linen_parts(encoder=encoder, cell=cell, readout=readout)
+    begin, apply = linen_parts(rngs, encoder=encoder, cell=cell, readout=readout)
 
-    def init(key: jax.Array, inputs: PyTree) -> PyTree:
+    def begin_all(key: jax.Array, inputs: PyTree) -> PyTree:
         lanes, _ = time_shape(Window(inputs))
         keys = jax.random.split(key, 3)
-        params: PyTree = {}
+        params: PyTree = {} if init is None else init(jax.random.fold_in(key, 3), inputs)
         x = inputs
         if encoder is not None:
             x, params = begin("encoder", keys[0], params, x)
         x_t = jax.tree.map(lambda x: x[:, 0], x)
-        (_, y_t), params = begin("cell", keys[1], params, initial_carry(params, lanes), x_t)
+        (_, y_t), params = begin("cell", keys[1], params, zeros(params, lanes), x_t)
         if readout is not None:
             _, params = begin("readout", keys[2], params, jax.tree.map(lambda y: y[:, None], y_t))
         return params
 
-    def initial_carry(params: PyTree, lanes: int) -> PyTree:
+    def zeros(params: PyTree, lanes: int) -> PyTree:
         del params
         return cell.initialize_carry(jax.random.key(0), (lanes, *input_shape))
 
+    begin_checked, start, of_data = begin_from(initial_carry, of_any_lanes(begin_all), zeros)
     return from_step(
         apply("cell"),
-        of_any_lanes(init),
-        initial_carry,
+        begin_checked,
+        start,
         encoder=encoder and apply("encoder"),
         readout=readout and apply("readout"),
+        begin=of_data,
+        draw=draw,
         checkpoint=checkpoint,
     )
 
@@ -80,12 +95,15 @@ def from_nnx(
     encoder: Callable[[nnx.Rngs], nnx.Module] | nnx.Module | None = None,
     readout: Callable[[nnx.Rngs], nnx.Module] | nnx.Module | None = None,
     input_shape: tuple[int, ...] = (1,),
+    initial_carry: InitialCarry = None,
+    draw: Draw = "window",
     checkpoint: Segment = None,
 ) -> Recurrence:
     """A recurrence from Flax NNX: ``encoder`` → ``cell`` over time → ``readout``.
 
     Each part is a function ``rngs -> module``, such as ``lambda rngs: nnx.OptimizedLSTMCell(3, 64, rngs=rngs)``, and is
-    initialised from ``init``'s key; or a module, whose own parameters are then the initial ones, whatever the key.
+    initialised from ``init``'s key; or a module, whose own parameters are then the initial ones, whatever the key. What draws
+    from its ``nnx.Rngs``, such as ``nnx.Dropout``, does so in training by a key of each lane, and in evaluation not at all.
 
     Args:
       cell: an ``nnx`` RNN cell, ``(carry, x [lanes, ...]) -> (carry, y [lanes, ...])``; ``params["cell"]`` holds its
@@ -93,11 +111,13 @@ def from_nnx(
       encoder: a module without state, called on ``[lanes, time, ...]``.
       readout: likewise, called on the cell's outputs.
       input_shape: as in :func:`from_linen`.
+      initial_carry: see :func:`tbptt_jax.lstm`.
+      draw: how often, see :func:`tbptt_jax.from_step`.
       checkpoint: see :func:`tbptt_jax.from_step`.
 
     Raises:
-      ValueError: now, if a part is a class, or its module holds variables other than ``nnx.Param`` (dropout keys, batch
-        statistics): they would change from step to step outside the carry; from ``init``, if the inputs have no axis of
+      ValueError: now, if a part is a class, or its module holds variables other than ``nnx.Param`` and keys (batch
+        statistics): they would change from step to step outside the carry; from ``init``, if a module draws in evaluation, the inputs have no axis of
         features, or the encoder or the readout looks along time or lanes; from ``unroll``, as :func:`tbptt_jax.from_step`, and if
         ``checkpoint`` is not as described.
     """
@@ -108,149 +128,79 @@ def from_nnx(
     graphs: dict[str, tuple] = {}
     begin: dict[str, Callable] = {}
     for group in groups:  # modules are divided together, so that one that is a part of several is one
-        graph, initial = _divide(group)
+        graph, rngs, initial = _divide(group)
         for name in group:
-            graphs[name] = tuple(group), graph
+            graphs[name] = tuple(group), graph, rngs
             begin[name] = initial
 
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
         keys = dict(zip(given, jax.random.split(key, 3), strict=True))
         params = {name: begin[name](keys[name])[name] for name in parts}  # NNX modules are told their sizes
-        if inputs is not None:
-            _check_more_lanes(model.unroll, initial_carry, params, inputs)
         return params
 
-    def initial_carry(params: PyTree, lanes: int) -> PyTree:
-        return merged("cell", params).initialize_carry((lanes, *input_shape), nnx.Rngs(0))
+    def zeros(params: PyTree, lanes: int) -> PyTree:
+        return merged("cell", params, None).initialize_carry((lanes, *input_shape), nnx.Rngs(0))
 
-    def merged(name: str, params: PyTree) -> Any:
-        group, graph = graphs[name]
-        return nnx.merge(graph, nnx.State({each: params[each] for each in group}))[name]
+    def merged(name: str, params: PyTree, key: jax.Array | None, training: bool = False) -> Any:
+        group, graph, rngs = graphs[name]
+        own = nnx.State({each: params[each] for each in group})
+        module = nnx.merge(graph, own, _keys_of(rngs, jax.random.key(0) if key is None else key))[name]
+        if not training:
+            module.eval()
+        return module
 
     def apply(name: str) -> Callable[..., PyTree]:
-        def applied(params: PyTree, *args: PyTree) -> PyTree:
-            return merged(name, params)(*args)
+        drawn = of_lanes(
+            lambda params, *args, key: merged(name, params, key, key is not None)(*args),
+            axes=1 if name == "cell" else 2,
+        )
+
+        def applied(params: PyTree, *args: PyTree, key: jax.Array | None = None) -> PyTree:
+            in_evaluation = lambda key: lambda params, *args: merged(name, params, key)(*args)  # noqa: E731
+            if key is None and jax.tree.leaves(graphs[name][2]) and depends_on_key(in_evaluation, params, *args):
+                raise ValueError(
+                    f"The {name} draws where no key is given, and evaluation needs to be deterministic: let it draw only where an "
+                    "attribute `deterministic` of its own is False, as that of nnx.Dropout."
+                )
+            return drawn(params, *args, key=key)
 
         applied.__name__ = type(parts[name]).__name__ if name in modules else "module"
         return applied
 
+    begin_all, start, of_data = begin_from(initial_carry, init, zeros)
+
+    def init_checked(key: jax.Array, inputs: PyTree) -> PyTree:
+        params = begin_all(key, inputs)
+        if inputs is not None:
+            _check_more_lanes(model.unroll, model.initial_carry, params, inputs)
+        return params
+
     model = from_step(
         apply("cell"),
-        init,
-        initial_carry,
+        init_checked,
+        start,
         encoder=apply("encoder") if "encoder" in parts else None,
         readout=apply("readout") if "readout" in parts else None,
+        begin=of_data,
+        draw=draw,
         checkpoint=checkpoint,
     )
     return model
 
 
-def linen_parts(**modules: nn.Module | None) -> tuple[Callable[..., tuple[PyTree, PyTree]], Callable[[str], Callable]]:
-    """``begin(name, key, params, *args) -> (outputs, params)`` and ``apply(name)(params, *args) -> outputs`` of Linen modules.
+def _divide(parts: dict[str, Any]) -> tuple[Any, PyTree, Callable]:
+    """NNX modules as their static graph, the state of their keys and a function ``key -> params``."""
 
-    ``params[name]`` holds what Flax gives each of them. A module that is a part of several is one: its parameters are with
-    the first.
-    """
-    given = {name: module for name, module in modules.items() if module is not None}
-    reach = [_modules_in(module) for module in given.values()]
-    shared = len(set().union(*reach)) < sum(map(len, reach))
-    together = _Together(**given) if shared else None  # type: ignore[arg-type]
-
-    def whole(params: PyTree) -> PyTree:
-        return {"params": {name: params[name]["params"] for name in given if name in params}}
-
-    def begin(name: str, key: jax.Array, params: PyTree, *args: PyTree) -> tuple[PyTree, PyTree]:
-        if together is None:
-            outputs, variables = given[name].init_with_output(key, *args)
-            params = {**params, name: variables}
-        else:
-            try:
-                outputs, variables = together.apply(whole(params), name, *args, rngs={"params": key}, mutable=True)
-            except flax.errors.ScopeParamShapeError as error:
-                raise ValueError(
-                    f"The {name} is, or holds, a module of another part, and shares its parameters, which do not fit here "
-                    f"({str(error).splitlines()[0]}): make a second module for this part."
-                ) from error
-            of_part = variables.get("params", {})
-            params = {each: {"params": of_part.get(each, {})} for each in {**params, name: None}}
-        if others := sorted(set(variables) - {"params"}):
-            raise ValueError(
-                f"The {name} holds variables besides its parameters: {others}. A recurrence keeps state only in its carry: "
-                "give a module with parameters alone."
-            )
-        return outputs, params
-
-    def apply(name: str) -> Callable[..., PyTree]:
-        def applied(params: PyTree, *args: PyTree) -> PyTree:
-            if together is None:
-                return given[name].apply(params[name], *args)
-            return together.apply(whole(params), name, *args)
-
-        applied.__name__ = type(given[name]).__name__
-        return applied
-
-    return begin, apply
-
-
-class _Together(nn.Module):
-    """Modules that have a module in common: Flax then knows it as one."""
-
-    encoder: nn.Module | None = None
-    cell: nn.Module | None = None
-    readout: nn.Module | None = None
-
-    def __call__(self, name: str, *args: PyTree) -> PyTree:
-        return getattr(self, name)(*args)
-
-
-def _modules_in(module: nn.Module) -> set[int]:
-    """The module and all that are given to it, by identity."""
-    fields = [getattr(module, f.name, None) for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
-    parts = [x for x in jax.tree.leaves(fields, is_leaf=lambda x: isinstance(x, nn.Module)) if isinstance(x, nn.Module)]
-    return {id(module)}.union(*map(_modules_in, parts))
-
-
-def of_any_lanes(init: Callable[[jax.Array, PyTree], PyTree]) -> Callable[[jax.Array, PyTree], PyTree]:
-    """``init``, which refuses inputs that make the parameters' shapes depend on how many lanes or steps there are.
-
-    A module takes the last axis of what it is given for its features; where inputs have none, that is lanes, or time.
-    """
-
-    def checked(key: jax.Array, inputs: PyTree) -> PyTree:
-        params = init(key, inputs)
-        lanes, time = time_shape(Window(inputs))
-        more = jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes + 1, time + 1, *x.shape[2:]), x.dtype), inputs)
-        try:
-            others = jax.eval_shape(init, key, more)
-        except Exception:  # of a module that knows one number of steps only; it is refused for that
-            return params
-        for (path, param), other in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(others), strict=True):
-            if jnp.shape(param) != other.shape:
-                shapes = jax.tree.map(lambda x: list(x.shape), inputs)
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise ValueError(
-                    f"`inputs` has shape {shapes}, and `{name}` is {list(jnp.shape(param))} for these {lanes} lanes of {time} steps "
-                    f"and {list(other.shape)} for {lanes + 1} of {time + 1}: a module takes the last axis for features. Give "
-                    "inputs [lanes, time, features] (`x[..., None]` for a single one), or tokens an `encoder` such as nn.Embed."
-                )
-        return params
-
-    return checked
-
-
-def _divide(parts: dict[str, Any]) -> tuple[Any, Callable]:
-    """NNX modules as their static graph and a function ``key -> params``."""
-
-    def split(modules: dict[str, nnx.Module]) -> tuple[Any, PyTree]:
-        divided: Any = nnx.split(modules, nnx.Param, ...)
-        graph, params, rest = divided
+    def split(modules: dict[str, nnx.Module]) -> tuple[Any, PyTree, PyTree]:
+        divided: Any = nnx.split(modules, nnx.Param, nnx.RngState, ...)
+        graph, params, rngs, rest = divided
         if jax.tree.leaves(rest):
             paths = list(nnx.to_flat_state(rest).paths)
             raise ValueError(
                 f"The {paths[0][0]} holds variables besides its parameters: {[path[1:] for path in paths]}. A recurrence keeps "
                 "state only in its carry: give a module whose variables are all nnx.Param."
             )
-        return graph, {name: params.get(name, nnx.State({})) for name in modules}
+        return graph, {name: params.get(name, nnx.State({})) for name in modules}, rngs
 
     for name, part in parts.items():
         if isinstance(part, type):
@@ -259,11 +209,24 @@ def _divide(parts: dict[str, Any]) -> tuple[Any, Callable]:
                 f"`lambda rngs: {part.__name__}(2, 64, rngs=rngs)`."
             )
     if all(isinstance(part, nnx.Module) for part in parts.values()):
-        graph, params = split(parts)
-        return graph, lambda key: jax.tree.map(jnp.copy, params)  # copies: a train step donates what it is given
+        graph, params, rngs = split(parts)
+        return graph, rngs, lambda key: jax.tree.map(jnp.copy, params)  # copies: a train step donates what it is given
     ((name, make),) = parts.items()
-    graph, _ = split(nnx.eval_shape(lambda: {name: make(nnx.Rngs(0))}))
-    return graph, lambda key: split({name: make(nnx.Rngs(key))})[1]
+    graph, _, rngs = split(nnx.eval_shape(lambda: {name: make(nnx.Rngs(0))}))
+    return graph, rngs, lambda key: split({name: make(nnx.Rngs(key))})[1]
+
+
+def _keys_of(rngs: PyTree, key: jax.Array) -> PyTree:
+    """The state of NNX's keys as it is at first, from this key."""
+    leaves, tree = jax.tree.flatten(rngs)
+
+    def leaf(number: int, x: Any) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jnp.zeros(x.shape, x.dtype)  # how often they were asked
+        own = jax.random.fold_in(key, number)
+        return jax.random.split(own, x.shape) if x.shape else own
+
+    return jax.tree.unflatten(tree, [leaf(i, x) for i, x in enumerate(leaves)])
 
 
 def _check_more_lanes(unroll: Callable, initial_carry: Callable, params: PyTree, inputs: PyTree) -> None:

@@ -15,6 +15,7 @@ from jax import lax
 from tbptt_jax.arrays import at_least_float32, is_leaf, same_tree, where_lanes
 from tbptt_jax.influence import Influence, Linearisation, truncate
 from tbptt_jax.influence.influence import WindowVJP, window_vjp
+from tbptt_jax.noise import window_keys
 from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, check_carry, unroll_window
 from tbptt_jax.step_by_step import some_numbers
@@ -30,7 +31,7 @@ class StreamState(NamedTuple):
     Attributes:
       carry: the model's state at the next window's left edge, every leaf ``[lanes, ...]``.
       influence: what the influence knows of how that carry came to depend on the parameters.
-      key: the key from which random influences draw.
+      key: the key from which models and random influences draw.
       fresh: ``[lanes]`` bool, the lanes that begin at the next window: of those whose carry is the initial one, the gradient
         flows into the parameters that it depends on, and nothing known of an earlier past into them. A carry put in their
         place, ``state._replace(carry=stored)``, is what it is.
@@ -114,18 +115,21 @@ def gradient(
             shapes = jax.tree.map(lambda h: list(jnp.shape(h)), carry)
             raise ValueError(f"`initial_carry` made {shapes}; every array of it needs to be [{lanes} lanes, ...].")
         fresh = jnp.ones(lanes, bool)
-        vjp = jax.eval_shape(through, params, carry, fresh, window)[1]
+        vjp = jax.eval_shape(through, params, carry, fresh, window, window_keys(model.unroll, key, lanes))[1]
         return StreamState(carry, influence.init(as_real(params), _moving(carry), vjp), key, fresh)
 
     def update(params: PyTree, stream: StreamState, window: Window) -> tuple[PyTree, StreamState, Metrics]:
         check(window)
         check_ranges(model, loss, params, window, ("lanes", "time"))
-        (grads, at_left_edge), vjp, carry, metrics = through(params, stream.carry, stream.fresh, window)
+        keys = window_keys(model.unroll, stream.key, len(stream.fresh))
+        (grads, at_left_edge), vjp, carry, metrics = through(params, stream.carry, stream.fresh, window, keys)
         past = influence.pullback(stream.influence, at_left_edge)
         if past is not None:
             grads = _add(grads, past)
         key, draw = jax.random.split(stream.key)
-        linearisation = Linearisation(vjp, functools.partial(lane_vjp, params, stream.carry, stream.fresh, window, vjp))
+        linearisation = Linearisation(
+            vjp, functools.partial(lane_vjp, params, stream.carry, stream.fresh, window, keys, vjp)
+        )
         state = influence.push(stream.influence, linearisation, draw)
         grads = jax.tree.map(
             lambda g: g.conj() if jnp.iscomplexobj(g) else g, of_real(grads, params)
@@ -134,14 +138,14 @@ def gradient(
 
     @jax.jit  # one trace for `init` and `update`, wherever they are called, so that they agree on the residuals
     def through(
-        params: PyTree, carry: PyTree, fresh: jax.Array, window: Window
+        params: PyTree, carry: PyTree, fresh: jax.Array, window: Window, keys: jax.Array | None
     ) -> tuple[tuple, WindowVJP, PyTree, Metrics]:
         """Forward once, and back from the loss: the gradient inside, the way back from the carry, the new carry."""
 
         def forward(numbers: PyTree, moving: PyTree) -> tuple[tuple, tuple]:
             own = of_real(numbers, params)
             start = _begun(model, own, of_real(moving, carry), fresh)
-            end, outputs = unroll_window(model, own, start, window)
+            end, outputs = unroll_window(model, own, start, window, keys)
             losses = step_losses(loss, outputs, window)
             for leaf in jax.tree.leaves(losses):
                 if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -159,7 +163,13 @@ def gradient(
         return inside, window_vjp(from_carry, (model, loss, normaliser)), end, metrics
 
     def lane_vjp(
-        params: PyTree, carry: PyTree, fresh: jax.Array, window: Window, vjp: WindowVJP, carry_cotangent: PyTree
+        params: PyTree,
+        carry: PyTree,
+        fresh: jax.Array,
+        window: Window,
+        keys: jax.Array | None,
+        vjp: WindowVJP,
+        carry_cotangent: PyTree,
     ) -> tuple[PyTree, PyTree]:
         """The way back from the carry, with parameters of its own for each lane."""
         lanes, _ = time_shape(window)
@@ -171,14 +181,14 @@ def gradient(
             return of_params, jax.tree.map(lambda h: h.sum(0), of_carry)
 
         def one_lane(numbers: PyTree, moving: PyTree, *rest: PyTree) -> PyTree:
-            moving, carry, fresh, window = jax.tree.map(lambda x: x[None], (moving, *rest))
+            moving, carry, fresh, window, keys = jax.tree.map(lambda x: x[None], (moving, *rest))
             own = of_real(numbers, params)
             start = _begun(model, own, of_real(moving, carry), fresh)
-            end, _ = unroll_window(model, own, start, window)
+            end, _ = unroll_window(model, own, start, window, keys)
             return jax.tree.map(lambda h: h[0], _moving(end))
 
         copies = jax.tree.map(lambda p: jnp.broadcast_to(p, (lanes, *p.shape)), as_real(params))
-        _, back = jax.vjp(lambda p, h: jax.vmap(one_lane)(p, h, carry, fresh, window), copies, _moving(carry))
+        _, back = jax.vjp(lambda p, h: jax.vmap(one_lane)(p, h, carry, fresh, window, keys), copies, _moving(carry))
         return back(carry_cotangent)
 
     return Estimate(init, update, model, loss, influence, normaliser)
@@ -192,9 +202,10 @@ def objective(metrics: Metrics, normaliser: float | None) -> jax.Array:
 
 
 def window_objective(estimate: Estimate, params: PyTree, stream: StreamState, window: Window) -> jax.Array:
-    """The objective of a window at other parameters, read from the same carry."""
+    """The objective of a window at other parameters, read from the same carry with the same draws."""
     start = _begun(estimate.model, params, stream.carry, stream.fresh)
-    _, outputs = unroll_window(estimate.model, params, start, window)
+    keys = window_keys(estimate.model.unroll, stream.key, len(stream.fresh))
+    _, outputs = unroll_window(estimate.model, params, start, window, keys)
     return objective(weighted_mean(step_losses(estimate.loss, outputs, window), window), estimate.normaliser)
 
 
@@ -240,7 +251,7 @@ def _moving(carry: PyTree) -> PyTree:
 def lanes_read_alone(model: Recurrence, params: PyTree, window: Window) -> bool:
     """Whether a lane that is read alone goes the way it goes beside others; found out on a few numbers.
 
-    Not so where a model makes one draw for all lanes, or where a lane's initial carry depends on its number.
+    Not so where a model makes one draw for all lanes from a key of its own, or where a lane's initial carry depends on its number.
 
     Raises:
       ValueError: if what a lane does depends on what another reads.
@@ -256,8 +267,8 @@ def _read_alone(model: Recurrence, tree: Any, shapes: tuple) -> bool:
     resets = np.array([[False, False, False], [False, True, False]])
 
     @jax.jit
-    def end(params: PyTree, carry: PyTree, inputs: PyTree, resets: jax.Array) -> PyTree:
-        return _moving(model.unroll(params, carry, inputs, resets, None)[0])
+    def end(params: PyTree, carry: PyTree, inputs: PyTree, resets: jax.Array, keys: jax.Array | None) -> PyTree:
+        return _moving(unroll_window(model, params, carry, Window(inputs, resets=resets), keys)[0])
 
     def same(one: PyTree, other: PyTree) -> bool:
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
@@ -276,13 +287,14 @@ def _read_alone(model: Recurrence, tree: Any, shapes: tuple) -> bool:
         another = of_real(jax.tree.map(lambda h: h.at[0].add(1), _moving(carry)), start)
         beside = jax.tree.map(lambda x, y: jnp.concatenate([y[:1], x[1:]]), first, others)
         last = functools.partial(jax.tree.map, lambda x: x[1:])
-        whole = end(params, carry, first, resets)
-        if not same(whole, end(params, another, beside, resets)):
+        keys = window_keys(model.unroll, jax.random.key(0), 2)
+        whole = end(params, carry, first, resets, keys)
+        if not same(whole, end(params, another, beside, resets, keys)):
             raise ValueError(
                 "What a lane carries changes with what another lane reads, as where a model takes a mean over its lanes. This "
                 "influence needs what each lane knows by itself: use `truncate()` or `replay(m)`, or keep the lanes apart."
             )
-        return same(whole, end(params, last(carry), last(first), resets[1:]))
+        return same(whole, end(params, last(carry), last(first), resets[1:], last(keys)))
 
 
 def _add(grads: PyTree, past: PyTree) -> PyTree:

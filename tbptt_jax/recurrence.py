@@ -1,12 +1,12 @@
 """Recurrences: a model as three pure functions, whatever library its cell was written in.
 
-    init(key, inputs)                               -> params
-    initial_carry(params, lanes)                    -> carry                 every leaf [lanes, ...]
-    unroll(params, carry, inputs, resets, valid)    -> (carry, outputs)      inputs, outputs [lanes, time, ...]
+    init(key, inputs)                                    -> params
+    initial_carry(params, lanes)                         -> carry            every leaf [lanes, ...]
+    unroll(params, carry, inputs, resets, valid, key=…)  -> (carry, outputs) inputs, outputs [lanes, time, ...]
 
 ``unroll`` is one ``lax.scan`` over time. A lane whose ``resets`` is True returns to the initial carry before the step is
 consumed, or skipped; where ``valid`` is False the carry stands still, and what the padding holds, NaN included, changes
-nothing.
+nothing. With keys, as in training, a model may draw, such as dropout its masks; without, it is deterministic.
 """
 
 import functools
@@ -19,10 +19,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from tbptt_jax.arrays import PyTree, check_whole, where_lanes
+from tbptt_jax.begin import Begun, first_steps, starts_of
+from tbptt_jax.noise import Keys, check_key, fold_in, is_key, of_part, step_keys, takes_key
 from tbptt_jax.step_by_step import check_step_by_step
 from tbptt_jax.window import Window, time_shape
 
 Segment = int | Literal["sqrt"] | None
+Draw = Literal["window", "step"]
 
 
 class Recurrence(NamedTuple):
@@ -32,9 +35,11 @@ class Recurrence(NamedTuple):
       init: ``(key, inputs [lanes, time, ...]) -> params``.
       initial_carry: ``(params, lanes) -> carry``, every leaf ``[lanes, ...]``. It may depend on the parameters: then
         the initial carry is learned.
-      unroll: ``(params, carry, inputs, resets=None, valid=None, edges=None) -> (carry, outputs)`` with inputs and outputs
-        ``[lanes, time, ...]``, resets and valid ``[lanes, time]`` bool, edges ``[lanes, time]`` float. A model
-        without use for ``edges`` need not take them: they are passed only where there are some.
+      unroll: ``(params, carry, inputs, resets=None, valid=None, edges=None, key=None) -> (carry, outputs)`` with inputs and
+        outputs ``[lanes, time, ...]``, resets and valid ``[lanes, time]`` bool, edges ``[lanes, time]`` float, key
+        ``[lanes]``, a key of each lane for this window. A model without use for ``edges`` or ``key`` need not take them:
+        edges are passed where there are some, and a key where the model is trained. What a lane draws must come from its own
+        key, or :func:`tbptt_jax.noise.shared`; keys for parts are :func:`tbptt_jax.noise.fold_in`.
     """
 
     init: Callable[..., PyTree]
@@ -43,23 +48,32 @@ class Recurrence(NamedTuple):
 
 
 def from_step(
-    step: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
+    step: Callable[..., tuple[PyTree, PyTree]],
     init: Callable[[jax.Array, PyTree], PyTree],
     initial_carry: Callable[[PyTree, int], PyTree],
     *,
-    encoder: Callable[[PyTree, PyTree], PyTree] | None = None,
-    readout: Callable[[PyTree, PyTree], PyTree] | None = None,
+    encoder: Callable[..., PyTree] | None = None,
+    readout: Callable[..., PyTree] | None = None,
+    begin: Callable[[PyTree, PyTree], PyTree] | None = None,
+    draw: Draw = "window",
     checkpoint: Segment = None,
 ) -> Recurrence:
     """A recurrence from the pure function of one step.
 
+    Functions that take a ``key`` are given one in training, a key for each lane, and None elsewhere.
+
     Args:
-      step: ``(params, carry, x [lanes, ...]) -> (carry, y [lanes, ...])``.
+      step: ``(params, carry, x [lanes, ...]) -> (carry, y [lanes, ...])``, and ``key [lanes]`` if it takes one.
       init: ``(key, inputs [lanes, time, ...]) -> params``.
-      initial_carry: ``(params, lanes) -> carry``, every leaf ``[lanes, ...]``.
+      initial_carry: ``(params, lanes) -> carry``, every leaf ``[lanes, ...]``. A reset leaves a typed key in it as it is.
       encoder: ``(params, inputs [lanes, time, ...]) -> x [lanes, time, ...]``: what has no state and comes before the
         step is done for all steps at once.
       readout: ``(params, y [lanes, time, ...]) -> outputs [lanes, time, ...]``, likewise after it.
+      begin: ``(params, x [lanes, ...]) -> carry``: what a lane begins from, of the inputs of its first valid step, such as the
+        features of a sequence that do not change; the carry then also knows which lanes have not begun. None: from
+        ``initial_carry``, which else only says the carry's shapes.
+      draw: ``"window"``: the keys are those of the window, the same at each step, so that a mask is drawn once a window and
+        held (Gal & Ghahramani 2016). ``"step"``: each step has its own, and encoder and readout are given ``[lanes, time]``.
       checkpoint: keep only the carry at every so many steps for the backward pass and compute the rest again: the
         memory of T steps falls to that of T / checkpoint carries and one segment, for one more forward pass.
         ``"sqrt"`` takes ceil(sqrt(T)), the least memory (Chen et al. 2016, *Training deep nets with sublinear memory
@@ -71,23 +85,30 @@ def from_step(
         was given.
     """
 
-    def scan(params: PyTree, carry: PyTree, x: PyTree, *masks: jax.Array | None) -> tuple[PyTree, PyTree]:
-        start = initial_carry(params, jax.tree.leaves(x)[0].shape[0])
+    call = takes_key(step)
+
+    def scan(
+        params: PyTree, carry: PyTree, x: PyTree, *masks: jax.Array | None, starts: PyTree, keys: Keys
+    ) -> tuple[PyTree, PyTree]:
+        always = initial_carry(params, jax.tree.leaves(x)[0].shape[0])
 
         def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, PyTree]:
-            x, reset, is_valid, edge = at_t
+            x, reset, is_valid, edge, start, key = at_t
             if edge is not None:
                 carry = scale_cotangent(edge, carry)
             if reset is not None:
-                carry = where_lanes(reset, start, carry)
-            new, y = step(params, carry, x)
+                back = where_lanes(reset, always if start is None else start, carry)
+                carry = jax.tree.map(lambda b, h: h if is_key(h) else b, back, carry)  # what was drawn is not drawn again
+            key = keys.window if draw == "window" else key
+            new, y = step(params, carry, x, key=key) if call else step(params, carry, x)
             new = _as_given(new, carry)
             return (new if is_valid is None else where_lanes(is_valid, new, carry)), y
 
-        carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, *masks)))
+        each = keys.step if call and draw == "step" else None
+        carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, *masks, starts, each)))
         return carry, jax.tree.map(_swap, y)
 
-    return recurrence(init, initial_carry, scan, encoder, readout, checkpoint)
+    return recurrence(init, initial_carry, scan, encoder, readout, checkpoint, draw, begin)
 
 
 def recurrence(
@@ -97,12 +118,26 @@ def recurrence(
     encoder: Callable[[PyTree, PyTree], PyTree] | None,
     readout: Callable[[PyTree, PyTree], PyTree] | None,
     checkpoint: Segment,
+    draw: Draw = "window",
+    begin: Callable[[PyTree, PyTree], PyTree] | None = None,
 ) -> Recurrence:
     """``encoder`` → ``scan`` → ``readout``, over a whole window at a time or in segments of it.
 
-    ``scan`` is ``(params, carry, x, resets, valid, edges) -> (carry, y)``, x and y ``[lanes, time, ...]``; the others are as
-    for :func:`from_step`.
+    ``scan`` is ``(params, carry, x, resets, valid, edges, starts=, keys=Keys) -> (carry, y)``, x and y ``[lanes, time, ...]``;
+    starts, a carry ``[lanes, time, ...]``, is what a reset at a step returns to, None: the initial carry. The others are as for
+    :func:`from_step`.
+
+    Raises:
+      ValueError: if ``draw`` is neither.
     """
+    if draw not in ("window", "step"):
+        raise ValueError(f"`draw` is {draw!r}; it needs to be 'window' or 'step': how often what is random is drawn.")
+
+    def with_key(module: Callable, params: PyTree, x: PyTree, keys: Keys) -> PyTree:
+        """The encoder or the readout."""
+        if not takes_key(module):
+            return module(params, x)
+        return module(params, x, key=keys.window if draw == "window" else keys.step)
 
     def unroll(
         params: PyTree,
@@ -111,21 +146,30 @@ def recurrence(
         resets: jax.Array | None = None,
         valid: jax.Array | None = None,
         edges: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[PyTree, PyTree]:
         lanes, time = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
-        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
+        check_carry(carry, jax.eval_shape(lambda p: first_carry(p, lanes), params), lanes)
+        check_key(key, lanes)
         inputs, edges = jax.tree.map(jnp.asarray, (inputs, edges))
         resets, valid = jax.tree.map(lambda x: jnp.asarray(x, bool), (resets, valid))
+        each = None if key is None else step_keys(key, time)
 
         def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
-            x, *masks = per_step
+            x, *masks, each = per_step
+            keys, starts, fresh = Keys(key, each), None, None
             if (valid := masks[1]) is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
                 x = where_lanes(valid, x, jax.tree.map(jnp.zeros_like, x))
-            x = x if encoder is None else encoder(params, x)
-            carry, y = scan(params, carry, x, *masks)
-            return carry, (y if readout is None else readout(params, y))
+            if begin is not None:
+                carry, fresh = carry
+                masks[0], fresh = first_steps(fresh, masks[0], valid, jax.tree.leaves(x)[0].shape[1])
+                starts = starts_of(functools.partial(begin, params), x, masks[0], carry)
+            x = x if encoder is None else with_key(encoder, params, x, of_part(keys, 0))
+            carry, y = scan(params, carry, x, *masks, starts=starts, keys=of_part(keys, 1))
+            carry = carry if fresh is None else Begun(carry, fresh)
+            return carry, (y if readout is None else with_key(readout, params, y, of_part(keys, 2)))
 
-        return in_segments(segment, carry, (inputs, resets, valid, edges), time, checkpoint)
+        return in_segments(segment, carry, (inputs, resets, valid, edges, each), time, checkpoint)
 
     @functools.lru_cache(maxsize=16)
     def check_modules(tree: Any, shapes: tuple) -> None:
@@ -136,7 +180,9 @@ def recurrence(
         if readout is not None:
             lanes, _ = time_shape(Window(inputs))
             carry = jax.eval_shape(lambda p: initial_carry(p, lanes), params)
-            y = jax.eval_shape(lambda p, c, x: scan(p, c, x, None, None, None)[1], params, carry, x)
+            y = jax.eval_shape(
+                lambda p, c, x: scan(p, c, x, None, None, None, starts=None, keys=Keys())[1], params, carry, x
+            )
             check_step_by_step("readout", readout, params, y)
 
     def checked_init(key: jax.Array, inputs: PyTree) -> PyTree:
@@ -146,7 +192,11 @@ def recurrence(
             check_modules(tree, tuple((jnp.shape(x), x.dtype) for x in leaves))
         return params
 
-    return Recurrence(checked_init, initial_carry, unroll)
+    def first_carry(params: PyTree, lanes: int) -> PyTree:
+        carry = initial_carry(params, lanes)
+        return carry if begin is None else Begun(carry, jnp.ones(lanes, bool))
+
+    return Recurrence(checked_init, initial_carry if begin is None else first_carry, unroll)
 
 
 def stack(*layers: Recurrence) -> Recurrence:
@@ -188,12 +238,15 @@ def stack(*layers: Recurrence) -> Recurrence:
         resets: jax.Array | None = None,
         valid: jax.Array | None = None,
         edges: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[PyTree, PyTree]:
         lanes, _ = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
         check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
+        check_key(key, lanes)
         carries = []
-        for layer, p, c in zip(layers, params, carry, strict=True):
-            c, inputs = unroll_window(layer, p, c, Window(inputs, resets=resets, valid=valid, edges=edges))
+        for number, (layer, p, c) in enumerate(zip(layers, params, carry, strict=True)):
+            own = None if key is None or not takes_key(layer.unroll) else fold_in(key, number)
+            c, inputs = unroll_window(layer, p, c, Window(inputs, resets=resets, valid=valid, edges=edges), own)
             carries.append(c)
         return tuple(carries), inputs
 
@@ -239,10 +292,12 @@ def _as_given(new: PyTree, carry: PyTree) -> PyTree:
     return jax.tree.map(lambda n, c: jnp.asarray(n, c.dtype), new, carry)
 
 
-def unroll_window(model: Recurrence, params: PyTree, carry: PyTree, window: Window) -> tuple[PyTree, PyTree]:
-    """``model.unroll`` over a window: ``(carry, outputs [lanes, time, ...])``."""
-    edges = {} if window.edges is None else {"edges": window.edges}
-    return model.unroll(params, carry, window.inputs, window.resets, window.valid, **edges)
+def unroll_window(
+    model: Recurrence, params: PyTree, carry: PyTree, window: Window, key: jax.Array | None = None
+) -> tuple[PyTree, PyTree]:
+    """``model.unroll`` over a window: ``(carry, outputs [lanes, time, ...])``; with keys ``[lanes]`` if it is trained."""
+    some = {name: x for name, x in {"edges": window.edges, "key": key}.items() if x is not None}
+    return model.unroll(params, carry, window.inputs, window.resets, window.valid, **some)
 
 
 def rematerialised(model: Recurrence, checkpoint: Segment) -> Recurrence:

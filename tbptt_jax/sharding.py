@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from tbptt_jax.arrays import check_whole, is_leaf
 from tbptt_jax.gradient import Estimate, Metrics, StreamState, as_real, gradient, of_each, of_real
-from tbptt_jax.influence.influence import LANE, WindowVJP
+from tbptt_jax.influence.influence import WindowVJP
+from tbptt_jax.noise import LANE
 from tbptt_jax.window import Window, step_weights, time_shape
 
 PyTree = Any

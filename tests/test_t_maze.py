@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from programs import program_of
 
 import tbptt_jax as tb
-from experiments import launch, ppo, r2d2
+from experiments import ppo, r2d2
 from experiments.agents import DISCOUNT
 from tbptt_jax.rollout import Steps
-from tbptt_jax.study import lock
+from tbptt_jax.study.process import lock, machine
 from tbptt_jax.tasks.t_maze import EAST, NORTH, SOUTH, WEST, Place
 
 KEY = jax.random.key(3)
@@ -270,7 +270,7 @@ def test_every_seed_solves_a_corridor_longer_than_its_window(program, settings, 
 
 @pytest.mark.parametrize("wrong", ["--lanes=1000000000", "--influence=replay:1000000000", "--influence=none"])
 def test_what_does_not_fit_or_is_none_is_refused_before_it_computes(program, wrong, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch.machine, "memory", lambda: 16 * 10**9)
+    monkeypatch.setattr(machine, "memory", lambda: 16 * 10**9)
     with flagsaver.flagsaver(), pytest.raises(ValueError, match=r"lower .*--lanes.*|has none, which is none"):
         flags.FLAGS(["", f"--workdir={tmp_path}", wrong])
         program.main()

@@ -1,16 +1,13 @@
 """The type every influence has, and what it is told of a window."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 PyTree = Any
-LANE = "lane"  # the axis of devices over which lanes are spread
 
 
 class Linearisation(NamedTuple):
@@ -46,7 +43,7 @@ class Influence(NamedTuple):
       pullback: ``(state, carry_cotangent) -> params_cotangent``: the gradient that crosses the window's left edge, in the
         tree of params. None: nothing crosses.
       push: ``(state, linearisation, key) -> state``: the window's right edge becomes the next one's left edge. What is drawn
-        for each lane is drawn from its own key, ``influence.lane_keys(key, lanes)``, however many devices read them.
+        for each lane is drawn from its own key, ``noise.lane_keys(key, lanes)``, however many devices read them.
     """
 
     init: Callable[[PyTree, PyTree, "WindowVJP"], PyTree]
@@ -64,19 +61,6 @@ def check_carried(carry: PyTree) -> None:
         raise ValueError(
             "The model's carry has no floating-point array, so it has no past to know of: use `truncate()`."
         )
-
-
-def lane_keys(key: jax.Array, lanes: int) -> jax.Array:
-    """A key for each lane, ``[lanes]``, from the lane's own number: the same wherever, and beside whichever, it is read.
-
-    Args:
-      key: that of an influence's ``push``, the same on all devices that lanes are spread over.
-      lanes: how many this device has.
-    """
-    numbers = jnp.arange(lanes)
-    with contextlib.suppress(NameError):  # not inside `sharding.over_lanes`
-        numbers += jax.lax.axis_index(LANE) * lanes
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
 @flax.struct.dataclass

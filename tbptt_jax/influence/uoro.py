@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from tbptt_jax.arrays import at_least_float32
-from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP, check_carried, lane_keys
+from tbptt_jax.influence.influence import Influence, Linearisation, WindowVJP, check_carried
+from tbptt_jax.noise import lane_keys
 
 PyTree = Any
 

@@ -1,27 +1,37 @@
 """The LSTM (Hochreiter & Schmidhuber 1997, *Long short-term memory*) as a recurrence, each layer's window one operation."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from tbptt_jax.arrays import PyTree, check_whole
-from tbptt_jax.flax_models import linen_parts, of_any_lanes
+from tbptt_jax.begin import InitialCarry, from_first_step
+from tbptt_jax.layers import layered
 from tbptt_jax.lstm.gpu import PALLAS
 from tbptt_jax.lstm.weights import Weights, initial_weights
 from tbptt_jax.lstm.window import SCANS, by_cudnn, fused, scanned
-from tbptt_jax.recurrence import Recurrence, Segment, recurrence
-from tbptt_jax.window import Window, time_shape
+from tbptt_jax.modules import Part
+from tbptt_jax.noise import Keys
+from tbptt_jax.recurrence import Draw, Recurrence, Segment
 
 
 def lstm(
     features: int,
     *,
-    readout: nn.Module | None = None,
-    encoder: nn.Module | None = None,
+    readout: Part = None,
+    encoder: Part = None,
     layers: int = 1,
     projection: int | None = None,
+    dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    residual: bool = False,
+    init: Callable[[jax.Array, PyTree], dict[str, PyTree]] | None = None,
+    initial_carry: InitialCarry = None,
+    rngs: Sequence[str] = ("dropout",),
+    draw: Draw = "window",
     dtype: Any = None,
     checkpoint: Segment = None,
     implementation: Literal["fused", "scan", "cudnn", "pallas"] | None = None,
@@ -34,10 +44,22 @@ def lstm(
 
     Args:
       features: units of each layer.
-      readout: a Linen module without state, called on ``[lanes, time, outputs]``; ``params["readout"]``.
+      readout: a Linen module without state, called on ``[lanes, time, outputs]``; ``params["readout"]``. Or a function
+        ``(params, y) -> outputs`` of all parameters, which may take a ``key``: with an ``encoder=nn.Embed(n, features)`` tied
+        weights are ``readout=lambda params, y: y @ params["encoder"]["params"]["embedding"].T``.
       encoder: likewise, called on the inputs, ``[lanes, time, ...] -> [lanes, time, inputs]``; ``params["encoder"]``.
       layers: how many, each fed with the outputs of the one before.
       projection: project h to this many outputs before it recurs (Sak, Senior & Beaufays 2014). None: no projection.
+      dropout: the part of a layer's outputs that is left out of the next one's inputs, in training; the kept ones are 1 / (1 -
+        dropout) larger.
+      input_dropout: likewise of the first layer's inputs.
+      residual: add a layer's inputs to its outputs, where they are as many (He et al. 2016).
+      init: ``(key, inputs) -> params`` of the functions among these, a dict beside the others.
+      initial_carry: what a lane begins from, and after a reset. None: zeros. ``"learned"``: ``params["initial_carry"]``, zeros
+        at first. A function ``(params, x [lanes, ...]) -> carry`` of the inputs of its first step, for what is known of a
+        sequence; its parameters are of ``init``. The gradient reaches it in the window in which the lane begins.
+      rngs: names that modules ask keys by.
+      draw: ``"window"``: a mask is drawn once a window and held. ``"step"``: each step has its own.
       dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; carry, gates and sums stay in the
         parameters' dtype. None: the parameters' dtype throughout.
       checkpoint: see :func:`tbptt_jax.from_step`.
@@ -57,7 +79,7 @@ def lstm(
         traced, if what reaches the cell is not ``[lanes, time, inputs]`` of the weights' inputs, the carry does not fit,
         or ``"cudnn"`` was asked for and cannot do it.
     """
-    for name, size in {"features": features, "layers": layers, "projection": projection}.items():
+    for name, size in {"features": features, "projection": projection}.items():
         if size is not None:
             check_whole(name, size)
     if implementation not in (None, "fused", "scan", "cudnn", "pallas"):
@@ -68,41 +90,24 @@ def lstm(
         raise ValueError(f"`implementation` is {implementation!r}, which has no projection: use 'fused', or None.")
     outputs = features if projection is None else projection
 
-    begin, apply = linen_parts(encoder=encoder, readout=readout)
+    def weights(key: jax.Array, inputs: int) -> Weights:
+        return initial_weights(key, inputs, features, projection)
 
-    def init(key: jax.Array, inputs: PyTree) -> PyTree:
-        lanes, _ = time_shape(Window(inputs))
-        keys = jax.random.split(key, layers + 2)
-        params: dict[str, Any] = {}
-        x: Any = inputs
-        if encoder is not None:
-            x, params = begin("encoder", keys[0], params, x)
-        if jnp.ndim(x) != 3:
-            raise ValueError(
-                f"What reaches the LSTM has shape {list(jnp.shape(x))}; it needs to be [lanes, time, features]: `x[..., None]` "
-                "for a single feature, an `encoder` such as nn.Embed for tokens."
-            )
-        widths = [jnp.shape(x)[-1], *[outputs] * (layers - 1)]
-        cell = tuple(initial_weights(k, width, features, projection) for k, width in zip(keys[2:], widths, strict=True))
-        if readout is not None:
-            _, params = begin("readout", keys[1], params, jnp.zeros((lanes, 1, outputs)))
-        return {**params, "cell": cell}
+    def zeros(weights: Weights, lanes: int) -> PyTree:
+        return tuple(jnp.zeros((lanes, width), weights.recurrent.dtype) for width in (features, outputs))
 
-    def initial_carry(params: PyTree, lanes: int) -> PyTree:
-        def zeros(width: int, weights: Weights) -> jax.Array:
-            return jnp.zeros((lanes, width), weights.recurrent.dtype)
-
-        return tuple((zeros(features, weights), zeros(outputs, weights)) for weights in params["cell"])
-
-    def scan(
-        params: PyTree,
+    def run(
+        weights: Weights,
         carry: PyTree,
         x: jax.Array,
         resets: jax.Array | None,
         valid: jax.Array | None,
         edges: jax.Array | None,
+        starts: PyTree,
+        keys: Keys,
     ) -> tuple[PyTree, jax.Array]:
-        kind = jnp.result_type(params["cell"][0].recurrent)
+        _check_inputs(x, weights)
+        kind = weights.recurrent.dtype
         simple = (dtype, projection, valid, edges) == (None,) * 4 and kind == jnp.float32
         if implementation == "cudnn" and not simple:
             raise ValueError(
@@ -110,26 +115,35 @@ def lstm(
                 f"parameters, dtype={dtype}, {'padding' if valid is not None else 'no padding'}: leave `implementation` None."
             )
         chosen = implementation or ("cudnn" if simple and jax.default_backend() == "gpu" else "fused")
-        after = []
-        for weights, before in zip(params["cell"], carry, strict=True):
-            _check_inputs(x, weights)
-            x = x.astype(weights.input.dtype)
-            if chosen == "scan" or edges is not None:  # reweighted edges are left to JAX too
-                state, x = scanned(dtype, weights, before, x, resets, valid, edges)
-            elif chosen == "cudnn":
-                state, x = by_cudnn(weights, before, x, resets)
-            else:
-                state, x = fused(PALLAS if chosen == "pallas" else SCANS, dtype, weights, before, x, resets, valid)
-            after.append(state)
-        return tuple(after), x
+        x = x.astype(weights.input.dtype)
+        left_to_jax = functools.partial(scanned, dtype, weights, carry, x, resets, valid, edges, starts)
+        if chosen == "scan" or edges is not None:  # reweighted edges are left to JAX too
+            return left_to_jax()
 
-    return recurrence(
-        of_any_lanes(init),
-        initial_carry,
-        scan,
-        encoder and apply("encoder"),
-        readout and apply("readout"),
-        checkpoint,
+        def whole(carry: PyTree, resets: jax.Array | None) -> tuple[PyTree, jax.Array]:
+            if chosen == "cudnn":
+                return by_cudnn(weights, carry, x, resets)
+            return fused(PALLAS if chosen == "pallas" else SCANS, dtype, weights, carry, x, resets, valid)
+
+        return from_first_step(whole, left_to_jax, carry, resets, starts)
+
+    return layered(
+        "LSTM",
+        weights,
+        zeros,
+        run,
+        outputs,
+        layers=layers,
+        encoder=encoder,
+        readout=readout,
+        init=init,
+        initial_carry=initial_carry,
+        dropout=dropout,
+        input_dropout=input_dropout,
+        residual=residual,
+        rngs=rngs,
+        draw=draw,
+        checkpoint=checkpoint,
     )
 
 

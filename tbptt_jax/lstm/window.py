@@ -30,13 +30,18 @@ def scanned(
     resets: jax.Array | None,
     valid: jax.Array | None,
     edges: jax.Array | None = None,
+    starts: tuple | None = None,
 ) -> tuple[tuple, jax.Array]:
-    """The window as a plain scan: ``carry, x [lanes, time, inputs] -> carry, h [lanes, time, outputs]``."""
+    """The window as a plain scan: ``carry, x [lanes, time, inputs] -> carry, h [lanes, time, outputs]``.
+
+    ``starts``, a carry ``[lanes, time, ...]``, is what a reset returns to; None: zeros.
+    """
     from_inputs = dot(dtype, x, weights.input) + weights.bias
 
     def step(carry: tuple, at_t: tuple) -> tuple[tuple, jax.Array]:
-        from_input, reset, is_valid, edge = at_t
-        before = c, h = zero_where(carry if edge is None else scale_cotangent(edge, carry), reset)
+        from_input, reset, is_valid, edge, start = at_t
+        carry = carry if edge is None else scale_cotangent(edge, carry)
+        before = c, h = zero_where(carry, reset) if start is None or reset is None else where_lanes(reset, start, carry)
         i, f, g, o = jnp.split(_gates(from_input + dot(dtype, h, weights.recurrent)), 4, -1)
         c = f * c + i * g
         h = o * jnp.tanh(c)
@@ -44,7 +49,9 @@ def scanned(
         carry = (c, h) if is_valid is None else where_lanes(is_valid, (c, h), before)
         return carry, carry[1]
 
-    carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), (from_inputs, resets, valid, edges)))
+    carry, h = lax.scan(
+        step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), (from_inputs, resets, valid, edges, starts))
+    )
     return carry, h.swapaxes(0, 1)
 
 

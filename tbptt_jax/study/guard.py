@@ -15,11 +15,7 @@ from tbptt_jax.window import is_scored
 
 
 class Watched(NamedTuple):
-    """Attributes:
-    loss: as :class:`tbptt_jax.Metrics` has it.
-    weight: likewise.
-    finite: bool, whether the loss is, and all of the state that the window led to.
-    """
+    """The metrics of a window, and whether they and all of the state that it led to are finite."""
 
     loss: Any
     weight: Any
@@ -37,13 +33,9 @@ def watched(step: TrainStep) -> TrainStep:
 
 
 def not_finite(
-    step: TrainStep,
-    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None],
-    state: TrainState,
-    windows: tb.Window,
-    number: int,
-    loss: float,
-) -> str:
+    step: TrainStep, locate: Callable[[TrainState, tb.Window], tuple[int, int] | None], state: TrainState, windows: tb.Window,
+    number: int, loss: float,
+) -> str:  # fmt: skip
     """What of window ``number``, the only one of ``windows``, read from ``state``, is not finite, where, and what to do."""
     window = jax.tree.map(lambda x: x[0], windows)
     (new, _), fine = jax.jit(step.update)(state, window), jax.jit(all_finite)
@@ -71,12 +63,7 @@ def first_not_finite(
 ) -> tuple[int, int] | None:
     """``(lane, step)`` of a window's earliest scored step whose outputs or loss are not finite, or None.
 
-    Args:
-      model: the recurrence.
-      loss: ``(outputs, window) -> [lanes, time]``.
-      params: its parameters.
-      carry: at the window's left edge.
-      window: ``[lanes, time, ...]``; with several processes, all lanes, and all of them ask at once.
+    The window ``[lanes, time, ...]`` has all lanes; of several processes, all ask at once.
     """
 
     @jax.jit
