@@ -11,7 +11,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import launch
-from tbptt_jax.study import lock
+from tbptt_jax.study.process import lock
 
 COMPILED = tempfile.TemporaryDirectory(prefix="tbptt_jax_")  # compiling takes the time; removed when this process ends
 ENVIRONMENT = {

@@ -13,7 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import program_of
+from programs import program_of, refused
 
 import tbptt_jax as tb
 from experiments import ppo, r2d2
@@ -268,11 +268,14 @@ def test_every_seed_solves_a_corridor_longer_than_its_window(program, settings, 
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("wrong", ["--lanes=1000000000", "--influence=replay:1000000000", "--influence=none"])
-def test_what_does_not_fit_or_is_none_is_refused_before_it_computes(program, wrong, tmp_path, monkeypatch):
+REFUSED = [
+    ("--lanes=1000000000", "GB: lower .*--lanes"),
+    ("--influence=replay:1000000000", "reach of --influence"),
+    ("--influence=none", "--influence has none, which is none"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "said"), REFUSED)
+def test_what_does_not_fit_or_is_none_is_refused_before_it_computes(program, wrong, said, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: 16 * 10**9)
-    with flagsaver.flagsaver(), pytest.raises(ValueError, match=r"lower .*--lanes.*|has none, which is none"):
-        flags.FLAGS(["", f"--workdir={tmp_path}", wrong])
-        program.main()
-    lock.release()
-    assert not list(tmp_path.iterdir())
+    refused(program, monkeypatch, tmp_path / "run", [wrong], said)
