@@ -13,10 +13,10 @@ from tbptt_jax.arrays import PyTree
 from tbptt_jax.rollout import Environment, Live, Steps
 from tbptt_jax.training import TrainState
 
-CAPACITY, WARM_UP = 200, 10  # windows of all lanes that are kept, and that come before the first update
+CAPACITY = 200  # windows of all lanes that are kept
 BATCHES, BATCH = 4, 32  # updates for each window, and sequences in each
 N_STEPS = 10  # of the returns
-TARGET_RATE = 0.02  # of the target network, at each update
+TARGET_RATE = 0.01  # of the target network, at each update
 EXPLORE, SPREAD = 0.4, 7  # lane i of n acts at random at the rate 0.4 ** (1 + 7 i / (n - 1)), Horgan et al. 2018
 
 
@@ -56,18 +56,22 @@ def r2d2(
     """Double Q-learning with the values of the actions as the model's outputs, from sequences of two windows that are kept.
 
     The first window is burn-in: it is read from the carry that was stored with it, by the parameters of now, weighs nothing
-    and passes no gradient. Sequences are drawn all alike, without priorities, and values are not rescaled.
+    and passes no gradient. Sequences are drawn all alike, without priorities, and values are not rescaled. At the beginning the
+    memory is filled by acting at random.
     """
 
     def act(key: jax.Array, q: jax.Array) -> jax.Array:
         keys = jax.random.split(key)
         explores = jax.random.bernoulli(keys[0], EXPLORE ** (1 + SPREAD * jnp.arange(lanes) / max(1, lanes - 1)))
-        return jnp.where(explores, jax.random.randint(keys[1], (lanes,), 0, q.shape[-1]), q.argmax(-1))
+        return jnp.where(explores, at_random(keys[1], q), q.argmax(-1))
 
     def loss(q: jax.Array, window: tb.Window) -> jax.Array:
         return (at_action(q, window.targets.action) - window.targets.value) ** 2
 
-    acting = tb.rollout(model, environment, act)
+    def at_random(key: jax.Array, q: jax.Array) -> jax.Array:
+        return jax.random.randint(key, (lanes,), 0, q.shape[-1])
+
+    acting, wandering = (tb.rollout(model, environment, each) for each in (act, at_random))
     step = tb.train_step(tb.gradient(model, loss), optimiser)
 
     def learnable(params: PyTree, target: PyTree, memory: Memory, key: jax.Array) -> tuple[tb.Window, PyTree]:
@@ -77,17 +81,25 @@ def r2d2(
         steps = sequences.targets
         value = returns(steps, at_action(later, q.argmax(-1)))
         # Of the last step nothing is known but its value, unless the episode ended.
-        weights = jnp.ones(value.shape).at[:, -1].set(steps.done[:, -1]) * (memory.written > WARM_UP)
+        weights = jnp.ones(value.shape).at[:, -1].set(steps.done[:, -1])
         return tb.burn_in(sequences._replace(targets=Targets(steps.action, value), weights=weights), window), stored
 
     def init(key: jax.Array) -> State:
-        keys = jax.random.split(key)
-        params, live = begun(key, model, environment, acting, lanes)
+        keys = jax.random.split(key, 2 + CAPACITY)
+        params, live = begun(keys[0], model, environment, acting, lanes)
         _, seen = acting.update(params, live, key, window)
-        empty = jax.tree.map(lambda x: jnp.zeros((CAPACITY, *x.shape), x.dtype), (seen, live.carry))
-        memory = Memory(empty[0], empty[1], jnp.int32(0))
+        windows, carries = jax.tree.map(lambda x: jnp.zeros((CAPACITY, *x.shape), x.dtype), (seen, live.carry))
+        memory = Memory(windows, carries, jnp.int32(0))
         train = step.init(keys[0], learnable(params, params, memory, key)[0])
-        return State(train, train.params, acting.init(keys[1], train.params, lanes), memory)
+
+        def wander(both: tuple[Live, Memory], key: jax.Array) -> tuple[tuple[Live, Memory], None]:
+            live, memory = both
+            after, seen = wandering.update(train.params, live, key, window)
+            return (after, written(memory, seen, live.carry)), None
+
+        start = acting.init(keys[1], train.params, lanes), memory
+        (live, memory), _ = lax.scan(wander, start, keys[2:])
+        return State(train, train.params, live, memory)
 
     def update(state: State, key: jax.Array) -> tuple[State, Steps]:
         key, rollout_key = jax.random.split(key)
@@ -127,12 +139,7 @@ def drawn(memory: Memory, n: int, key: jax.Array) -> tuple[tb.Window, PyTree]:
 
 
 def returns(steps: Steps, value: jax.Array) -> jax.Array:
-    """Returns over ``N_STEPS`` steps, fewer where the sequence ends before; of its last step there is the value alone.
-
-    Args:
-      steps: ``[n, time]``.
-      value: ``[n, time]``, of the best action, as the target network has it.
-    """
+    """Returns over ``N_STEPS`` steps, fewer where the sequence ends before; of its last step there is the ``value`` alone."""
     last = jnp.where(steps.done, steps.reward, value)[:, -1:]
     total = value
     for _ in range(N_STEPS):

@@ -53,7 +53,11 @@ def agent() -> tuple[tb.Recurrence, Agent]:
     model = chrono(tb.lstm(FLAGS.hidden, readout=nn.Dense(ACTIONS + policy)), keeps)
     each = EPOCHS if policy else BATCHES
     rate = optax.linear_schedule(FLAGS.learning_rate, 0.0, each * FLAGS.updates)
-    settings = model, tb.tasks.t_maze(FLAGS.corridor), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    settings = (
+        model,
+        tb.tasks.t_maze(FLAGS.corridor),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, eps=1e-3)),
+    )
     if not policy:
         return model, r2d2(*settings, FLAGS.lanes, FLAGS.window)
     past = launch.influence(FLAGS.influence, FLAGS.updates, "influence")
