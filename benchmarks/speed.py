@@ -17,12 +17,13 @@ import jax
 from absl import flags
 from matplotlib import pyplot as plt
 
-from benchmarks import char_lm, cost, study, window
+from benchmarks import char_lm, cost, regularised, study, window
 from benchmarks.turns import Section, prepare
 from experiments import launch
 
 PARTS = {
     "window": window.measure,
+    "regularised": regularised.measure,
     "char_lm": char_lm.measure,
     "study": study.measure,
     "memory": cost.memory,
@@ -70,7 +71,9 @@ launches have (`--xla_cpu_prefer_vector_width=512`).
 
 def picture(sections: dict[str, Section]) -> bytes:
     figure, axes = plt.subplot_mosaic(
-        [["window", "window", "char_lm"], ["study", "memory", "cost"]], figsize=(16, 9), layout="constrained"
+        [["window", "window", "regularised"], ["char_lm", "study", "study"], ["memory", "cost", "cost"]],
+        figsize=(16, 13),
+        layout="constrained",
     )
     for part, section in sections.items():
         section.draw(axes[part])

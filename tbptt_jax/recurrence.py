@@ -98,7 +98,9 @@ def from_step(
                 carry = scale_cotangent(edge, carry)
             if reset is not None:
                 back = where_lanes(reset, always if start is None else start, carry)
-                carry = jax.tree.map(lambda b, h: h if is_key(h) else b, back, carry)  # what was drawn is not drawn again
+                carry = jax.tree.map(
+                    lambda b, h: h if is_key(h) else b, back, carry
+                )  # what was drawn is not drawn again
             key = keys.window if draw == "window" else key
             new, y = step(params, carry, x, key=key) if call else step(params, carry, x)
             new = _as_given(new, carry)

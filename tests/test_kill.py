@@ -167,7 +167,7 @@ def trainer(directory, windows, step, updates, **options):
         step,
         lambda: step.init(jax.random.key(0), first(windows)),
         lambda first, last: jax.tree.map(lambda x: x[first:last], windows),
-        lambda state, window: guard.first_not_finite(lstm(), loss, state.params, state.stream.carry, window),
+        lambda state, window: guard.first_not_finite(lstm(), loss, state, window),
         updates=updates,
         directory=directory,
         settings={},
@@ -293,5 +293,5 @@ def test_a_finished_run_is_not_trained_again_and_another_is_refused(whole):
     }
     run = start(directory, "whole", "--seed=1")
     _, err = run.communicate()
-    assert run.returncode == 2 and "there seed 0, here 1" in err and "--workdir=DIRECTORY" in err
+    assert run.returncode == 2 and "there seed 0, here 1" in err and "Another workdir is free" in err
     assert ended(directory / "whole") == before

@@ -1,5 +1,6 @@
 """The fused LSTM window against Flax's cell, PyTorch's layer and JAX's own differentiation."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -11,7 +12,9 @@ import torch
 from streams import assert_close, compiled, loss, stream, summed_gradient
 
 import tbptt_jax as tb
+from tbptt_jax import noise
 from tbptt_jax.lstm import Weights, from_flax, to_flax
+from tbptt_jax.zoneout import stays
 
 LANES, TIME, INPUTS, FEATURES = 3, 7, 4, 5
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5}
@@ -210,6 +213,117 @@ def test_lanes_jacobian_by_vmap_of_the_vjp():
     close(jax.jit(jax.jacrev(right_edge(fused.unroll)))(params), jax.jit(jax.jacfwd(right_edge(scan.unroll)))(params))
 
 
+NOISY = {"zoneout": (0.4, 0.3), "weight_drop": 0.3}
+KEYS = noise.lane_keys(jax.random.key(8), LANES)
+EVERYWHERE = {name: jnp.ones((LANES, TIME), bool) for name in ("resets", "valid")}
+REGULARISED = {
+    "drawn": (NOISY, {"key": KEYS} | FLAGS["both"]),
+    "drawn, resets everywhere": (NOISY, {"key": KEYS} | EVERYWHERE),
+    "drawn, padding everywhere": (NOISY, {"key": KEYS, "valid": jnp.zeros((LANES, TIME), bool)}),
+    "zoneout of c alone, not drawn": ({"zoneout": (0.4, 0.0), "projection": 3}, FLAGS["both"]),
+    "layer normalisation": ({"layer_norm": True}, FLAGS["plain"]),
+    "all": (NOISY | {"layer_norm": True, "projection": 3, "layers": 2}, {"key": KEYS} | FLAGS["both"]),
+}
+
+
+@pytest.mark.parametrize("case", REGULARISED)
+def test_regularised_windows_derivatives_are_those_of_the_scan_backward_and_forward(case):
+    options, flags = REGULARISED[case]
+    fused, params, carry = model(**options)
+    scan = tb.lstm(FEATURES, implementation="scan", **options)
+    ours, theirs = (jax.jit(functools.partial(pullback, m.unroll, **flags)) for m in (fused, scan))
+    close(ours(params, carry, window()), theirs(params, carry, window()))
+    tangents = jax.tree.map(lambda p: jax.random.normal(jax.random.key(7), p.shape), (params, carry))
+
+    @jax.jit
+    def by_transpose(params, carry):
+        result, vjp = jax.vjp(lambda params, carry: fused.unroll(params, carry, window(), **flags), params, carry)
+        return jax.linear_transpose(vjp, result)(tangents)[0]
+
+    run = jax.jit(lambda params, carry: scan.unroll(params, carry, window(), **flags))
+    close(by_transpose(params, carry), jax.jvp(run, (params, carry), tangents)[1])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_layer_normalisation_is_that_of_a_loop_in_torch(dtype):
+    fused, params, carry = model(dtype, layer_norm=True)
+    x, width = window(dtype=dtype), 4 * FEATURES
+    (weights,), ((c, h),) = jax.tree.map(
+        lambda p: torch.tensor(np.asarray(p), requires_grad=True), (params["cell"], carry)
+    )
+    normal, norm, outputs = torch.nn.functional.layer_norm, weights.norm, []
+    for x_t in torch.tensor(np.asarray(x)).unbind(1):
+        gates = normal(x_t @ weights.input, [width], norm.input) + normal(
+            h @ weights.recurrent, [width], norm.recurrent
+        )
+        i, f, g, o = (gates + weights.bias).split(FEATURES, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * normal(c, [FEATURES], norm.cell, norm.cell_bias).tanh()
+        outputs.append(h)
+    y = torch.stack(outputs, 1)
+    cotangent = jnp.cos(x[..., :1])
+    y.backward(torch.tensor(np.asarray(cotangent)).expand(y.shape))
+    result, vjp = jax.vjp(lambda p: fused.unroll(p, carry, x)[1], params)
+    close(result, y.detach().numpy(), TOLERANCE[dtype])
+    (gradient,) = vjp(jnp.broadcast_to(cotangent, result.shape))
+    close(gradient["cell"][0], jax.tree.map(lambda p: p.grad.numpy(), weights), 20 * TOLERANCE[dtype])
+
+
+def test_at_rate_0_the_window_is_the_plain_one_and_draws_nothing():
+    plain, params, carry = model(layers=2)
+    zero = tb.lstm(FEATURES, layers=2, zoneout=(0.0, 0.0), weight_drop=0.0)
+    ours, theirs = (str(jax.make_jaxpr(lambda *a, m=m: pullback(m.unroll, *a, key=KEYS))(params, carry, window())) for m in (zero, plain))  # fmt: skip
+    assert re.sub(r"0x\w+", "", ours) == re.sub(r"0x\w+", "", theirs)
+    noisy = tb.lstm(FEATURES, layers=2, **NOISY)
+    assert "random_bits" not in str(jax.make_jaxpr(lambda *a: pullback(noisy.unroll, *a))(params, carry, window()))
+
+
+def test_without_a_key_zoneout_is_the_mean_of_its_steps_and_weight_drop_is_none():
+    lanes = 8192
+    (params, carry), x = model()[1:], window(time=1)[:1]
+    noisy = tb.lstm(FEATURES, zoneout=(0.25, 0.5))
+    carry, x = jax.tree.map(lambda h: jnp.broadcast_to(h[:1], (lanes, *h.shape[1:])), (carry, x))
+    drawn, _ = jax.jit(noisy.unroll)(params, carry, x, key=noise.lane_keys(jax.random.key(0), lanes))
+    mean, _ = jax.jit(noisy.unroll)(params, carry, x)
+    for of_draws, expected in zip(jax.tree.leaves(drawn), jax.tree.leaves(mean), strict=True):
+        error = (of_draws.mean(0) - expected[0]) / (of_draws.std(0) / lanes**0.5)
+        assert np.abs(error).max() < 5
+    dropped = tb.lstm(FEATURES, weight_drop=0.5)
+    carry = dropped.initial_carry(params, 2)
+    close(dropped.unroll(params, carry, x[:2]), model()[0].unroll(params, carry, x[:2]), 0)
+
+
+def test_a_lane_draws_the_same_alone_beside_others_and_in_segments_but_another_each_step():
+    options = {"layers": 2, "layer_norm": True} | NOISY
+    (fused, params, carry), flags = model(**options), FLAGS["both"]
+    whole = jax.jit(fused.unroll)(params, carry, window(), **flags, key=KEYS)
+    in_segments = tb.lstm(FEATURES, checkpoint=3, **options)
+    close(jax.jit(in_segments.unroll)(params, carry, window(), **flags, key=KEYS), whole)
+    one = slice(1, 2)
+    alone = {name: flag[one] for name, flag in flags.items()}
+    carry = jax.tree.map(lambda h: h[one], carry)
+    close(
+        jax.jit(fused.unroll)(params, carry, window()[one], **alone, key=KEYS[one]),
+        jax.tree.map(lambda y: y[one], whole),
+    )
+    masks = stays((0.5, 0.5), (64, 32), window(), noise.step_keys(KEYS, TIME))
+    assert [mask.shape for mask in masks] == [(LANES, TIME, 64), (LANES, TIME, 32)]
+    rows = np.concatenate(masks, -1).reshape(LANES * TIME, -1)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+
+
+def test_with_zoneout_weight_drop_and_layer_norm_rtrl_is_replay_of_all_given_the_draws():
+    cell = tb.lstm(3, readout=nn.Dense(2, param_dtype="float64"), layer_norm=True, **NOISY)
+    windows = tb.split(stream(lanes=2, time=12), 4)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), cell.init(jax.random.key(0), windows.inputs[0]))
+    by_replay, by_rtrl, cut = (
+        summed_gradient(tb.gradient(cell, loss, influence=influence, normaliser=1.0), params, windows)[0]
+        for influence in (tb.replay(3), tb.rtrl(), tb.truncate())
+    )
+    assert_close(by_replay, by_rtrl, rtol=1e-9, atol=1e-10)
+    assert not np.allclose(cut["cell"][0].recurrent, by_rtrl["cell"][0].recurrent)
+
+
 def test_layouts_convert_there_and_back():
     _, params, _ = model()
     (weights,) = params["cell"]
@@ -288,6 +402,13 @@ def test_compiled_window_copies_no_buffer_of_the_window_in_its_loops():
         (lambda: tb.lstm(3, layers=0), "`layers` is 0"),
         (lambda: tb.lstm(3, implementation="fast"), "`implementation` is 'fast'"),
         (lambda: to_flax(model(projection=2)[1]["cell"][0]), "projection"),
+        (lambda: tb.lstm(3, zoneout=(0.1, 1.0)), "`zoneout` is 1.0"),
+        (lambda: tb.lstm(3, zoneout=(0.1,)), "one rate, or two"),
+        (lambda: tb.lstm(3, weight_drop=-0.1), "`weight_drop` is -0.1"),
+        (lambda: to_flax(model(layer_norm=True)[1]["cell"][0]), "layer normalisation"),
+        (lambda: tb.weights.to_torch(model(layer_norm=True)[1]), "layer normalisation"),
+        (lambda: tb.lstm(3, zoneout=0.1, implementation="cudnn"), "'cudnn', which has no zoneout"),
+        (lambda: tb.lstm(3, layer_norm=True, implementation="pallas"), "'pallas', which has no zoneout"),
     ],
 )
 def test_errors_say_what_to_do(call, message):

@@ -26,14 +26,19 @@ class Loops(NamedTuple):
     """What recurs in an LSTM's window, forward and backward; gates side by side in the order i, f, g, o.
 
     Attributes:
-      forward: ``(dtype, weights, carry, gates, resets, valid) -> (carry, gates, cells, hs)``. The gates given are the
-        products with the inputs; those returned are activated, ``[lanes, time, 4 * features]``; cells and hs are the carry
-        after each step, ``[lanes, time, features]`` and ``[lanes, time, outputs]``.
-      backward: ``(dtype, weights, d_carry, d_hs, gates, by_gate, by_cell, kept, resets, valid) ->
-        (d_carry, d_gates, d_outputs)``, linear in d_carry and d_hs. gates are the activated ones, not to be read: d_gates
-        may be written over them. by_gate, one for each gate, and by_cell, each ``[lanes, time, features]``, are the
-        cell's derivatives, 0 where the step is padding; kept, ``[lanes, time, features]``, is how much of the cell
-        before a step is in the one after it. d_outputs, what reaches the projection, is None without one.
+      forward: ``(dtype, weights, carry, gates, resets, valid, zoneout) -> (carry, gates, cells, hs, of_h)``. The gates given
+        are what comes from the inputs; those returned are activated, ``[lanes, time, 4 * features]``; cells and hs are the
+        carry after each step, ``[lanes, time, features]`` and ``[lanes, time, outputs]``; of_h is what layer
+        normalisation was given in the products with h, or None.
+      backward: ``(dtype, weights, d_carry, d_hs, gates, by_gate, by_cell, kept, resets, valid, zoneout, norms) ->
+        (d_carry, d_gates, d_outputs, shared, d_norm)``, linear in d_carry and d_hs. gates are the activated ones, not to be
+        read: d_gates may be written over them. by_gate, one for each gate, and by_cell, each ``[lanes, time, features]``,
+        are the cell's derivatives, 0 where the step is padding; kept, ``[lanes, time, features]``, is how much of the cell
+        before a step is in the one after it. d_outputs, what reaches the projection, is None without one. Without
+        layer normalisation these are None: norms, what that was given from the inputs, h and the cell, each centred, and the
+        factors it scaled them by; d_norm; and shared, ``[lanes, time, 1]``, of which the products' cotangents are made.
+
+    Only the scans know zoneout and layer normalisation.
     """
 
     forward: Callable[..., tuple]
@@ -82,8 +87,14 @@ def flat_weights(weights: Weights) -> jax.Array:
 
 
 def _forward(
-    dtype: Any, weights: Weights, carry: tuple, gates: jax.Array, resets: jax.Array | None, valid: jax.Array | None
-) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
+    dtype: Any,
+    weights: Weights,
+    carry: tuple,
+    gates: jax.Array,
+    resets: jax.Array | None,
+    valid: jax.Array | None,
+    *unused: Any,
+) -> tuple[tuple, jax.Array, jax.Array, jax.Array, None]:
     lanes, time, _ = gates.shape
     features = carry[0].shape[-1]
 
@@ -110,7 +121,7 @@ def _forward(
     activated, cells, hs = layout.call(
         kernel, (pre, matrices, *map(layout.lanes_only, carry), *masks), ("by_gate", "by_unit", "by_unit")
     )
-    return (cells[:, -1], hs[:, -1]), activated, cells, hs
+    return (cells[:, -1], hs[:, -1]), activated, cells, hs, None
 
 
 def _backward(
@@ -124,7 +135,8 @@ def _backward(
     kept: jax.Array,
     resets: jax.Array | None,
     valid: jax.Array | None,
-) -> tuple[tuple, jax.Array, None]:
+    *unused: Any,
+) -> tuple[tuple, jax.Array, None, None, None]:
     del gates  # a kernel's outputs are never filled before it
     lanes, time, features = by_cell.shape
 
@@ -162,7 +174,7 @@ def _backward(
     masks = layout.mask(resets, False), layout.mask(valid, True)
     own = *steps, matrices, *map(layout.lanes_only, d_carry), *masks
     d_gates, d_c, d_h = layout.call(kernel, own, ("by_gate", "lanes_only", "lanes_only"))
-    return (d_c, d_h), d_gates, None
+    return (d_c, d_h), d_gates, None, None, None
 
 
 PALLAS = Loops(_forward, _backward)

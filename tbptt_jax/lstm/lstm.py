@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from tbptt_jax.arrays import PyTree, check_whole
 from tbptt_jax.begin import InitialCarry, from_first_step
-from tbptt_jax.layers import layered
+from tbptt_jax.layers import check_rates, dropped_weights, layered
 from tbptt_jax.lstm.gpu import PALLAS
 from tbptt_jax.lstm.weights import Weights, initial_weights
-from tbptt_jax.lstm.window import SCANS, by_cudnn, fused, scanned
+from tbptt_jax.lstm.window import SCANS, Zoneout, by_cudnn, fused, scanned
 from tbptt_jax.modules import Part
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Draw, Recurrence, Segment
+from tbptt_jax.zoneout import stays
 
 
 def lstm(
@@ -27,6 +28,9 @@ def lstm(
     projection: int | None = None,
     dropout: float = 0.0,
     input_dropout: float = 0.0,
+    weight_drop: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
+    layer_norm: bool = False,
     residual: bool = False,
     init: Callable[[jax.Array, PyTree], dict[str, PyTree]] | None = None,
     initial_carry: InitialCarry = None,
@@ -53,6 +57,14 @@ def lstm(
       dropout: the part of a layer's outputs that is left out of the next one's inputs, in training; the kept ones are 1 / (1 -
         dropout) larger.
       input_dropout: likewise of the first layer's inputs.
+      weight_drop: the part of the recurrent weights that is left out in training, drawn once a window for all lanes, the kept
+        ones 1 / (1 - weight_drop) larger (Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*).
+      zoneout: how likely a unit is to keep its c, and its h, in a step, in training; each step draws anew. Otherwise c and h are
+        the mean over the draws of the step (Krueger et al. 2017, *Zoneout*, eq. 2 to 5). One rate for both, or one for each;
+        taken to the nearest of 1/256, 2/256, ... 255/256.
+      layer_norm: LN(x W_x) and LN(h W_h) in the place of these products, each over all four gates and with its gains, and
+        o tanh(LN(c)) in that of o tanh(c), with gains and a bias; c itself recurs as it is (Ba, Kiros & Hinton 2016, *Layer
+        normalization*, eq. 20 to 22).
       residual: add a layer's inputs to its outputs, where they are as many (He et al. 2016).
       init: ``(key, inputs) -> params`` of the functions among these, a dict beside the others.
       initial_carry: what a lane begins from, and after a reset. None: zeros. ``"learned"``: ``params["initial_carry"]``, zeros
@@ -69,12 +81,12 @@ def lstm(
           mode (which ``uoro`` needs).
         - ``"scan"``, the same window left to JAX to differentiate, for ``jax.jvp`` and second derivatives.
         - ``"cudnn"``, NVIDIA's own: float32, without projection and without padding; reverse mode. A window in which a
-          lane is reset after its first step is done by the fused scan.
+          lane is reset after its first step is done by the fused scan. No zoneout, no layer normalisation.
         - ``"pallas"``, the fused window with its loops as kernels that keep the recurrent weights on the chip; without
-          projection; reverse mode. On a CPU the kernels are interpreted, which is for tests.
+          projection, zoneout and layer normalisation; reverse mode. On a CPU the kernels are interpreted, which is for tests.
 
     Raises:
-      ValueError: now, if a size is not positive, or the implementation unknown or not for this; from ``init``, if the inputs
+      ValueError: now, if a size is not positive, a rate not from 0 to below 1, or the implementation unknown or not for this; from ``init``, if the inputs
         have no axis of features, or a module has variables besides its parameters or looks along time or lanes; from ``unroll``, when it is
         traced, if what reaches the cell is not ``[lanes, time, inputs]`` of the weights' inputs, the carry does not fit,
         or ``"cudnn"`` was asked for and cannot do it.
@@ -89,9 +101,20 @@ def lstm(
     if projection is not None and implementation in ("cudnn", "pallas"):
         raise ValueError(f"`implementation` is {implementation!r}, which has no projection: use 'fused', or None.")
     outputs = features if projection is None else projection
+    rates = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
+    if len(rates) != 2:
+        raise ValueError(f"`zoneout` is {zoneout}; it needs to be one rate, or two: of c and of h.")
+    check_rates(weight_drop=weight_drop)
+    for rate in rates:
+        check_rates(zoneout=rate)
+    plain = rates == (0, 0) and not layer_norm
+    if not plain and implementation in ("cudnn", "pallas"):
+        raise ValueError(
+            f"`implementation` is {implementation!r}, which has no zoneout and no layer normalisation: use 'fused', or None."
+        )
 
     def weights(key: jax.Array, inputs: int) -> Weights:
-        return initial_weights(key, inputs, features, projection)
+        return initial_weights(key, inputs, features, projection, layer_norm)
 
     def zeros(weights: Weights, lanes: int) -> PyTree:
         return tuple(jnp.zeros((lanes, width), weights.recurrent.dtype) for width in (features, outputs))
@@ -108,7 +131,7 @@ def lstm(
     ) -> tuple[PyTree, jax.Array]:
         _check_inputs(x, weights)
         kind = weights.recurrent.dtype
-        simple = (dtype, projection, valid, edges) == (None,) * 4 and kind == jnp.float32
+        simple = plain and (dtype, projection, valid, edges) == (None,) * 4 and kind == jnp.float32
         if implementation == "cudnn" and not simple:
             raise ValueError(
                 f"cuDNN's LSTM is float32, without `dtype`, projection, padding (`valid`) and edges; here are {kind} "
@@ -116,14 +139,16 @@ def lstm(
             )
         chosen = implementation or ("cudnn" if simple and jax.default_backend() == "gpu" else "fused")
         x = x.astype(weights.input.dtype)
-        left_to_jax = functools.partial(scanned, dtype, weights, carry, x, resets, valid, edges, starts)
+        weights = weights._replace(recurrent=dropped_weights(weights.recurrent, weight_drop, keys))
+        still = Zoneout(*stays(rates, (features, outputs), x, keys.step))
+        left_to_jax = functools.partial(scanned, dtype, weights, carry, x, resets, valid, edges, starts, still)
         if chosen == "scan" or edges is not None:  # reweighted edges are left to JAX too
             return left_to_jax()
 
         def whole(carry: PyTree, resets: jax.Array | None) -> tuple[PyTree, jax.Array]:
             if chosen == "cudnn":
                 return by_cudnn(weights, carry, x, resets)
-            return fused(PALLAS if chosen == "pallas" else SCANS, dtype, weights, carry, x, resets, valid)
+            return fused(PALLAS if chosen == "pallas" else SCANS, dtype, weights, carry, x, resets, valid, still)
 
         return from_first_step(whole, left_to_jax, carry, resets, starts)
 

@@ -196,7 +196,7 @@ def fit(
         with quieted(quiet), progress(updates, "updates") as report:
             kept, calls = train(
                 step, init, windows,
-                lambda state, window: first_not_finite(task.model, task.loss, state.params, state.stream.carry, window),
+                lambda state, window: first_not_finite(task.model, task.loss, state, window),
                 updates=updates, per_call=windows_per_call, every=checkpoint_every,
                 directory=directory and directory / "checkpoints", settings=identity, resume=resume,
                 skip=not_finite == "skip", judge=judge, nonmonotone=average and average.nonmonotone, begun=keep_record,
