@@ -38,7 +38,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer("hidden", 32, "Units of the LSTM.", lower_bound=1)
 flags.DEFINE_integer("lanes", 16, "Mazes side by side.", lower_bound=1)
 flags.DEFINE_integer("updates", 1500, "Windows of experience that are learned from.", lower_bound=1)
-flags.DEFINE_float("learning_rate", 0.003, "Adam's rate at the start; it falls to zero linearly.", lower_bound=0.0)
+flags.DEFINE_float("learning_rate", 0.002, "Adam's rate at the start; it falls to zero linearly.", lower_bound=0.0)
 flags.DEFINE_integer("seeds", 5, "Trainings, side by side.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/t_maze", "Where results.json, figure.png and flags.txt go.")
 
