@@ -20,10 +20,10 @@ import numpy as np
 
 from tbptt_jax.arrays import PyTree, quoted, shortened
 from tbptt_jax.checkpoint_leaves import kinds_of, on_this_host, write_whole
+from tbptt_jax.gru import Weights as GruWeights
+from tbptt_jax.gru.weights import GATES as GRU
 from tbptt_jax.lstm import Weights
 from tbptt_jax.lstm.weights import GATES as LSTM
-
-GRU = "rzn"  # the gates in PyTorch's order, by the letters of Flax
 
 # safetensors' name of each dtype
 _DTYPES = {
@@ -108,8 +108,8 @@ def from_torch(state: Mapping[str, Any], like: PyTree) -> PyTree:
     Args:
       state: its ``state_dict()``, of tensors or arrays: for each layer ``weight_ih_l0``, ``weight_hh_l0``, and where there
         are any ``bias_ih_l0``, ``bias_hh_l0`` and a projection's ``weight_hr_l0``. PyTorch is not needed.
-      like: the parameters of a model with as many layers of the same sizes and dtypes: of :func:`tbptt_jax.lstm`, of
-        :func:`tbptt_jax.from_linen` with an ``nn.LSTMCell``, ``nn.OptimizedLSTMCell`` or ``nn.GRUCell``, or of
+      like: the parameters of a model with as many layers of the same sizes and dtypes: of :func:`tbptt_jax.lstm` or
+        :func:`tbptt_jax.gru`, of :func:`tbptt_jax.from_linen` with an ``nn.LSTMCell``, ``nn.OptimizedLSTMCell`` or ``nn.GRUCell``, or of
         :func:`tbptt_jax.stack` of such. Encoders and readouts remain as they are there.
 
     Raises:
@@ -130,7 +130,7 @@ def from_torch(state: Mapping[str, Any], like: PyTree) -> PyTree:
     if there != len(layers):
         raise ValueError(
             f"The state_dict has {there} layers (`weight_ih_l0` and so on) and the model {len(layers)}: make the model with "
-            f"`tb.lstm(..., layers={there})`, or `tb.stack` of {there} layers."
+            f"`layers={there}`, or `tb.stack` of {there} layers."
         )
     arrays = {name: _array(name, x) for name, x in state.items()}
     converted = iter([_from_torch(arrays, n, layer) for n, layer in enumerate(layers)])
@@ -167,7 +167,7 @@ def to_torch(params: PyTree) -> dict[str, np.ndarray]:
 
 
 def _from_torch(state: dict[str, Any], n: int, like: Any) -> Any:
-    """Layer ``n`` in the tree of ``like``, :class:`Weights` or a Flax cell's parameters."""
+    """Layer ``n`` in the tree of ``like``, weights of ours or a Flax cell's parameters."""
     gates, missing = _gates(like), [name for name in (f"weight_ih_l{n}", f"weight_hh_l{n}") if name not in state]
     if missing:
         raise ValueError(f"The state_dict has no `{missing[0]}`: give that of one torch.nn.LSTM or GRU.")
@@ -178,7 +178,7 @@ def _from_torch(state: dict[str, Any], n: int, like: Any) -> Any:
         has = "has no projection" if down is None else f"projects h to {len(down)} outputs (proj_size)"
         raise ValueError(
             f"Layer {n} of the state_dict {has}, and the model's is another: make it with `tb.lstm(..., projection=...)` as in "
-            "PyTorch; Flax's cells have none."
+            "PyTorch; a GRU and Flax's cells have none."
         )
     features = again.shape[-1] if down is None else down.shape[-1]
     shapes = [x.shape for x in (again, of_inputs, of_carry)]
@@ -190,6 +190,9 @@ def _from_torch(state: dict[str, Any], n: int, like: Any) -> Any:
         )
     if isinstance(like, Weights):
         return Weights(into.T, again.T, of_inputs + of_carry, None if down is None else down.T)
+    if isinstance(like, GruWeights):
+        candidate = np.arange(rows) >= 2 * features
+        return GruWeights(into.T, again.T, of_inputs + np.where(candidate, 0, of_carry), of_carry[candidate])
     cell: dict[str, Any] = {}
     parts = (np.split(x, len(gates)) for x in (into, again, of_inputs, of_carry))
     for gate, w_i, w_h, b_i, b_h in zip(gates, *parts, strict=True):
@@ -211,6 +214,11 @@ def _to_torch(layer: Any) -> dict[str, Any]:
         return {
             "weight_ih": layer.input.T, "weight_hh": layer.recurrent.T, "bias_ih": layer.bias, "bias_hh": zeros, **down,
         }  # fmt: skip
+    if isinstance(layer, GruWeights):
+        of_carry = np.pad(layer.recurrent_bias, (len(layer.bias) - len(layer.recurrent_bias), 0))
+        return {
+            "weight_ih": layer.input.T, "weight_hh": layer.recurrent.T, "bias_ih": layer.bias, "bias_hh": of_carry,
+        }  # fmt: skip
     gates = _gates(layer)
 
     def beside(side: str, name: str) -> np.ndarray:
@@ -225,17 +233,17 @@ def _to_torch(layer: Any) -> dict[str, Any]:
 
 
 def _with_layers(convert: Callable[[Any], Any], params: PyTree) -> PyTree:
-    """``params`` with each layer converted, in the order they are read: :class:`Weights`, or a Flax cell's parameters."""
+    """``params`` with each layer converted, in the order they are read: weights of ours, or a Flax cell's parameters."""
     if isinstance(params, tuple) and not hasattr(params, "_fields"):
         return tuple(_with_layers(convert, layer) for layer in params)
     cell = params.get("cell") if isinstance(params, Mapping) else None
-    if isinstance(cell, tuple) and all(isinstance(layer, Weights) for layer in cell):
+    if isinstance(cell, tuple) and all(isinstance(layer, Weights | GruWeights) for layer in cell):
         return {**params, "cell": tuple(map(convert, cell))}
     if isinstance(cell, Mapping) and "params" in cell:
         return {**params, "cell": {**cell, "params": convert(cell["params"])}}
     raise ValueError(
-        f"The parameters are {quoted(jax.tree.structure(params))}; PyTorch's LSTM and GRU go to and from those of `tb.lstm`, "
-        "of `tb.from_linen` with a Flax LSTM or GRU cell, and of `tb.stack` of these."
+        f"The parameters are {quoted(jax.tree.structure(params))}; PyTorch's LSTM and GRU go to and from those of `tb.lstm` "
+        "and `tb.gru`, of `tb.from_linen` with a Flax LSTM or GRU cell, and of `tb.stack` of these."
     )
 
 
@@ -263,6 +271,13 @@ def _gates(layer: Any) -> str:
         if layer.norm is not None:
             raise ValueError("These weights have layer normalisation; PyTorch's LSTM has none, so they stay here.")
         return LSTM
+    if isinstance(layer, GruWeights):
+        if layer.recurrent_bias is None or layer.norm is not None:
+            raise ValueError(
+                "PyTorch's GRU resets after the recurrent matrix and has no layer normalisation: these weights are of a `tb.gru` with "
+                f"`{'layer_norm=True' if layer.norm is not None else 'reset_after=False'}`, which it cannot compute."
+            )
+        return GRU
     for gates in (LSTM, GRU):
         if set(layer) == {side + gate for side in "ih" for gate in gates}:
             return gates
@@ -277,6 +292,8 @@ def _sizes(layer: Any) -> tuple[int, int]:
     if isinstance(layer, Weights):
         outputs, columns = layer.recurrent.shape
         return outputs, columns // len(LSTM)
+    if isinstance(layer, GruWeights):
+        return layer.recurrent.shape[0], layer.recurrent.shape[0]
     return layer[f"h{_gates(layer)[0]}"]["kernel"].shape
 
 

@@ -26,6 +26,7 @@ MODELS = {
     "tb.lstm": (torch.nn.LSTM, lambda layers, dtype: tb.lstm(FEATURES, layers=layers)),
     "OptimizedLSTMCell": (torch.nn.LSTM, lambda *how: flax_layers(nn.OptimizedLSTMCell, *how)),
     "LSTMCell": (torch.nn.LSTM, lambda *how: flax_layers(nn.LSTMCell, *how)),
+    "tb.gru": (torch.nn.GRU, lambda layers, dtype: tb.gru(FEATURES, layers=layers)),
     "GRUCell": (torch.nn.GRU, lambda *how: flax_layers(nn.GRUCell, *how)),
 }
 

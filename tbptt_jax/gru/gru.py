@@ -1,0 +1,144 @@
+"""The GRU (Cho et al. 2014, *Learning phrase representations using RNN encoder–decoder*) as a recurrence."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from tbptt_jax.arrays import PyTree, check_whole
+from tbptt_jax.begin import InitialCarry, from_first_step
+from tbptt_jax.gru.weights import Weights, initial_weights
+from tbptt_jax.gru.window import fused, scanned
+from tbptt_jax.layers import check_rates, dropped_weights, layered
+from tbptt_jax.modules import Part
+from tbptt_jax.noise import Keys
+from tbptt_jax.recurrence import Draw, Recurrence, Segment
+from tbptt_jax.zoneout import stays
+
+
+def gru(
+    features: int,
+    *,
+    readout: Part = None,
+    encoder: Part = None,
+    layers: int = 1,
+    reset_after: bool = True,
+    dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    weight_drop: float = 0.0,
+    zoneout: float = 0.0,
+    layer_norm: bool = False,
+    residual: bool = False,
+    init: Callable[[jax.Array, PyTree], dict[str, PyTree]] | None = None,
+    initial_carry: InitialCarry = None,
+    rngs: Sequence[str] = ("dropout",),
+    draw: Draw = "window",
+    dtype: Any = None,
+    checkpoint: Segment = None,
+    implementation: Literal["fused", "scan"] | None = None,
+) -> Recurrence:
+    """A recurrence of GRU layers, ``encoder`` → layers → ``readout``, each layer's window one fused operation.
+
+        r, z = σ(x W_x + h W_h + b),   n = tanh(x W_x + b + r (h W_h + c)),   h ← (1 − z) n + z h
+
+    ``params["cell"]`` is a tuple of :class:`tbptt_jax.gru.Weights`, one a layer; the carry is a tuple of ``h [lanes,
+    features]``, one a layer, zeros at first. The numbers are those of ``nn.GRUCell`` and of PyTorch's ``nn.GRU`` to rounding.
+    At a step that is padding the output is the h that stands still.
+
+    Args:
+      features: units of each layer.
+      readout: as for :func:`tbptt_jax.lstm`, as are all that are not described here.
+      encoder: what comes before the layers.
+      layers: how many, each fed with the outputs of the one before.
+      reset_after: the reset gate comes after the recurrent matrix, as in cuDNN, PyTorch and Flax. False: before it, as in the
+        paper, n = tanh(x W_x + b + (r h) W_h), at two products a step.
+      dropout: of what a layer is given by the one before, in training.
+      input_dropout: likewise of the first layer's inputs.
+      weight_drop: the part of the recurrent weights that is left out in training, drawn once a window for all lanes, the kept
+        ones 1 / (1 - weight_drop) larger (Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*).
+      zoneout: how likely a unit is to keep its h in a step, in training; each step draws anew. Otherwise h is the mean over the
+        draws of the step (Krueger et al. 2017, *Zoneout*, eq. 2 to 5). Taken to the nearest of 1/256, 2/256, ... 255/256.
+      layer_norm: LN(x W_x) and LN(h W_h), each with its gains, in the place of these products; r and z are normalised
+        together, n by itself (Ba et al. 2016, *Layer normalization*, eq. 26 to 28).
+      residual: add a layer's inputs to its outputs, where they are as many.
+      init: parameters of functions among these.
+      initial_carry: what a lane begins from, and after a reset.
+      rngs: names that modules ask keys by.
+      draw: whether masks of dropout are drawn once a ``"window"`` or each ``"step"``.
+      dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; None: the parameters' dtype.
+      checkpoint: see :func:`tbptt_jax.from_step`.
+      implementation: None and ``"fused"``: differentiated by hand, reverse mode and, as the transpose of what ``jax.vjp``
+        returns, forward mode (which ``uoro`` needs). ``"scan"``: the same window left to JAX to differentiate, for
+        ``jax.jvp`` and second derivatives.
+
+    Raises:
+      ValueError: now, if a size is not positive, a rate not from 0 to below 1, the implementation unknown, or layer
+        normalisation asked for where the reset gate comes before the matrix; from ``init`` and ``unroll``, as
+        :func:`tbptt_jax.lstm`.
+    """
+    check_whole("features", features)
+    check_rates(weight_drop=weight_drop, zoneout=zoneout)
+    if implementation not in (None, "fused", "scan"):
+        raise ValueError(f"`implementation` is {implementation!r}; it needs to be 'fused', 'scan', or None.")
+    if layer_norm and not reset_after:
+        raise ValueError(
+            "`layer_norm` normalises what the reset gate multiplies, and with `reset_after=False` that is h: leave one of them out."
+        )
+
+    def weights(key: jax.Array, inputs: int) -> Weights:
+        return initial_weights(key, inputs, features, reset_after, layer_norm)
+
+    def zeros(weights: Weights, lanes: int) -> jax.Array:
+        return jnp.zeros((lanes, features), weights.recurrent.dtype)
+
+    def run(
+        weights: Weights,
+        carry: jax.Array,
+        x: jax.Array,
+        resets: jax.Array | None,
+        valid: jax.Array | None,
+        edges: jax.Array | None,
+        starts: jax.Array | None,
+        keys: Keys,
+    ) -> tuple[jax.Array, jax.Array]:
+        _check_inputs(x, weights)
+        x = x.astype(weights.input.dtype)
+        weights = weights._replace(recurrent=dropped_weights(weights.recurrent, weight_drop, keys))
+        (still,) = stays((zoneout,), (features,), x, keys.step)
+        left_to_jax = functools.partial(scanned, dtype, weights, carry, x, resets, valid, edges, starts, still)
+        if implementation == "scan" or edges is not None:  # reweighted edges are left to JAX too
+            return left_to_jax()
+
+        def whole(carry: jax.Array, resets: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            return fused(dtype, weights, carry, x, resets, valid, still)
+
+        return from_first_step(whole, left_to_jax, carry, resets, starts)
+
+    return layered(
+        "GRU",
+        weights,
+        zeros,
+        run,
+        features,
+        layers=layers,
+        encoder=encoder,
+        readout=readout,
+        init=init,
+        initial_carry=initial_carry,
+        dropout=dropout,
+        input_dropout=input_dropout,
+        residual=residual,
+        rngs=rngs,
+        draw=draw,
+        checkpoint=checkpoint,
+    )
+
+
+def _check_inputs(x: jax.Array, weights: Weights) -> None:
+    if jnp.ndim(x) != 3 or x.shape[-1] != weights.input.shape[0] or jnp.iscomplexobj(x):
+        raise ValueError(
+            f"What reaches the GRU is {x.dtype}{list(jnp.shape(x))}; it needs to be real numbers [lanes, time, "
+            f"{weights.input.shape[0]}], as when the parameters were initialised. An `encoder` can bring it there."
+        )

@@ -1,0 +1,269 @@
+"""The fused GRU window against Flax's cell, PyTorch's layer and JAX's own differentiation."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from streams import assert_close, loss, stream, summed_gradient
+
+import tbptt_jax as tb
+from tbptt_jax import noise
+from tbptt_jax.gru import from_flax, to_flax
+
+LANES, TIME, INPUTS, FEATURES = 3, 7, 4, 5
+FORMS = {"after": {}, "before": {"reset_after": False}, "normalised": {"layer_norm": True}}
+RESETS, VALID = (jax.random.bernoulli(jax.random.key(n), p, (LANES, TIME)) for n, p in ((4, 0.3), (5, 0.6)))
+ALL = jnp.ones((LANES, TIME), bool)
+MASKS = [{}, *({"resets": r, "valid": v} for r, v in [(RESETS, VALID), (ALL, ALL), (~ALL, ALL), (RESETS, ~ALL)])]
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+close = functools.partial(assert_close, rtol=1e-10, atol=1e-10)
+
+
+def window(seed=0, dtype="float64", lanes=LANES, time=TIME):
+    return jax.random.normal(jax.random.key(seed), (lanes, time, INPUTS), dtype)
+
+
+def model(dtype="float64", **options):
+    fused = tb.gru(FEATURES, **options)
+    shapes = jax.eval_shape(fused.init, jax.random.key(1), window())
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda p: jnp.asarray(0.5 * rng.normal(size=p.shape), dtype), shapes)
+    carry = jax.tree.map(lambda h: jnp.asarray(rng.normal(size=h.shape), dtype), fused.initial_carry(params, LANES))
+    return fused, params, carry
+
+
+def pullback(unroll, *args, **masks):
+    """Outputs, and the gradients of params, carry and inputs for cotangents on the outputs and on the last carry."""
+    result, vjp = jax.vjp(lambda params, carry, inputs: unroll(params, carry, inputs, **masks), *args)
+    rng = np.random.default_rng(9)
+    return result, vjp(jax.tree.map(lambda y: jnp.asarray(rng.normal(size=y.shape), y.dtype), result))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-10), ("float32", 2e-5)])
+def test_numbers_are_those_of_flax_cell(dtype, tolerance):
+    fused, params, carry = model(dtype)
+    flax = tb.from_linen(nn.GRUCell(FEATURES, param_dtype=dtype))
+
+    def theirs(params, carry, x, **masks):
+        (weights,), (carry,) = params["cell"], carry
+        after, y = flax.unroll({"cell": to_flax(weights)}, carry, x, **masks)
+        return (after,), jnp.where(masks.get("valid", ALL)[..., None], y, 0)
+
+    def ours(params, carry, x, **masks):
+        after, y = fused.unroll(params, carry, x, **masks)
+        return after, jnp.where(masks.get("valid", ALL)[..., None], y, 0)
+
+    both = [jax.jit(functools.partial(pullback, unroll)) for unroll in (ours, theirs)]
+    for masks in MASKS:
+        a, b = (found(params, carry, window(dtype=dtype), **masks) for found in both)
+        assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(a))
+        assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert_close(from_flax(to_flax(params["cell"][0])), params["cell"][0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_numbers_are_those_of_torch(layers):
+    fused, params, carry = model(layers=layers)
+    theirs = torch.nn.GRU(INPUTS, FEATURES, layers, batch_first=True, dtype=torch.float64)
+    theirs.load_state_dict({k: torch.tensor(v) for k, v in tb.weights.to_torch(params).items()})
+    x, start = (torch.tensor(np.asarray(each), requires_grad=True) for each in (window(), np.stack(carry)))
+    y, after = theirs(x, start)
+    rng = np.random.default_rng(9)
+    torch.autograd.backward([after, y], [torch.tensor(rng.normal(size=each.shape)) for each in (after, y)])
+    result, (d_params, d_carry, d_x) = pullback(fused.unroll, params, carry, window())
+    close((np.stack(result[0]), result[1]), (after.detach().numpy(), y.detach().numpy()))
+    of_theirs = {k: v.grad.numpy() for k, v in theirs.named_parameters()}
+    for n in range(layers):  # there are two biases of r and z there, which become their sum
+        of_theirs[f"bias_hh_l{n}"][: 2 * FEATURES] = 0
+    close(d_params, tb.weights.from_torch(of_theirs, params))
+    close((np.stack(d_carry), d_x), (start.grad.numpy(), x.grad.numpy()))
+
+
+def by_the_papers(weights, h, x, zoneout):
+    """A step of one lane."""
+    units = slice(None, 2 * FEATURES), slice(2 * FEATURES, None)
+
+    def normalised(x, gain):
+        return gain * np.concatenate([(x[u] - x[u].mean()) / np.sqrt(x[u].var() + 1e-5) for u in units])
+
+    into, again = x @ weights.input, h @ weights.recurrent
+    if weights.norm is not None:
+        into, again = normalised(into, weights.norm.input), normalised(again, weights.norm.recurrent)
+    into = into + weights.bias
+    r, z = np.split(1 / (1 + np.exp(-(into + again)[units[0]])), 2)
+    if weights.recurrent_bias is None:
+        n = np.tanh(into[units[1]] + (r * h) @ weights.recurrent[:, units[1]])
+    else:
+        n = np.tanh(into[units[1]] + r * (again[units[1]] + weights.recurrent_bias))
+    return zoneout * h + (1 - zoneout) * ((1 - z) * n + z * h)
+
+
+@forms
+def test_forms_are_those_of_the_papers(form):
+    fused, params, carry = model(zoneout=0.25, **form)
+    (weights,), h = jax.tree.map(np.asarray, params["cell"]), np.array(carry[0])
+    expected = np.zeros((LANES, TIME, FEATURES))
+    for lane, t in np.ndindex(LANES, TIME):
+        h[lane] = 0 if RESETS[lane, t] else h[lane]
+        h[lane] = by_the_papers(weights, h[lane], np.asarray(window())[lane, t], 0.25) if VALID[lane, t] else h[lane]
+        expected[lane, t] = h[lane]
+    close(fused.unroll(params, carry, window(), RESETS, VALID), ((jnp.asarray(h),), jnp.asarray(expected)))
+
+
+@forms
+def test_hand_written_backward_pass_and_its_transpose_are_the_derivatives_of_the_scan(form):
+    options = {"zoneout": 0.2, "weight_drop": 0.4, **form}
+    fused, params, carry = model(**options)
+    scan = tb.gru(FEATURES, implementation="scan", **options)
+    key, x = noise.lane_keys(jax.random.key(6), LANES), window()
+    tangents = jax.tree.map(lambda p: jnp.cos(7 * p), (params, carry))
+
+    @jax.jit
+    def derivatives(masks):
+        result, vjp = jax.vjp(lambda p, c: fused.unroll(p, c, x, key=key, **masks), params, carry)
+        (forward,) = jax.linear_transpose(vjp, result)(tangents)
+        return forward, pullback(fused.unroll, params, carry, x, key=key, **masks)
+
+    @jax.jit
+    def expected(masks):
+        def run(params, carry):
+            return scan.unroll(params, carry, x, key=key, **masks)
+
+        return jax.jvp(run, (params, carry), tangents)[1], pullback(scan.unroll, params, carry, x, key=key, **masks)
+
+    for masks in MASKS:
+        close(derivatives(masks), expected(masks))
+
+
+@forms
+def test_cut_anywhere_and_in_segments_nothing_changes(form):
+    fused, params, carry = model(layers=2, **form)
+    segments = tb.gru(FEATURES, layers=2, checkpoint=3, **form)
+
+    def cut(params, carry, x, resets, valid):
+        parts = []
+        for part in (slice(4), slice(4, None)):
+            carry, y = fused.unroll(params, carry, x[:, part], resets[:, part], valid[:, part])
+            parts.append(y)
+        return carry, jnp.concatenate(parts, 1)
+
+    masks = {"resets": RESETS, "valid": VALID}
+    whole, *others = (
+        jax.jit(functools.partial(pullback, unroll))(params, carry, window(), **masks)
+        for unroll in (fused.unroll, cut, segments.unroll)
+    )
+    for other in others:
+        close(other, whole)
+
+
+@forms
+def test_padding_may_hold_nan_and_stands_still(form):
+    fused, params, carry = model(**form)
+    valid = jnp.arange(TIME) < jnp.array([TIME, 2, 0])[:, None]
+    poisoned = jnp.where(valid[..., None], window(), jnp.nan)
+    found = (after, _), _ = pullback(fused.unroll, params, carry, poisoned, valid=valid)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    close(after[0][2], carry[0][2])
+    close(after[0][1:2], fused.unroll(params, (carry[0][1:2],), window()[1:2, :2])[0][0])
+
+
+def test_a_learned_beginning_is_returned_to_and_has_its_gradient():
+    fused, params, carry = model(initial_carry="learned")
+    plain, first = tb.gru(FEATURES), jnp.zeros((LANES, TIME), bool).at[:, 0].set(True)
+
+    def by_hand(params, carry, x, resets):
+        ys = []
+        for t in range(TIME):
+            carry = (jnp.where(resets[:, t, None], params["initial_carry"][0], carry[0]),)
+            carry, y = plain.unroll(params, carry, x[:, t : t + 1])
+            ys.append(y)
+        return carry, jnp.concatenate(ys, 1)
+
+    ours, expected = (jax.jit(functools.partial(pullback, unroll)) for unroll in (fused.unroll, by_hand))
+    for resets in (RESETS, first):
+        close(ours(params, carry, window(), resets=resets), expected(params, carry, window(), resets=resets))
+
+
+@forms
+def test_every_influence_and_reweighted_edges_agree_with_the_window_left_to_jax(form):
+    readout = nn.Dense(2, dtype=jnp.float64, param_dtype=jnp.float64)
+    options = {"readout": readout, "weight_drop": 0.3, "zoneout": 0.2, **form}
+    fused, scanned = (tb.gru(3, implementation=how, **options) for how in ("fused", "scan"))
+    window = stream(rubbish=np.nan)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), fused.init(jax.random.key(0), window.inputs))
+    plain = tb.split(window, 5)
+    reweighted = tb.split(window._replace(edges=np.random.default_rng(0).random(window.valid.shape) * 2), 5)
+
+    def total(m, windows, influence):
+        return summed_gradient(tb.gradient(m, loss, influence=influence), params, windows)[0]
+
+    for windows, influence in [(plain, tb.uoro()), (reweighted, tb.truncate()), (plain, tb.replay(2))]:
+        assert_close(total(fused, windows, influence), total(scanned, windows, influence), rtol=1e-9)
+    full = total(fused, plain, tb.replay(len(plain.valid)))
+    assert_close(total(fused, plain, tb.rtrl()), full, rtol=1e-10, atol=1e-10)
+    assert np.abs(full["cell"][0].recurrent - total(fused, plain, tb.truncate())["cell"][0].recurrent).max() > 1e-6
+
+
+def test_weights_are_left_out_for_a_window_and_zoneout_keeps_units_for_a_step():
+    fused, params, carry = model(weight_drop=0.5)
+    keys = noise.lane_keys(jax.random.key(0), LANES)
+    drawn, same, other, none = (
+        fused.unroll(params, carry, window(), key=key)[1]
+        for key in (keys, keys, noise.lane_keys(jax.random.key(1), LANES), None)
+    )
+    close(drawn, same)
+    assert np.abs(drawn - other).max() > 1e-3
+    close(none, tb.gru(FEATURES).unroll(params, carry, window())[1])
+    _, hs = tb.gru(FEATURES, zoneout=0.4).unroll(params, carry, jnp.tile(window(), (1, 60, 1)), key=keys)
+    stood_still = np.diff(hs, axis=1) == 0
+    assert abs(stood_still.mean() - 0.4) < 0.03 and stood_still.std((0, 1)).min() > 0.4
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.1), ("float16", 0.02)])
+@forms
+def test_half_precision_is_close(form, dtype, tolerance):
+    fused, params, carry = model("float32", **form)
+    x = window(dtype="float32")
+    exact = pullback(jax.jit(fused.unroll), params, carry, x)
+    operands = pullback(jax.jit(tb.gru(FEATURES, dtype=dtype, **form).unroll), params, carry, x)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(operands))
+    assert_close(operands, exact, rtol=tolerance, atol=tolerance)
+    half = jax.tree.map(lambda p: p.astype(dtype), (params, carry, x))
+    after, y = fused.unroll(*half)
+    assert {after[0].dtype, y.dtype} == {jnp.dtype(dtype)}
+    assert_close(jnp.float32(y), exact[0][1], rtol=tolerance, atol=tolerance)
+
+
+@forms
+def test_one_lane_and_one_step_are_a_window(form):
+    fused, params, carry = model(**form)
+    whole = fused.unroll(params, carry, window())[1]
+    close(fused.unroll(params, (carry[0][:1],), window()[:1, :1])[1], whole[:1, :1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tb.gru(0), "`features` is 0"),
+        (lambda: tb.gru(3, layers=0), "`layers` is 0"),
+        (lambda: tb.gru(3, zoneout=1.0), "`zoneout` is 1.0"),
+        (lambda: tb.gru(3, weight_drop=-0.1), "`weight_drop` is -0.1"),
+        (lambda: tb.gru(3, implementation="cudnn"), "`implementation` is 'cudnn'"),
+        (lambda: tb.gru(3, layer_norm=True, reset_after=False), "leave one of them out"),
+        (lambda: to_flax(model(reset_after=False)[1]["cell"][0]), "reset_after=False"),
+        (lambda: to_flax(model(layer_norm=True)[1]["cell"][0]), "layer normalisation"),
+        (lambda: tb.weights.to_torch(model(reset_after=False)[1]), "reset_after=False"),
+        (lambda: tb.weights.to_torch(model(layer_norm=True)[1]), "normalisation"),
+        (lambda: tb.gru(3).init(jax.random.key(0), jnp.zeros((2, 3))), "What reaches the GRU"),
+        (lambda: tb.gru(3).unroll(model()[1], model()[2], window()[..., :2]), "What reaches the GRU"),
+        (lambda: tb.gru(FEATURES).unroll(*model()[1:], window() + 1j), "What reaches the GRU is complex"),
+        (lambda: tb.gru(FEATURES).unroll(*model()[1:], window(lanes=2)), "carry does not fit"),
+    ],
+)
+def test_errors_say_what_to_do(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
