@@ -259,7 +259,7 @@ def test_one_lane_and_one_step_are_a_window(form):
         (lambda: tb.weights.to_torch(model(reset_after=False)[1]), "reset_after=False"),
         (lambda: tb.weights.to_torch(model(layer_norm=True)[1]), "normalisation"),
         (lambda: tb.gru(3).init(jax.random.key(0), jnp.zeros((2, 3))), "What reaches the GRU"),
-        (lambda: tb.gru(3).unroll(model()[1], model()[2], window()[..., :2]), "What reaches the GRU"),
+        (lambda: tb.gru(FEATURES).unroll(*model()[1:], window()[..., :2]), "What reaches the GRU"),
         (lambda: tb.gru(FEATURES).unroll(*model()[1:], window() + 1j), "What reaches the GRU is complex"),
         (lambda: tb.gru(FEATURES).unroll(*model()[1:], window(lanes=2)), "carry does not fit"),
     ],
