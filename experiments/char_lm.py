@@ -22,43 +22,29 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import tbptt_jax as tb
-from experiments import launch
+from experiments import launch, tasks, training
 from tbptt_jax import study
-from tbptt_jax.study.text import check_codec, decode, prompt
+from tbptt_jax.study.tasks.text import check_codec, decode, prompt
 
 READ = 100  # symbols of the held-out text that the sample goes on from
 
 FLAGS = flags.FLAGS
-flags.DEFINE_multi_string("text", [], "A file; may be given again. None: the reference manual that ships in Python.")
-flags.DEFINE_string("documents", None, "What is a document, begun anew: files, lines, or the text that ends each, such as '\\n\\n'. Default: each of several files.")  # fmt: skip
-flags.DEFINE_enum("unit", "characters", ["characters", "bytes"], "What is predicted; bytes are of UTF-8.")
-flags.DEFINE_integer("window", 16, "Steps of a window.", lower_bound=1)
-flags.DEFINE_integer("lanes", 32, "Places of the text read side by side.", lower_bound=1)
-flags.DEFINE_integer("hidden", 128, "Units of a layer.", lower_bound=1)
-flags.DEFINE_integer("layers", 1, "LSTM layers.", lower_bound=1, upper_bound=1000)
-flags.DEFINE_float("learning_rate", 0.005, "Adam's at the start; it falls to zero along a cosine.", lower_bound=0.0)
-flags.DEFINE_integer("updates", 5000, "Updates, one a window.", lower_bound=1)
-flags.DEFINE_integer("windows_per_call", 50, "Windows, and so updates, in one compiled call.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Of the parameters and the sample.")
-flags.DEFINE_bool("stateless", False, "Begin each window from the initial carry, for comparison.")
-flags.DEFINE_integer("checkpoint_every", 500, "Updates from one checkpoint to the next.", lower_bound=1)
-flags.DEFINE_bool("resume", True, "Go on from the checkpoint in the workdir; --noresume begins afresh.")
-flags.DEFINE_string("init_from", None, "A run's workdir, whose parameters and vocabulary are begun from.")
+tasks.define_text()
+tasks.define_sizes(hidden=128, layers=1, lanes=32)
+training.define("runs/char_lm", learning_rate=0.005, updates=5000)
 flags.DEFINE_string("prompt", None, "Train nothing: let the run in the workdir go on from this text.")
 flags.DEFINE_float("temperature", 1.0, "Below 1 it writes safer, above 1 bolder, at 0 the likeliest.", lower_bound=0.0)
 flags.DEFINE_integer("length", 400, "Symbols that it writes.", lower_bound=0)
-flags.DEFINE_string("workdir", "runs/char_lm", "Where run.json, results.json, figure.png and checkpoints go.")
 
 
 def picture(curve: list[tuple[int, float]], held_out: float, one: str) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.4))
     characters, bits = zip(*curve, strict=True)
     axes.plot(characters, bits, label="training text, as read")
     axes.axhline(held_out, color="C1", linestyle="--", label=f"held-out text, at the end: {held_out:.3f}")
     axes.set(xlabel=f"{one}s read", ylabel=f"bits per {one}")
     axes.set_title(f"{'Stateless' if FLAGS.stateless else 'Stateful'} LSTM, windows of {FLAGS.window}")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure
 
 
@@ -76,63 +62,52 @@ def written(run: study.Run, text: str) -> str:
 def main() -> None:
     if FLAGS.prompt is not None:
         return ask()
+    training.check()
     launch.join_processes(FLAGS.lanes)
     before = study.load(launch.expanded(FLAGS.init_from, "init_from")) if FLAGS.init_from else None
-    names = "text", "documents", "unit", "hidden", "layers", "lanes"
-    arguments: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    arguments = tasks.given((*tasks.TEXT, *tasks.SIZES))
     if before is not None:
         check_codec(before.task.codec)
         made = before.task.source[1] if before.task.source else {}
         arguments |= {name: made[name] for name in ("hidden", "layers") if name in made and not FLAGS[name].present}
         arguments |= {"codec": before.task.codec}
     task = study.task("char_lm", **arguments)
-    chosen: Any = {name: FLAGS[name].value for name in ("window", "updates", "learning_rate", "windows_per_call", "seed",
-                                                        "stateless", "checkpoint_every", "resume", "not_finite")}  # fmt: skip
+    one = "byte" if task.codec["unit"] == "bytes" else "character"
 
     def speed(calls: list) -> float:
         return statistics.median(call.weight / call.seconds for call in calls)  # leaves out the calls that compiled
 
-    one = "byte" if task.codec["unit"] == "bytes" else "character"
-    run = study.fit(
-        task,
-        workdir=FLAGS.workdir,
-        start=before,
-        devices=launch.DEVICES.value,
-        show=lambda calls: f"{calls[-1].loss / math.log(2):.3f} bits per {one}, {speed(calls):,.0f} {one}s/s",
-        **chosen,
-    )
-    (scores,) = study.evaluate(task, run.params, window=FLAGS.window, stateless=FLAGS.stateless).values()
-    seconds = sum(call.seconds for call in run.calls)
+    def shown(calls: list) -> str:
+        return f"{calls[-1].loss / math.log(2):.3f} bits per {one}, {speed(calls):,.0f} {one}s/s"
+
+    run = training.fitted(task, updates=5000, start=before, show=shown)
+    how: Any = {name: FLAGS[name].value for name in ("window", "stateless", "burn_in")}
+    (scores,) = study.evaluate(task, run.params, **how).values()
     read_by = itertools.accumulate(round(call.weight) for call in run.calls)
     curve = [(read, call.loss / math.log(2)) for read, call in zip(read_by, run.calls, strict=True)]
     first = held_out_text(task)
     told = written(run, first) if first else ""
     results = {
-        "window": FLAGS.window,
-        "stateless": FLAGS.stateless,
-        "seed": FLAGS.seed,
+        **{name: FLAGS[name].value for name in ("window", "stateless", "seed")},
         f"bits_per_{one}": scores,
         f"{one}s_per_second": speed(run.calls),
-        "updates": run.updates,
+        **training.told_of(run),
         "steps": run.updates * FLAGS.window,  # of each lane
-        **study.health_of(run.calls),
         "vocabulary": len(task.codec.get("vocabulary", range(256))),
-        "seconds": seconds,
         "curve": curve,
         "prompt": first,
         "sample": told,
     }
-    directory = launch.expanded(FLAGS.workdir)
-    launch.write_results(directory, results, picture(curve, scores, one))
-    launch.console.rule("read", align="left")
-    launch.console.print(launch.plain(first, keep=launch.WHITE), markup=False, highlight=False)
-    launch.console.rule("and went on", align="left")
-    launch.console.print(launch.plain(told, keep=launch.WHITE), markup=False, highlight=False)
+    for title, text in (("read", first), ("and went on", told)):
+        launch.console.rule(title, align="left")
+        launch.console.print(launch.plain(text, keep=launch.WHITE), markup=False, highlight=False)
     launch.console.rule()
     kind = "stateless" if FLAGS.stateless else "stateful"
-    launch.console.print(f"Held-out text, {kind}, windows of {FLAGS.window}: {scores:.4f} bits per {one}. "
-                         f"{speed(run.calls):,.0f} {one}s/s, {seconds:.0f} s in all.")  # fmt: skip
-    launch.say(f"Written to {directory}: run.json, results.json, figure.png, flags.txt")
+    launch.say(
+        f"Held-out text, {kind}, windows of {FLAGS.window}: {scores:.4f} bits per {one}. {speed(run.calls):,.0f} {one}s/s, "
+        f"{results['seconds']:.0f} s in all."
+    )
+    launch.write_results(FLAGS.workdir, results, picture(curve, scores, one), more=", run.json")
 
 
 def held_out_text(task: study.Task) -> str:

@@ -3,7 +3,6 @@
 python -m experiments.copy_memory
 """
 
-import time
 from typing import Any
 
 import flax.linen as nn
@@ -11,19 +10,17 @@ import jax
 import numpy as np
 import optax
 from absl import flags
-from rich import box
 from rich.table import Table
 
 import tbptt_jax as tb
 from experiments import launch, pictures
-from tbptt_jax import sharding
+from tbptt_jax.study.tasks.known import symbols as loss
 from tbptt_jax.tasks import copy_memory, copy_memory_floor
 from tbptt_jax.training import TrainStep
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list(
-    "influences", ["truncate", "replay:1", "replay:all", "replay:all:0.9", "rtrl", "uoro"], launch.INFLUENCES
-)
+INFLUENCES = ["truncate", "replay:1", "replay:all", "replay:all:0.9", "rtrl", "uoro"]
+flags.DEFINE_list("influences", INFLUENCES, launch.INFLUENCES)
 flags.DEFINE_integer("window", 4, "Steps of a window.", lower_bound=1)
 flags.DEFINE_integer("lag", 28, "Steps of silence.", lower_bound=1)
 flags.DEFINE_integer("symbols", 2, "How many symbols there are.", lower_bound=2)
@@ -36,10 +33,6 @@ flags.DEFINE_integer("seeds", 5, "Trainings of each influence, side by side.", l
 flags.DEFINE_string("workdir", "runs/copy_memory", "Where results.json, figure.png and flags.txt go.")
 
 LOWER = "--seeds, --updates, --lanes, --lag, --length, --symbols, --hidden"
-
-
-def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, window.targets)
 
 
 def data(key: jax.Array, n: int) -> tb.Window:
@@ -85,13 +78,7 @@ def train(name: str) -> dict[str, Any]:
         total, weight = (x.reshape(groups, each).sum(1) for x in (metrics.loss * metrics.weight, metrics.weight))
         return total / weight, tb.evaluate(model, loss, state.params, data(keys[2], 16 * FLAGS.lanes)).loss
 
-    began = time.perf_counter()
-    train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
-    curves, final = launch.train_all(
-        train, jax.random.split(jax.random.key(0), FLAGS.seeds), f"{LOWER} or the reach of {name}"
-    )
-    curves, final = np.asarray(curves), np.asarray(final)
-    seconds = time.perf_counter() - began
+    (curves, final), seconds = launch.train_seeds(one_seed, FLAGS.seeds, f"{LOWER} or the reach of {name}")
     return {
         "influence": name,
         "window": FLAGS.window,
@@ -104,31 +91,19 @@ def train(name: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], floor: float) -> Table:
-    title = (
-        f"Nats a recalled symbol on new sequences; without memory {floor:.4f}, with it 0; learned: below 0.9 of that"
-    )
-    out = Table("influence", box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for name in ("mean", "by seed", "seeds that learned", "s"):
-        out.add_column(name, justify="right")
+    title = f"Nats a recalled symbol on new sequences; without memory {floor:.4f}; learned: below 0.9 of that"
+    told = []
     for row in rows:
         losses = np.asarray(row["loss"])
-        learned = f"{(losses < 0.9 * floor).sum()} of {len(losses)}"
-        out.add_row(
-            row["influence"],
-            f"{losses.mean():.4f}",
-            " ".join(f"{x:.4f}" for x in losses),
-            learned,
-            f"{row['seconds']:.0f}",
-        )
-    return out
+        learned, by_seed = f"{(losses < 0.9 * floor).sum()} of {len(losses)}", " ".join(f"{x:.4f}" for x in losses)
+        told.append((row["influence"], f"{losses.mean():.4f}", by_seed, learned, f"{row['seconds']:.0f}"))
+    return launch.table(title, ("influence", "mean", "by seed", "seeds that learned", "s"), told)
 
 
 def main() -> None:
     launch.check_influences(FLAGS.influences)
-    if FLAGS.window > FLAGS.lag + 2 * FLAGS.length:
-        raise ValueError(
-            f"--window={FLAGS.window} is longer than a sequence of {FLAGS.lag + 2 * FLAGS.length} steps: choose less."
-        )
+    if FLAGS.window > (steps := FLAGS.lag + 2 * FLAGS.length):
+        raise ValueError(f"--window={FLAGS.window} is longer than a sequence of {steps} steps: choose less.")
     check_sizes()
     directory = launch.workdir(FLAGS.workdir)
     floor = copy_memory_floor(1, FLAGS.lag, FLAGS.symbols, FLAGS.length).recalled
@@ -140,7 +115,6 @@ def main() -> None:
     launch.console.print(table(rows, floor))
     title = f"Copy memory: lag {FLAGS.lag + FLAGS.length}, windows of {FLAGS.window}"
     launch.write_results(directory, {"rows": rows, "memoryless_floor": floor}, pictures.copy_memory(rows, floor, title))
-    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

@@ -7,20 +7,19 @@ and the label is that first value. One LSTM, one train step; the systems differ 
 """
 
 import functools
-import time
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import flags
 
 import tbptt_jax as tb
 from experiments import launch, pictures
-from experiments.first_bit_systems import LENGTH, System, by_start, shape_of, systems
-from tbptt_jax import sharding
+from experiments.first_bit_systems import LENGTH, System, shape_of, starts_of, systems
+from tbptt_jax.study.tasks.known import binary, correct
 from tbptt_jax.tasks.first_bit import score_last
 from tbptt_jax.training import TrainStep
 
@@ -34,14 +33,11 @@ flags.DEFINE_float("learning_rate", 0.02, "Adam's rate at the start; it falls to
 flags.DEFINE_integer("seeds", 5, "Trainings of each system, side by side.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/first_bit", "Where results.json, figure.png and flags.txt go.")
 
-
-def cross_entropy(logits: jax.Array, window: tb.Window) -> jax.Array:
-    return optax.sigmoid_binary_cross_entropy(logits, window.targets)[..., 0]
+LOWER = "--hidden, --lanes or --seeds"
 
 
 def figures(logits: jax.Array, window: tb.Window) -> dict[str, jax.Array]:
-    correct = (logits > 0) == (window.targets > 0.5)
-    return {"loss": cross_entropy(logits, window), "accuracy": correct[..., 0].astype(jnp.float32)}
+    return {"loss": binary(logits, window), "accuracy": correct(logits, window)}
 
 
 def data_of(system: System, key: jax.Array) -> tuple[tb.Window, tb.Window]:
@@ -58,32 +54,28 @@ def lstm() -> tb.Recurrence:
 
 def train_step(updates: int) -> TrainStep:
     rate = optax.cosine_decay_schedule(FLAGS.learning_rate, updates)
-    return tb.train_step(tb.gradient(lstm(), cross_entropy), optax.adam(rate))
+    return tb.train_step(tb.gradient(lstm(), binary), optax.adam(rate))
 
 
-def study(system: System, report: Callable[[float, str], None]) -> dict[str, Any]:
+def study(system: System) -> dict[str, Any]:
     """Trains one system for all seeds at once and returns its row of the results."""
     model = lstm()
-    keys = jax.random.split(jax.random.key(0), FLAGS.seeds)
-    train, test = jax.jit(jax.vmap(functools.partial(data_of, system)))(keys)
-    count = train.inputs.shape[1]
-    epochs = -(-FLAGS.updates // count)
-    step = train_step(epochs * count)
+    train, test = jax.jit(functools.partial(data_of, system))(jax.random.key(0))
+    epochs = -(-FLAGS.updates // len(train.inputs))
+    step, starts = train_step(epochs * len(train.inputs)), starts_of(system, test)
 
-    began = time.perf_counter()
-    first = jax.tree.map(lambda x: x[:, 0], train)
-    states = jax.jit(jax.vmap(step.init))(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), first)
-    trainings = sharding.over_runs(functools.partial(tb.train_windows, step), launch.mesh(runs=FLAGS.seeds))
-    epoch = jax.jit(trainings, donate_argnums=0)
-    for done in range(1, epochs + 1):
-        states, metrics = epoch(states, train)
-        if done % max(1, epochs // 20) == 0:  # fetching a number waits for the device
-            report(done / epochs, f"loss {metrics.loss.mean():.4f}")
-    jax.block_until_ready(states)
-    seconds = time.perf_counter() - began
+    def one_seed(key: jax.Array) -> tuple[Any, jax.Array]:
+        train, test = data_of(system, key)
+        state = step.init(jax.random.fold_in(key, 1), jax.tree.map(lambda x: x[0], train))
+        state = jax.lax.fori_loop(0, epochs, lambda _, state: tb.train_windows(step, state, train)[0], state)
 
-    evaluate = jax.jit(jax.vmap(lambda params, windows: tb.evaluate(model, figures, params, windows).loss))
-    scores = evaluate(states.params, test)
+        def scores(weights: Any) -> Any:
+            return tb.evaluate(model, figures, state.params, test._replace(weights=weights)).loss
+
+        by_start = [test.weights * (starts == start)[..., None] for start in np.unique(starts)]
+        return scores(test.weights), jax.lax.map(scores, jnp.stack(by_start))["accuracy"]
+
+    (scores, by_start), seconds = launch.train_seeds(one_seed, FLAGS.seeds, LOWER)
     return {
         "system": system.name,
         "window": system.window,
@@ -95,11 +87,11 @@ def study(system: System, report: Callable[[float, str], None]) -> dict[str, Any
         "published_accuracy": system.published,
         "test_accuracy_by_seed": scores["accuracy"].tolist(),
         "test_loss_by_seed": scores["loss"].tolist(),
-        "train_windows": list(shape_of(train)),
-        "test_windows": list(shape_of(test)),
-        "accuracy_by_start": by_start(evaluate, states.params, test, system),
+        "train_windows": shape_of(train),
+        "test_windows": shape_of(test),
+        "accuracy_by_start": dict(zip(np.unique(starts).tolist(), by_start.mean(0).tolist(), strict=True)),
         "epochs": epochs,
-        "updates": epochs * count,
+        "updates": epochs * len(train.inputs),
         "seconds": seconds,
     }
 
@@ -107,31 +99,22 @@ def study(system: System, report: Callable[[float, str], None]) -> dict[str, Any
 def main() -> None:
     for name, number in (("train", FLAGS.train), ("test", FLAGS.test)):
         if number % 2:
-            raise ValueError(
-                f"--{name}={number} is odd: half of the sequences begin with a one, so give an even number."
-            )
+            raise ValueError(f"--{name}={number} is odd: half of the sequences begin with a one. Give an even number.")
     if FLAGS.lanes > FLAGS.train:
-        raise ValueError(
-            f"--lanes={FLAGS.lanes} is more than --train={FLAGS.train}: choose at most one lane a sequence."
-        )
-    launch.check_fits(
-        "The sequences", 4 * LENGTH * FLAGS.seeds * max(5 * FLAGS.train, FLAGS.test), "--seeds, --train or --test"
-    )
+        raise ValueError(f"--lanes={FLAGS.lanes} is more than --train={FLAGS.train}: choose at most one a sequence.")
+    sequences = FLAGS.seeds * max(5 * FLAGS.train, FLAGS.test)
+    launch.check_fits("The sequences", 4 * LENGTH * sequences, "--seeds, --train or --test")
     chosen = systems()
     windows = jax.eval_shape(lambda key: data_of(chosen[0], key)[0], jax.random.key(0))
-    launch.check_training(train_step(1), windows, FLAGS.seeds, "--hidden, --lanes or --seeds")
+    launch.check_training(train_step(1), windows, FLAGS.seeds, LOWER)
     directory = launch.workdir(FLAGS.workdir)
     rows: list[dict[str, Any]] = []
     with launch.progress(len(chosen), "systems") as report:
-        for i, system in enumerate(chosen):
-
-            def tell(part: float, text: str, i: int = i, system: System = system) -> None:
-                report(i + part, f"{system.name}, window {system.window}: {text}")
-
-            rows.append(study(system, tell))
+        for done, system in enumerate(chosen, 1):
+            rows.append(study(system))
+            report(done, f"{system.name}, window {system.window}: {rows[-1]['test_accuracy']:.4f}")
     launch.console.print(pictures.first_bit_table(rows))
     launch.write_results(directory, {"rows": rows}, pictures.first_bit(rows))
-    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,23 +55,16 @@ def systems() -> list[System]:
     return rows
 
 
-def shape_of(windows: tb.Window) -> tuple[int, ...]:
-    """``(windows over all lanes, time, features)`` of windows ``[seeds, windows, lanes, time, features]``."""
-    _, count, lanes, time_, features = windows.inputs.shape
-    filled = count * lanes if windows.valid is None else int(windows.valid[0, ..., 0].sum())
-    return filled, time_, features
+def shape_of(windows: tb.Window) -> list[int]:
+    """``[windows over all lanes, time, features]`` of windows ``[windows, lanes, time, features]``."""
+    count, lanes, time_, features = windows.inputs.shape
+    filled = count * lanes if windows.valid is None else int(windows.valid[..., 0].sum())
+    return [filled, time_, features]
 
 
-def by_start(evaluate: Callable, params: Any, test: tb.Window, system: System) -> dict[int, float]:
-    """Test accuracy of the windows that start at each position of their sequence."""
-    _, count, lanes, length, _ = test.inputs.shape
+def starts_of(system: System, test: tb.Window) -> np.ndarray:
+    """Where in its sequence each window starts, ``[windows, lanes]``."""
+    count, lanes, length, _ = test.inputs.shape
     if system.cut in (sliding, misaligned):
-        starts = np.arange(count * lanes).reshape(count, lanes) % (LENGTH - length + 1)
-    else:
-        starts = np.arange(count)[:, None] % (LENGTH // length) * length + np.zeros(lanes, int)
-    return {
-        int(start): float(
-            evaluate(params, test._replace(weights=test.weights * (starts == start)[..., None]))["accuracy"].mean()
-        )
-        for start in np.unique(starts)
-    }
+        return np.arange(count * lanes).reshape(count, lanes) % (LENGTH - length + 1)
+    return np.arange(count)[:, None] % (LENGTH // length) * length + np.zeros(lanes, int)

@@ -13,7 +13,6 @@ import numpy as np
 from absl import flags
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 
 from experiments import launch, tasks
@@ -23,9 +22,8 @@ from tbptt_jax.study.bias import check_bias
 FLAGS = flags.FLAGS
 tasks.define("lag")
 flags.DEFINE_list("windows", ["1", "2", "5", "10", "20", "50"], "Window lengths to measure, in steps.")
-flags.DEFINE_list(
-    "influences", ["truncate", "replay:1", "replay:3", "replay:all:0.5", "rtrl", "uoro"], launch.INFLUENCES
-)
+INFLUENCES = ["truncate", "replay:1", "replay:3", "replay:all:0.5", "rtrl", "uoro"]
+flags.DEFINE_list("influences", INFLUENCES, launch.INFLUENCES)
 flags.DEFINE_integer("steps", 400, "Steps of the probe.", lower_bound=4)
 flags.DEFINE_integer("lags", 60, "The longest lag to trace.", lower_bound=2)
 flags.DEFINE_float("tolerance", 0.1, "The relative bias that the suggested window may have.", lower_bound=1e-6)
@@ -38,31 +36,25 @@ flags.DEFINE_string("workdir", "runs/gradient_bias", "Where results.json, figure
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    out = Table("influence", box=box.SIMPLE_HEAD, pad_edge=False, title="Against full BPTT", title_justify="left")
-    for name in ("window", "relative bias", "± of its mean", "cosine", "relative std"):
-        out.add_column(name, justify="right")
+    told = []
     for row in rows:
-        out.add_row(
-            row["influence"],
-            str(row["window"]),
-            f"{row['relative_bias']:.2e}",
-            f"{row['relative_bias_standard_error']:.1e}" if row["draws"] > 1 else "",
-            f"{row['cosine']:.5f}",
-            f"{row['relative_std']:.2e}" if row["draws"] > 1 else "",
-        )
-    return out
+        error, spread = f"{row['relative_bias_standard_error']:.1e}", f"{row['relative_std']:.2e}"
+        error, spread = (error, spread) if row["draws"] > 1 else ("", "")
+        bias, cosine = f"{row['relative_bias']:.2e}", f"{row['cosine']:.5f}"
+        told.append((row["influence"], str(row["window"]), bias, error, cosine, spread))
+    heads = "influence", "window", "relative bias", "± of its mean", "cosine", "relative std"
+    return launch.table("Against full BPTT", heads, told)
 
 
 def picture(rows: list[dict[str, Any]], fading: horizon.Decay, choice: horizon.Choice) -> Figure:
     """Left: bias, and the spread of what is random, against the window. Right: the decay it comes from."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     floor = 1e-7
     for i, name in enumerate(dict.fromkeys(row["influence"] for row in rows)):
         mine = [row for row in rows if row["influence"] == name]
         x = [row["window"] for row in mine]
-        left.plot(
-            x, [max(floor, row["relative_bias"]) for row in mine], marker="os^vD<>p*"[i % 9], color=f"C{i}", label=name
-        )
+        look = {"marker": "os^vD<>p*"[i % 9], "color": f"C{i}", "label": name}
+        left.plot(x, [max(floor, row["relative_bias"]) for row in mine], **look)
         if mine[0]["draws"] > 1:
             left.plot(x, [max(floor, row["relative_std"]) for row in mine], ":", color=f"C{i}")
     left.set(xscale="log", yscale="log", xlabel="window, steps", ylabel="relative to full BPTT")
@@ -81,8 +73,7 @@ def picture(rows: list[dict[str, Any]], fading: horizon.Decay, choice: horizon.C
     left.axvline(choice.window, color="0.5", linestyle="--", label=f"suggested window, {choice.window}")
     right.set(yscale="log", xlabel="lag k, steps", ylabel="E‖∂l(s) / ∂h(s−k)‖", title="How fast the gradient fades")
     for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     return figure
 
 
@@ -127,7 +118,6 @@ def main() -> None:
         "probes": fading.probes,
     }
     launch.write_results(directory, results, picture(rows, fading, choice))
-    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

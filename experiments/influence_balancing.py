@@ -6,7 +6,6 @@ parameter off; what knows the past, exactly or on average, reaches the optimum -
     python -m experiments.influence_balancing
 """
 
-import time
 from typing import Any
 
 import jax
@@ -19,18 +18,14 @@ from matplotlib.figure import Figure
 
 import tbptt_jax as tb
 from experiments import launch
-from tbptt_jax import sharding
 from tbptt_jax.tasks import influence_balancing, influence_balancing_model, influence_balancing_optimum
 from tbptt_jax.training import TrainStep
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list(
-    "runs", ["truncate@1", "truncate@10", "truncate@40", "uoro@1", "rtrl@1"], "INFLUENCE@WINDOW, in steps."
-)
+RUNS = ["truncate@1", "truncate@10", "truncate@40", "uoro@1", "rtrl@1"]
+flags.DEFINE_list("runs", RUNS, "INFLUENCE@WINDOW, in steps.")
 flags.DEFINE_integer("steps", 100_000, "Steps of the stream.", lower_bound=100)
-flags.DEFINE_float(
-    "learning_rate", 3e-5, "SGD's rate at first; it falls as 1/sqrt(1 + steps read / 1000).", lower_bound=0.0
-)
+flags.DEFINE_float("learning_rate", 3e-5, "SGD's at first; it falls as 1/sqrt(1 + steps read / 1000).", lower_bound=0.0)
 flags.DEFINE_integer("seeds", 5, "Runs of each random influence.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/influence_balancing", "Where results.json, figure.png and flags.txt go.")
 
@@ -42,9 +37,8 @@ def loss(s: jax.Array, window: tb.Window) -> jax.Array:
 def train_step(influence: str, window: int) -> TrainStep:
     past = launch.influence(influence, FLAGS.steps // window)
     estimate = tb.gradient(influence_balancing_model(), loss, influence=past)
-    return tb.train_step(
-        estimate, optax.sgd(lambda updates: FLAGS.learning_rate / jnp.sqrt(1 + updates * window / 1000))
-    )
+    rate = lambda updates: FLAGS.learning_rate / jnp.sqrt(1 + updates * window / 1000)  # noqa: E731
+    return tb.train_step(estimate, optax.sgd(rate))
 
 
 def check_sizes(influence: str, window: int) -> None:
@@ -58,8 +52,8 @@ def check_sizes(influence: str, window: int) -> None:
     )
 
 
-def train(influence: str, window: int) -> np.ndarray:
-    """θ after each window, ``[seeds, windows]``."""
+def train(influence: str, window: int) -> tuple[np.ndarray, float]:
+    """θ after each window, ``[seeds, windows]``, and the seconds."""
     windows = tb.split(influence_balancing(FLAGS.steps // window * window), window)
     step = train_step(influence, window)
 
@@ -70,12 +64,11 @@ def train(influence: str, window: int) -> np.ndarray:
 
         return jax.lax.scan(update, step.init(key, jax.tree.map(lambda x: x[0], windows)), windows)[1]
 
-    train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
-    return np.asarray(launch.train_all(train, jax.random.split(jax.random.key(0), FLAGS.seeds), "--steps or --seeds"))
+    return launch.train_seeds(one_seed, FLAGS.seeds, "--steps or --seeds")
 
 
 def picture(paths: dict[str, np.ndarray]) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.4))
     for i, (run, theta) in enumerate(paths.items()):
         steps = np.arange(1, theta.shape[1] + 1) * int(run.split("@")[1])
         for seed, path in enumerate(np.unique(theta, axis=0)):  # the seeds of what is not random are one line
@@ -84,8 +77,7 @@ def picture(paths: dict[str, np.ndarray]) -> Figure:
     axes.axhline(influence_balancing_optimum(), color="k", linestyle="--", linewidth=1, label="optimum, −1/6")
     axes.set(xscale="log", xlim=(10, FLAGS.steps), ylim=(-1.2, 2.2), xlabel="steps of the stream", ylabel="θ")
     axes.set_title("Influence balancing: a short window drives θ the wrong way")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(loc="upper left")
     return figure
 
 
@@ -94,9 +86,7 @@ def main() -> None:
     for run in FLAGS.runs:
         influence, at, window = run.rpartition("@")
         if not at:
-            raise ValueError(
-                f"--runs has {launch.plain(run, launch.QUOTED)!r}: write INFLUENCE@WINDOW, such as truncate@10."
-            )
+            raise ValueError(f"--runs has {launch.short(run)!r}: write INFLUENCE@WINDOW, such as truncate@10.")
         launch.influence(influence, 1, "runs")
         (steps,) = launch.positive_integers("runs", [window], at_most=FLAGS.steps)
         check_sizes(influence, steps)
@@ -105,26 +95,14 @@ def main() -> None:
     rows, paths = [], {}
     with launch.progress(len(runs), "runs") as report:
         for done, (run, influence, window) in enumerate(runs, 1):
-            began = time.perf_counter()
-            paths[run] = train(influence, window)
+            paths[run], seconds = train(influence, window)
             final = paths[run][:, -1]
-            seconds = time.perf_counter() - began
-            rows.append(
-                {
-                    "influence": influence,
-                    "window": window,
-                    "theta": final.tolist(),
-                }
-            )
-            report(
-                done, f"{influence}, windows of {window}: θ {np.array2string(final, precision=4)} in {seconds:.1f} s"
-            )
-            launch.console.print(
-                f"{influence}, windows of {window}: θ = {np.array2string(final, precision=4)}", markup=False
-            )
+            rows.append({"influence": influence, "window": window, "theta": final.tolist()})
+            told = f"{influence}, windows of {window}: θ = {np.array2string(final, precision=4)}"
+            report(done, f"{told} in {seconds:.1f} s")
+            launch.console.print(told, markup=False)
     launch.console.print(f"The optimum is {influence_balancing_optimum():.4f}; θ began at 0.5.")
     launch.write_results(directory, {"rows": rows, "optimum": influence_balancing_optimum()}, picture(paths))
-    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

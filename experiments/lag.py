@@ -3,7 +3,6 @@
 python -m experiments.lag
 """
 
-import time
 from typing import Any
 
 import flax.linen as nn
@@ -12,12 +11,10 @@ import optax
 from absl import flags
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
 
 import tbptt_jax as tb
 from experiments import launch
-from tbptt_jax import sharding
+from tbptt_jax.study.tasks.known import binary
 from tbptt_jax.tasks import lag, lag_floor
 from tbptt_jax.training import TrainStep
 
@@ -34,15 +31,11 @@ flags.DEFINE_string("workdir", "runs/lag", "Where results.json, figure.png and f
 LOWER = "--seeds, --lanes, --steps, --test_steps or --hidden"
 
 
-def loss(logits: jax.Array, window: tb.Window) -> jax.Array:
-    return optax.sigmoid_binary_cross_entropy(logits, window.targets)[..., 0]
-
-
 def train_step(window: int) -> tuple[tb.Recurrence, TrainStep]:
     """The model, and how it is trained."""
     model = tb.from_linen(nn.OptimizedLSTMCell(FLAGS.hidden), readout=nn.Dense(1))
     schedule = optax.cosine_decay_schedule(FLAGS.learning_rate, -(-FLAGS.steps // window))
-    return model, tb.train_step(tb.gradient(model, loss), optax.adam(schedule))
+    return model, tb.train_step(tb.gradient(model, binary), optax.adam(schedule))
 
 
 def check_sizes(longest: int) -> None:
@@ -66,22 +59,20 @@ def train(window: int, stateful: bool) -> dict[str, Any]:
         windows = cut(keys[0], FLAGS.steps)
         state = step.init(keys[1], jax.tree.map(lambda x: x[0], windows))
         state, _ = tb.train_windows(step, state, windows)
-        return tb.evaluate(model, loss, state.params, cut(keys[2], FLAGS.test_steps // window * window)).loss
+        return tb.evaluate(model, binary, state.params, cut(keys[2], FLAGS.test_steps // window * window)).loss
 
-    began = time.perf_counter()
-    train = sharding.over_runs(one_seed, launch.mesh(runs=FLAGS.seeds))
-    losses = launch.train_all(train, jax.random.split(jax.random.key(0), FLAGS.seeds), LOWER).tolist()
+    losses, seconds = launch.train_seeds(one_seed, FLAGS.seeds, LOWER)
     return {
         "carry": "stateful" if stateful else "stateless",
         "window": window,
-        "loss": losses,
+        "loss": losses.tolist(),
         "exact_loss": lag_floor() if stateful else lag_floor(window),
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
     }
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.4))
     for i, carry in enumerate(("stateless", "stateful")):
         mine = [row for row in rows if row["carry"] == carry]
         x = [row["window"] for row in mine]
@@ -92,8 +83,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     axes.plot(x, [lag_floor(window) for window in x], "k-", linewidth=1, label="exact floor of stateless windows")
     axes.axhline(lag_floor(), color="k", linestyle="--", linewidth=1, label="floor with both lags known")
     axes.set(xlabel="window, steps", ylabel="nats a step, on new streams", title="Lags of three and eight steps")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure
 
 
@@ -107,15 +97,19 @@ def main() -> None:
         for done, (window, stateful) in enumerate(points, 1):
             rows.append(train(window, stateful))
             report(done, f"{rows[-1]['carry']}, window {window}: {rows[-1]['loss'][0]:.4f} nats")
-    out = Table("carry", box=box.SIMPLE_HEAD, pad_edge=False, title="Nats a step on new streams", title_justify="left")
-    for name in ("window", "exact floor", "by seed", "s"):
-        out.add_column(name, justify="right")
-    for row in rows:
-        by_seed = " ".join(f"{x:.4f}" for x in row["loss"])
-        out.add_row(row["carry"], str(row["window"]), f"{row['exact_loss']:.4f}", by_seed, f"{row['seconds']:.0f}")
-    launch.console.print(out)
+    told = [
+        (
+            r["carry"],
+            str(r["window"]),
+            f"{r['exact_loss']:.4f}",
+            " ".join(f"{x:.4f}" for x in r["loss"]),
+            f"{r['seconds']:.0f}",
+        )
+        for r in rows
+    ]
+    heads = "carry", "window", "exact floor", "by seed", "s"
+    launch.console.print(launch.table("Nats a step on new streams", heads, told))
     launch.write_results(directory, {"rows": rows}, picture(rows))
-    launch.say(f"Written to {directory}: results.json, figure.png, flags.txt")
 
 
 if __name__ == "__main__":

@@ -4,58 +4,33 @@ import pathlib
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import matplotlib
+import numpy as np
 from absl import app, flags, logging
 
-from experiments.checks import check_flags as check_flags
-from experiments.checks import positive_integers as positive_integers
-from experiments.processes import join_processes as join_processes
-from experiments.results import made_by as made_by
-from experiments.results import write_flags as write_flags
-from experiments.results import write_results as write_results
-from tbptt_jax.study import machine, process
-from tbptt_jax.study.console import console as console
-from tbptt_jax.study.console import progress as progress
-from tbptt_jax.study.console import say as say
-from tbptt_jax.study.influences import INFLUENCES as INFLUENCES
-from tbptt_jax.study.influences import LARGEST as LARGEST
-from tbptt_jax.study.influences import check_influences as check_influences
-from tbptt_jax.study.influences import influence as influence
-from tbptt_jax.study.lock import expanded as expanded
-from tbptt_jax.study.lock import workdir as workdir
-from tbptt_jax.study.machine import check_fits as check_fits
-from tbptt_jax.study.machine import check_training as check_training
-from tbptt_jax.study.machine import memory as memory
-from tbptt_jax.study.machine import size as size
-from tbptt_jax.study.machine import train_all as train_all
-from tbptt_jax.study.writing import QUOTED as QUOTED
-from tbptt_jax.study.writing import WHITE as WHITE
-from tbptt_jax.study.writing import cell as cell
-from tbptt_jax.study.writing import plain as plain
-from tbptt_jax.study.writing import whole as whole
-from tbptt_jax.study.writing import write_json as write_json
+from experiments.checks import check_flags, positive_integers
+from experiments.processes import join_processes
+from experiments.results import made_by, write_flags, write_results
+from tbptt_jax import sharding
+from tbptt_jax.study.influences import INFLUENCES, LARGEST, check_influences, influence
+from tbptt_jax.study.process import machine, signals
+from tbptt_jax.study.process.console import console, progress, say, table
+from tbptt_jax.study.process.lock import expanded, workdir
+from tbptt_jax.study.process.machine import check_fits, check_training, memory
+from tbptt_jax.study.process.writing import QUOTED, WHITE, cell, plain, short
 
 matplotlib.use("agg")  # figures go to files; no display is needed
+matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
+matplotlib.rcParams["figure.constrained_layout.use"] = True
 
 FLAGS = flags.FLAGS
-DEVICES = flags.DEFINE_integer(
-    "devices",
-    None,
-    "JAX devices to use; default all, which on a CPU is one for each core.",
-    lower_bound=1,
-    upper_bound=4096,
-)
-
-flags.DEFINE_enum(
-    "not_finite",
-    "stop",
-    ["stop", "skip"],
-    "What a loss, gradient or carry that is not finite does: stop the run, or leave its window out and count it.",
-)
+DEVICES = flags.DEFINE_integer("devices", None, "JAX devices to use; default all, which on a CPU is one for each core.", lower_bound=1, upper_bound=4096)  # fmt: skip
+flags.DEFINE_enum("not_finite", "stop", ["stop", "skip"], "What a loss, gradient or carry that is not finite does: stop the run, or leave its window out and count it.")  # fmt: skip
 
 
 def run(main: Callable[[], None]) -> None:
@@ -70,18 +45,17 @@ def run(main: Callable[[], None]) -> None:
         try:
             for argument in argv[1:]:
                 if argument.startswith("-") and len(argument.partition("=")[0]) > QUOTED:  # absl looks for one like it
-                    raise flags.Error(f"No flag is called {plain(argument, QUOTED)} or like it.")
+                    raise flags.Error(f"No flag is called {short(argument)} or like it.")
             return flags.FLAGS(argv)
         except flags.Error as error:
-            said = re.sub(r"\S{81,}", lambda word: plain(word[0], QUOTED), str(error))
-            print(
-                f"FATAL Flags parsing error: {plain(said, keep=WHITE)}\nPass --help to see the flags.", file=sys.stderr
-            )
+            said = re.sub(r"\S{81,}", lambda word: short(word[0]), str(error))
+            said = f"FATAL Flags parsing error: {plain(said, keep=WHITE)}"
+            print(f"{said}\nPass --help to see the flags.", file=sys.stderr)
             sys.exit(1)
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
-            said = plain(" ".join(argv[1:]), QUOTED)
+            said = short(" ".join(argv[1:]))
             raise app.UsageError(f"Unknown arguments: {said}. Every setting is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)  # jax says at INFO which accelerators it did not find
         machine.prepare(DEVICES.value)
@@ -89,7 +63,7 @@ def run(main: Callable[[], None]) -> None:
             check_flags()
             main()
         except OSError as error:
-            where = f"{plain(str(error.filename), QUOTED)}: {error.strerror}." if error.filename else str(error)
+            where = f"{short(error.filename)}: {error.strerror}." if error.filename else str(error)
             refuse(where)
         except ValueError as error:
             refuse(str(error))
@@ -99,7 +73,7 @@ def run(main: Callable[[], None]) -> None:
                     f"{name}: another of the processes has ended: see what it says, and launch all of them again to go on.",
                     file=sys.stderr,
                 )
-                process.leave()  # a shutdown would wait for it
+                signals.leave()  # a shutdown would wait for it
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             sizes = "hidden", "layers", "lanes", "window", "windows", "steps", "updates", "windows_per_call", "seeds"
@@ -113,21 +87,30 @@ def run(main: Callable[[], None]) -> None:
     def stopped(number: int) -> None:
         if console.is_terminal:
             console.show_cursor()  # a bar that is alive hides it
-        print(
-            f"{name}: stopped by {signal.Signals(number).name}; the same command does what is missing.", file=sys.stderr
-        )
-        process.leave(number)
+        sent = signal.Signals(number).name
+        print(f"{name}: stopped by {sent}; the same command does what is missing.", file=sys.stderr)
+        signals.leave(number)
 
     def all_of_it() -> None:
-        with process.heard(stopped):
+        with signals.heard(stopped):
             app.run(guarded, flags_parser=parsed)
 
-    process.keep_streams()
+    signals.keep_streams()
     # What `--help` and `flags.txt` tell of: the program's own flags, and those of what launches share.
-    for module in (__name__, f"{__package__}.processes", f"{__package__}.tasks"):
+    for module in (__name__, f"{__package__}.processes", f"{__package__}.tasks", f"{__package__}.training"):
         for flag in FLAGS.get_key_flags_for_module(module):
             FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    process.end(all_of_it)
+    signals.end(all_of_it)
+
+
+def train_seeds(train: Callable[[jax.Array], Any], seeds: int, lower: str) -> tuple[Any, float]:
+    """``train(key)`` of each seed, as one program over the devices, and its seconds; a ``ValueError`` if it needs more than there is."""
+    began, keys = time.perf_counter(), jax.random.split(jax.random.key(0), seeds)
+    program = jax.jit(sharding.over_runs(train, mesh(runs=seeds))).lower(keys).compile()
+    devices = len(jax.tree.leaves(program.output_shardings)[0].device_set)
+    check_fits("The training", machine.needs(program)[0] * devices, lower)
+    found = jax.tree.map(np.asarray, program(keys))
+    return found, time.perf_counter() - began
 
 
 def mesh(**sizes: int) -> Any:

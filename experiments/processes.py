@@ -8,7 +8,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from tbptt_jax.study.console import console
+from tbptt_jax.study.process.console import console
 
 SILENT = 30  # seconds without a word after which a process counts as dead
 
@@ -25,15 +25,13 @@ flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bo
 def join_processes(lanes: int) -> None:
     """Joins the processes that the flags name, before JAX computes anything; none are named: this is the only one.
 
-    Raises:
-      ValueError: if the flags do not go together, the others are not found, or the lanes do not divide by all devices.
+    A ``ValueError`` if flags do not go together, the others are not found, or the lanes do not divide by all devices.
     """
     if FLAGS.coordinator is None and FLAGS.processes is FLAGS.process is None:
         return
     automatic = FLAGS.coordinator == "auto" and FLAGS.processes is FLAGS.process is None
-    if not automatic and (
-        None in (FLAGS.coordinator, FLAGS.processes, FLAGS.process) or FLAGS.process >= FLAGS.processes
-    ):
+    all_three = None not in (FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    if not automatic and not (all_three and FLAGS.process < FLAGS.processes):
         raise ValueError(
             "Several processes need --coordinator=HOST:PORT, --processes=N and --process=I with I from 0 to N - 1, or "
             "--coordinator=auto alone."
@@ -53,9 +51,7 @@ def join_processes(lanes: int) -> None:
         names = ", ".join(
             f"--{flag.name}" for flag, differs in zip(sorted(own, key=lambda f: f.name), apart, strict=True) if differs
         )
-        raise ValueError(
-            f"The processes were launched with different flags: {names}. Give all of them the same, but --process."
-        )
+        raise ValueError(f"The processes have different flags: {names}. Give all of them the same, but --process.")
     if lanes % jax.device_count():
         raise ValueError(
             f"--lanes={lanes} cannot be spread over the {jax.device_count()} devices of {jax.process_count()} processes: "

@@ -8,8 +8,8 @@ import pathlib
 import sys
 
 from tbptt_jax import study
-from tbptt_jax.study import lock
-from tbptt_jax.study.writing import plain
+from tbptt_jax.study.process import lock
+from tbptt_jax.study.process.writing import plain
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:

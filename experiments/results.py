@@ -9,7 +9,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from tbptt_jax.study.writing import whole, write_json
+from tbptt_jax.study.process.console import say
+from tbptt_jax.study.process.lock import expanded
+from tbptt_jax.study.process.writing import whole, write_files, write_json
 
 FLAGS = flags.FLAGS
 
@@ -26,21 +28,22 @@ def made_by() -> dict[str, Any]:
 
 def write_flags(directory: pathlib.Path) -> None:
     """``flags.txt``, to launch it again with ``--flagfile``."""
-    if jax.process_index() == 0:
-        with whole(directory / "flags.txt") as path:
-            own = FLAGS.get_key_flags_for_module(sys.argv[0])
-            path.write_text("".join(f"{flag.serialize()}\n" for flag in own if flag.serialize()))
+    own = FLAGS.get_key_flags_for_module(sys.argv[0])
+    text = "".join(f"{flag.serialize()}\n" for flag in own if flag.serialize())
+    write_files(directory, {"flags.txt": text.encode()})
 
 
-def write_results(directory: pathlib.Path, results: dict[str, Any], figure: Any = None) -> None:
+def write_results(workdir: str | pathlib.Path, results: dict[str, Any], figure: Any = None, more: str = "") -> None:
     """Writes ``results.json`` with the flags and versions of this run, ``flags.txt`` and a figure, each whole or not at all.
 
-    What is not finite, as where a training diverged, is written as null.
+    What is not finite, as where a training diverged, is written as null. It says what was written, ``more`` as well.
     """
     if jax.process_index() > 0:
         return
+    directory = expanded(workdir)
     write_flags(directory)
     if figure is not None:
         with whole(directory / "figure.png") as path:
             figure.savefig(path, dpi=150, bbox_inches="tight", format="png")
     write_json(directory / "results.json", {**results, **made_by()})
+    say(f"Written to {directory}: results.json, {'figure.png, ' if figure is not None else ''}flags.txt{more}")

@@ -18,6 +18,7 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -26,16 +27,10 @@ from tbptt_jax import study
 
 FLAGS = flags.FLAGS
 tasks.define("first_bit")
-flags.DEFINE_multi_string(
-    "param", [], "name=value,value: an argument of the task to sweep as well; may be given again."
-)
+flags.DEFINE_multi_string("param", [], "name=value,value: an argument of the task to sweep, too; may be given again.")
 flags.DEFINE_list("windows", ["1", "2", "5", "10", "20"], "Window lengths, in steps.")
-flags.DEFINE_list(
-    "carry", ["stateful", "stateless"], "stateful: carried from window to window; stateless: each begins anew."
-)
-flags.DEFINE_list(
-    "influences", ["truncate"], f"{launch.INFLUENCES} Stateless windows have no past: there it is truncate."
-)
+flags.DEFINE_list("carry", ["stateful", "stateless"], "stateful: carried on; stateless: each window begins anew.")
+flags.DEFINE_list("influences", ["truncate"], f"{launch.INFLUENCES} Stateless windows: truncate.")
 flags.DEFINE_list("learning_rates", ["0.02"], "Adam's rates at the start; each falls to zero along a cosine.")
 flags.DEFINE_integer("seeds", 5, "Trainings of each point and learning rate, side by side.", lower_bound=1)
 flags.DEFINE_enum("budget", "both", ["data", "updates", "both"], "Equal data for all windows, or equal updates.")
@@ -59,9 +54,7 @@ def share(wanted: str | None) -> tuple[int, int] | None:
     parts = re.fullmatch(r"(\d{1,18})/(\d{1,18})", wanted)
     i, n = (int(part) for part in parts.groups()) if parts else (0, 0)
     if not 1 <= i <= n:
-        raise ValueError(
-            f"--points={launch.plain(wanted, launch.QUOTED)}: give I/N with I from 1 to N, such as --points=2/5."
-        )
+        raise ValueError(f"--points={launch.short(wanted)}: give I/N with I from 1 to N, such as --points=2/5.")
     return i, n
 
 
@@ -69,10 +62,7 @@ def rates() -> list[float]:
     for rate in FLAGS.learning_rates:
         number = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
         if not re.fullmatch(number, rate.strip().lower()) or not 0 < float(rate) < float("inf"):
-            raise ValueError(
-                f"--learning_rates has {launch.plain(rate, launch.QUOTED)!r}: give positive numbers, such as "
-                "--learning_rates=0.01,0.003."
-            )
+            raise ValueError(f"--learning_rates has {launch.short(rate)!r}: give positive numbers, such as 0.01,0.003.")
     if not FLAGS.learning_rates:
         raise ValueError("--learning_rates is empty: give at least one, such as --learning_rates=0.01.")
     return [float(rate) for rate in FLAGS.learning_rates]
@@ -90,32 +80,22 @@ def main() -> None:
     launch.check_influences(FLAGS.influences)
     part, learning_rates = share(FLAGS.points), rates()
     launch.join_processes(0)  # they share the trainings, not the lanes
-    # cuDNN's LSTM, the default on a GPU, has no transpose, by which uoro moves forward.
-    make = tasks.chosen(**({"implementation": "fused"} if "uoro" in FLAGS.influences else {}))
-    params = tasks.swept(FLAGS.param)
+    make, params = tasks.chosen(), tasks.swept(FLAGS.param)
     engine = study.local(launch.DEVICES.value)
     if FLAGS.engine == "ray":
         engine = study.ray(FLAGS.ray_address, cpus=FLAGS.ray_cpus, gpus=FLAGS.ray_gpus)
+    command = shlex.join(["python", "-m", "experiments.truncation_sweep", *sys.argv[1:]])
+    names = "carry", "influences", "seeds", "budget", "updates", "workdir", "merge", "tensorboard"
+    asked: Any = {name: FLAGS[name].value for name in names}
     results = study.sweep(
         make,
         windows,
-        carry=FLAGS.carry,
-        influences=FLAGS.influences,
         learning_rates=learning_rates,
-        seeds=FLAGS.seeds,
-        budget=FLAGS.budget,
-        updates=FLAGS.updates,
         params=params,
-        workdir=FLAGS.workdir,
         engine=engine,
         share=part,
-        merge=FLAGS.merge,
-        tensorboard=FLAGS.tensorboard,
-        about_launch={
-            "command": shlex.join(["python", "-m", "experiments.truncation_sweep", *sys.argv[1:]]),
-            "git": git_revision(),
-            **launch.made_by(),
-        },
+        about_launch={"command": command, "git": git_revision(), **launch.made_by()},
+        **asked,
     )
     if "rows" in results:
         launch.write_flags(launch.expanded(FLAGS.workdir))

@@ -7,6 +7,7 @@ from tbptt_jax.window import Window as Window
 from tbptt_jax.cutting import sequences as sequences
 from tbptt_jax.cutting import lanes as lanes
 from tbptt_jax.pack import pack as pack
+from tbptt_jax.class_weights import class_weights as class_weights
 from tbptt_jax.cutting import split as split
 from tbptt_jax.cutting import slide as slide
 from tbptt_jax.cutting import overlap as overlap
@@ -20,6 +21,9 @@ from tbptt_jax.flax_models import from_nnx as from_nnx
 from tbptt_jax.recurrence import stack as stack
 from tbptt_jax.lstm import lstm as lstm
 from tbptt_jax.gru import gru as gru
+from tbptt_jax.penalties import with_activations as with_activations
+from tbptt_jax.penalties import activation_penalty as activation_penalty
+from tbptt_jax.forcing import scheduled_sampling as scheduled_sampling
 from tbptt_jax.influence import Influence as Influence
 from tbptt_jax.influence import truncate as truncate
 from tbptt_jax.influence import replay as replay

@@ -7,29 +7,45 @@ Statelessness is data too: :func:`stateless` asks every window to begin from the
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tbptt_jax.arrays import Array, PyTree, at_least_float32, check_whole, on_host, pad
+from tbptt_jax.per_sequence import over_steps
 from tbptt_jax.window import Layout, Window, check, check_scored, laid_out, time_shape
 
 
-def sequences(inputs: PyTree, targets: PyTree = None, lengths: Array | None = None) -> Window:
+def sequences(
+    inputs: PyTree,
+    targets: PyTree = None,
+    lengths: Array | None = None,
+    *,
+    static: PyTree = None,
+    label: PyTree = None,
+) -> Window:
     """A batch of whole sequences as one window, with a reset at each start.
 
     Args:
       inputs: pytree of arrays ``[n, time, ...]``, padded at the end to one length.
       targets: pytree of arrays ``[n, time, ...]``, or None.
       lengths: ``[n]`` int, the steps of each sequence, 0 included; None: all are as long as the arrays.
+      static: pytree of arrays ``[n, ...]``, features that are the same at all steps of a sequence. The window's inputs are then
+        ``{"inputs": inputs, "static": static}``, with the features at every step: views of ``static`` where that is in the
+        host's memory.
+      label: pytree of arrays ``[n, ...]``, scored once, at the last step of a sequence. The window's targets are the
+        label at every step, and its weights are 0 at all steps but the last; a sequence of length 0 has none. With
+        ``targets`` besides, targets and weights are ``{"targets": ..., "label": ...}``, and the loss a dict of these
+        names, whose two means are added up.
 
     Returns:
       A window ``[n, time, ...]``.
 
     Raises:
-      ValueError: if there are no inputs, the arrays do not share ``[n, time]`` or are empty, the lengths are not as
-        described, or data in the host's memory is not finite at a valid step.
+      ValueError: if there are no inputs, the arrays do not share ``[n, time]`` or are empty, ``static`` or ``label`` does not
+        begin with n, the lengths are not as described, or data in the host's memory is not finite at a valid step.
     """
-    whole = Window(inputs, targets)
-    n, time = time_shape(whole, ("sequences", "time"))
+    n, time = time_shape(Window(inputs, targets), ("sequences", "time"))
+    valid, ends = None, np.full(n, time)
     if lengths is not None:
         lengths = np.asarray(lengths)
         whole_numbers = np.issubdtype(lengths.dtype, np.integer)
@@ -37,8 +53,15 @@ def sequences(inputs: PyTree, targets: PyTree = None, lengths: Array | None = No
             raise ValueError(
                 f"`lengths` needs one whole number from 0 to {time} for each of {n} sequences; got {lengths}."
             )
-        whole = whole._replace(valid=np.arange(time) < lengths[:, None])
-    whole = whole._replace(resets=_first_step(n, time))
+        valid, ends = np.arange(time) < lengths[:, None], lengths
+
+    def spread(x: Array) -> Array:
+        xp = np if isinstance(x, np.ndarray) else jnp
+        return xp.broadcast_to(x[:, None], (n, time, *x.shape[1:]))
+
+    last = np.arange(time) == ends[:, None] - 1
+    inputs, targets, weights = over_steps(inputs, targets, static, label, n, spread, last)
+    whole = Window(inputs, targets, weights, _first_step(n, time), valid)
     check(whole, ("sequences", "time"))
     return whole
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tbptt_jax.arrays import PyTree, check_whole
 from tbptt_jax.begin import InitialCarry, begin_from
 from tbptt_jax.modules import Part, linen_parts, of_any_lanes
-from tbptt_jax.noise import Keys, of_part
+from tbptt_jax.noise import Keys, of_part, shared
 from tbptt_jax.recurrence import Draw, Recurrence, Segment, recurrence
 from tbptt_jax.window import Window, time_shape
 
@@ -122,6 +122,16 @@ def dropped(x: jax.Array, rate: float, keys: Keys, draw: Draw) -> jax.Array:
 
     masks = jax.vmap(jax.vmap(mask))(keys.step) if draw == "step" else jax.vmap(mask)(keys.window)[:, None]
     return jnp.where(masks, x / (1 - rate), jnp.zeros_like(x))
+
+
+def dropped_weights(w: jax.Array, rate: float, keys: Keys) -> jax.Array:
+    """Weights of which a part is left out, drawn once a window for all lanes.
+
+    Reference: Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*, section 2 (DropConnect).
+    """
+    if rate == 0 or keys.window is None:
+        return w
+    return jnp.where(jax.random.bernoulli(shared(keys.window), 1 - rate, w.shape), w / (1 - rate), jnp.zeros_like(w))
 
 
 def check_rates(**rates: float) -> None:

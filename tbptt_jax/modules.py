@@ -50,13 +50,14 @@ def linen_parts(
     def call(name: str, params: PyTree, *args: PyTree, key: jax.Array | None, **how: Any) -> PyTree:
         """The module as it is in training, with a key, or in evaluation, without."""
         keys = {} if key is None else {each: jax.random.fold_in(key, i) for i, each in enumerate(("params", *rngs))}
-        takes = inspect.signature(type(modules[name]).__call__).parameters
+        module = modules[name]
+        takes = [m for m in inspect.signature(type(module).__call__).parameters if getattr(module, m, None) is None]
         mode = {m: in_training == (key is not None) for m, in_training in MODES.items() if m in takes}
         with nn.intercept_methods(functools.partial(_dropout, key is not None)):
             how = {"rngs": keys, **how, **mode}
             if together is not None:
                 return together.apply(whole(params), name, *args, **how)
-            return modules[name].apply(params.get(name, {}), *args, **how)
+            return module.apply(params.get(name, {}), *args, **how)
 
     def begin(name: str, key: jax.Array, params: PyTree, *args: PyTree) -> tuple[PyTree, PyTree]:
         if name not in modules:

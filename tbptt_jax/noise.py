@@ -39,7 +39,8 @@ def lane_keys(key: jax.Array, lanes: int) -> jax.Array:
     numbers = jnp.arange(lanes)
     with contextlib.suppress(NameError):  # not spread over devices
         numbers += jax.lax.axis_index(LANE) * lanes
-    words = jax.random.key_data(typed(key))
+    key = jax.random.fold_in(typed(key), WINDOW)  # the words of keys from small seeds are close to each other
+    words = jax.random.key_data(key)
     return _of_words(jnp.broadcast_to(words, (lanes, *words.shape)), words[-1] + numbers.astype(words.dtype), key)
 
 
@@ -87,7 +88,7 @@ def of_part(keys: Keys, number: int) -> Keys:
 
 def window_keys(unroll: Callable, key: jax.Array, lanes: int) -> jax.Array | None:
     """The keys ``[lanes]`` of a window that is trained on, from its stream's key; None for an ``unroll`` that takes none."""
-    return lane_keys(jax.random.fold_in(key, WINDOW), lanes) if takes_key(unroll) else None
+    return lane_keys(key, lanes) if takes_key(unroll) else None
 
 
 def takes_key(f: Callable) -> bool:
@@ -102,7 +103,7 @@ def check_key(key: jax.Array | None, lanes: int) -> None:
     """Raises a ``ValueError`` unless ``key`` is None or has a typed key for each lane."""
     if key is None:
         return
-    if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key) or key.shape != (lanes,):
+    if not is_key(key) or key.shape != (lanes,):
         raise ValueError(
             f"`key` is {jnp.result_type(key)}{list(jnp.shape(key))}; it needs to be a key for each of "
             f"{lanes} lanes, as `tb.noise.lane_keys(jax.random.key(0), {lanes})` makes them."
@@ -111,7 +112,12 @@ def check_key(key: jax.Array | None, lanes: int) -> None:
 
 def typed(key: jax.Array) -> jax.Array:
     """A key as ``jax.random.key`` makes it, of one that may be as ``jax.random.PRNGKey`` does."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    return key if is_key(key) else jax.random.wrap_key_data(key)
+
+
+def is_key(x: jax.Array) -> bool:
+    """Whether an array is of typed keys."""
+    return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
 def _of_words(words: jax.Array, last: jax.Array, like: jax.Array) -> jax.Array:

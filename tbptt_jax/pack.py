@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tbptt_jax.arrays import Array, check_whole, quoted
+from tbptt_jax.per_sequence import over_steps
 from tbptt_jax.window import Layout, Window, check, laid_out, time_shape
 
 PyTree = Any
@@ -20,6 +21,8 @@ def pack(
     lengths: Array,
     lanes: int,
     key: jax.Array | int | None = None,
+    static: PyTree = None,
+    label: PyTree = None,
 ) -> Window:
     """Lays sequences into lanes: the lane that ends first takes the next sequence at once, with its reset.
 
@@ -34,6 +37,9 @@ def pack(
       lengths: ``[n]`` int, the steps of each sequence, 0 included.
       lanes: how many streams to fill side by side.
       key: draws the order of the sequences, from a JAX key or an integer seed. None: the order given.
+      static: pytree of arrays ``[n, ...]``, features that are the same at all steps of a sequence: see
+        :func:`tbptt_jax.sequences`.
+      label: pytree of arrays ``[n, ...]``, scored once, at the last step of a sequence, likewise.
 
     Returns:
       A window ``[lanes, time, ...]``, each step of each sequence in it once, reset where a sequence begins, with padding
@@ -43,7 +49,8 @@ def pack(
 
     Raises:
       ValueError: if there is nothing to lay, the arrays differ in steps, the lengths are not whole numbers from 0 that add
-        up to them, ``lanes`` is not a whole number, at least 1, or data in the host's memory is not finite.
+        up to them, ``lanes`` is not a whole number, at least 1, ``static`` or ``label`` does not begin with n, or data in the
+        host's memory is not finite.
 
     Reference: Graham 1966, *Bounds for certain multiprocessing anomalies*, for ``time`` with a key.
     """
@@ -88,9 +95,15 @@ def pack(
         laid[to] = x
         return laid.reshape(lanes, time, *x.shape[1:])
 
-    inputs, targets = jax.tree.map(lay, (inputs, targets))
-    begins = np.zeros(total, bool)
-    begins[before[lengths > 0]] = True
-    window = Window(inputs, targets, resets=lay(begins), valid=lay(np.ones(total, bool)))
+    def spread(x: Array) -> Array:
+        return x[np.repeat(np.arange(len(lengths)), lengths)]
+
+    def marked(steps: np.ndarray) -> np.ndarray:
+        marks = np.zeros(total, bool)
+        marks[steps[lengths > 0]] = True
+        return marks
+
+    steps = over_steps(inputs, targets, static, label, len(lengths), spread, marked(before + lengths - 1))
+    window = Window(*jax.tree.map(lay, (*steps, marked(before), np.ones(total, bool))))
     check(window)
     return laid_out(window, Layout((lanes, time), to, lengths))

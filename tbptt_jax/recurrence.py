@@ -20,7 +20,7 @@ from jax import lax
 
 from tbptt_jax.arrays import PyTree, check_whole, where_lanes
 from tbptt_jax.begin import Begun, first_steps, starts_of
-from tbptt_jax.noise import Keys, check_key, fold_in, of_part, step_keys, takes_key
+from tbptt_jax.noise import Keys, check_key, fold_in, is_key, of_part, step_keys, takes_key
 from tbptt_jax.step_by_step import check_step_by_step
 from tbptt_jax.window import Window, time_shape
 
@@ -65,7 +65,7 @@ def from_step(
     Args:
       step: ``(params, carry, x [lanes, ...]) -> (carry, y [lanes, ...])``, and ``key [lanes]`` if it takes one.
       init: ``(key, inputs [lanes, time, ...]) -> params``.
-      initial_carry: ``(params, lanes) -> carry``, every leaf ``[lanes, ...]``.
+      initial_carry: ``(params, lanes) -> carry``, every leaf ``[lanes, ...]``. A reset leaves a typed key in it as it is.
       encoder: ``(params, inputs [lanes, time, ...]) -> x [lanes, time, ...]``: what has no state and comes before the
         step is done for all steps at once.
       readout: ``(params, y [lanes, time, ...]) -> outputs [lanes, time, ...]``, likewise after it.
@@ -97,7 +97,10 @@ def from_step(
             if edge is not None:
                 carry = scale_cotangent(edge, carry)
             if reset is not None:
-                carry = where_lanes(reset, always if start is None else start, carry)
+                back = where_lanes(reset, always if start is None else start, carry)
+                carry = jax.tree.map(
+                    lambda b, h: h if is_key(h) else b, back, carry
+                )  # what was drawn is not drawn again
             key = keys.window if draw == "window" else key
             new, y = step(params, carry, x, key=key) if call else step(params, carry, x)
             new = _as_given(new, carry)

@@ -92,3 +92,8 @@ def summed_gradient(estimate, params, windows):
 def assert_close(actual, expected, rtol=1e-11, atol=1e-12):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=rtol, atol=atol), actual, expected)
+
+
+def compiled(lowered):
+    """As a user's program is, for a look at it: conftest.py has others compiled with fewer fusions."""
+    return lowered.compile({"xla_cpu_use_fusion_emitters": True})

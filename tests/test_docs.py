@@ -44,7 +44,7 @@ def test_every_flag_that_the_pages_name_exists():
     def flags_of(name):
         program = (ROOT / "experiments" / f"{name}.py").read_text()
         own = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', program))
-        return own | flags_of("tasks") if "tasks.define(" in program else own
+        return own.union(*(flags_of(of) for of in ("tasks", "training") if f"{of}.define" in program))
 
     shared = flags_of("launch") | flags_of("processes") | {"help", "flagfile"}
     launches = {path.stem: flags_of(path.stem) | shared for path in (ROOT / "experiments").glob("*.py")}

@@ -13,15 +13,12 @@ import time
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from programs import program_of
+from programs import ENVIRONMENT, program_of, refused
 
 from experiments import launch as shared
-from tbptt_jax.study import lock
+from tbptt_jax.study.process import lock
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes the time
 TINY = "influence_balancing", "--runs=truncate@10", "--steps=100", "--seeds=1"
 LONG = "influence_balancing", "--runs=truncate@1", "--steps=500000000", "--seeds=1"
 
@@ -65,10 +62,9 @@ def text(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("stateless", ["--nostateless", "--stateless"])
-def test_char_lm_reads_any_text_and_goes_on(tmp_path, text, stateless):
+def test_char_lm_reads_any_text_and_goes_on(tmp_path, text):
     small = ("--window=7", "--lanes=3", "--hidden=8", "--layers=2", "--updates=60", "--learning_rate=0.02")
-    ran = launch("char_lm", tmp_path / "run", f"--text={text}", stateless, *small)
+    ran = launch("char_lm", tmp_path / "run", f"--text={text}", *small)
     told = results(ran, tmp_path / "run")
     assert "\x1b" in told["prompt"] and r"\x1b[31m" in ran.stdout  # a text is told of, not obeyed
     assert not {"\x1b", "\u202e"} & set(ran.stdout)
@@ -78,12 +74,10 @@ def test_char_lm_reads_any_text_and_goes_on(tmp_path, text, stateless):
     assert set(told["sample"]) <= set(text.read_text())
     asked = [launch("char_lm", tmp_path / "run", "--prompt=the", "--temperature=0", "--length=9") for _ in range(2)]
     assert asked[0].stdout == asked[1].stdout and len(asked[0].stdout) == len("the") + 9 + 1, asked[0].stderr
-    more = launch(
-        "char_lm", tmp_path / "run", f"--text={text}", stateless, *small, "--updates=80", "--learning_rate=0.01"
-    )
+    more = launch("char_lm", tmp_path / "run", f"--text={text}", *small, "--updates=80", "--learning_rate=0.01")
     told = results(more, tmp_path / "run")
     assert "Going on from update 60 of 80" in more.stdout and told["updates"] == 80
-    less = launch("char_lm", tmp_path / "run", f"--text={text}", stateless, *small, "--learning_rate=0.001")
+    less = launch("char_lm", tmp_path / "run", f"--text={text}", *small, "--learning_rate=0.001")
     assert less.returncode == 2 and "To go on with it give more updates than 80" in less.stderr
 
 
@@ -91,7 +85,7 @@ def test_char_lm_begins_from_another_run_with_its_vocabulary_on_documents_of_ano
     small = ("--window=7", "--lanes=3", "--updates=30")
     assert launch("char_lm", tmp_path / "run", f"--text={text}", "--hidden=8", *small).returncode == 0
     (tmp_path / "other.txt").write_text("the dog\n and the cat.\n" * 40)
-    other = (f"--text={tmp_path / 'other.txt'}", "--documents=lines", f"--init_from={tmp_path / 'run'}")
+    other = (f"--text={tmp_path / 'other.txt'}", "--documents=lines", f"--init_from={tmp_path / 'run'}", "--stateless")
     ran = launch("char_lm", tmp_path / "other", *other, *small)
     vocabularies = [
         json.loads((tmp_path / of / "run.json").read_text())["codec"]["vocabulary"] for of in ("run", "other")
@@ -122,10 +116,7 @@ MISTAKES = {
     "unreadable": ("char_lm", ["--text={dir}/none.txt"], "none.txt cannot be read: No such file"),
     "a directory": ("char_lm", ["--text={dir}"], "cannot be read: Is a directory"),
     "empty": ("char_lm", ["--text={dir}/empty.txt"], "empty.txt is empty"),
-    "latin-1": ("char_lm", ["--text={dir}/latin.txt"], "latin.txt is not UTF-8: line 1, byte 4 of it, is 0xe9"),
     "too short": ("char_lm", ["--text={dir}/text.txt", "--lanes=100", "--window=50"], "100 lanes of a corpus of 1691 steps have 17 steps each, and windows of 50 were asked for"),
-    "unknown flag": ("char_lm", ["--windows=3"], "Unknown command line flag 'windows'"),
-    "no flag at all": ("char_lm", ["mine.txt"], "Unknown arguments: mine.txt"),
     "not finite": ("char_lm", ["--learning_rate=nan"], "--learning_rate=nan: give a finite number"),
     "window of 0": ("char_lm", ["--window=0"], "--window=0"),
     "odd": ("first_bit", ["--train=11"], "--train=11 is odd"),
@@ -134,22 +125,43 @@ MISTAKES = {
     "survival": ("gradient_bias", ["--influences=replay:2:1.5"], "`survival` is 1.5"),
     "window": ("gradient_bias", ["--windows=5,0"], "--windows has '0': give whole numbers from 1 to 400"),
     "no influence": ("copy_memory", ["--influences="], "--influences is empty. Any of truncate"),
-    "no such flag": ("char_lm", [f"--{'x' * 5000}"], f"No flag is called --{'x' * 38}…{'x' * 39} or like it."),
     "no devices": ("char_lm", ["--devices=0"], "--devices=0"),
     "run": ("influence_balancing", ["--runs=rtrl"], "write INFLUENCE@WINDOW"),
     "sequence": ("copy_memory", ["--window=99"], "--window=99 is longer than a sequence of 30 steps"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_a_sentence_and_writes_nothing(mistake, tmp_path, text):
+AS_PROCESS = {  # what is told, and its status, whoever finds it: the parser of flags, the launch, what it calls
+    "unknown flag": (["--windows=3"], 1, "Unknown command line flag 'windows'"),
+    "no flag at all": (["mine.txt"], 1, "Unknown arguments: mine.txt"),
+    "no such flag": ([f"--{'x' * 5000}"], 1, f"No flag is called --{'x' * 38}…{'x' * 39} or like it."),
+    "latin-1": (["--text={dir}/latin.txt"], 2, "latin.txt is not UTF-8: line 1, byte 4 of it, is 0xe9"),
+}
+
+
+@pytest.fixture
+def program(request):
+    yield from program_of(request.param)
+
+
+@pytest.fixture
+def texts(tmp_path, text):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    name, arguments, sentence = MISTAKES[mistake]
-    ran = launch(name, tmp_path / "run", *(a.format(dir=tmp_path) for a in arguments))
+    return tmp_path
+
+
+@pytest.mark.parametrize("program, arguments, said", MISTAKES.values(), ids=MISTAKES, indirect=["program"])
+def test_a_mistake_is_a_sentence_and_writes_nothing(program, arguments, said, texts, monkeypatch):
+    refused(program, monkeypatch, texts / "run", [argument.format(dir=texts) for argument in arguments], said)
+
+
+@pytest.mark.parametrize("arguments, status, said", AS_PROCESS.values(), ids=AS_PROCESS)
+def test_a_process_ends_with_the_sentence_and_its_status(arguments, status, said, texts):
+    ran = launch("char_lm", texts / "run", *(argument.format(dir=texts) for argument in arguments))
     told = ran.stdout + ran.stderr
-    assert ran.returncode != 0 and sentence in " ".join(told.split()) and "Traceback" not in told, told
-    assert not (tmp_path / "run").exists()
+    assert ran.returncode == status and said in " ".join(told.split()) and "Traceback" not in told, told
+    assert not (texts / "run").exists()
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_computing(tmp_path):
@@ -161,8 +173,8 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_computing(tmp_path):
 
 
 MORE_THAN_FITS = [
-    ("char_lm", "--hidden=1000000", "--hidden"),
-    ("char_lm", "--windows_per_call=100000000 --updates=1000000000", "--windows_per_call"),
+    ("char_lm", "--hidden=100000", "the model's size"),
+    ("char_lm", "--windows_per_call=100000000 --updates=1000000000", "windows_per_call"),
     ("forecast", "--influence=replay:1000000000", "replay"),
     ("first_bit", "--seeds=1000000000", "--seeds"),
     ("first_bit", "--hidden=1000000", "--hidden"),
@@ -173,21 +185,16 @@ MORE_THAN_FITS = [
     ("lag", "--hidden=1000000", "--hidden"),
     ("influence_balancing", "--steps=2000000000", "--steps"),
     ("influence_balancing", "--runs=replay:1000000000@10", "reach of replay"),
-    ("gradient_bias", "--draws=1000000000", "--draws"),
-    ("gradient_bias", "--hidden=1000000", "--hidden"),
-    ("truncation_sweep", "--seeds=1000000000", "--seeds"),
-    ("truncation_sweep", "--hidden=1000000", "--hidden"),
+    ("gradient_bias", "--draws=1000000000", "draws"),
+    ("gradient_bias", "--hidden=1000000", "model's size"),
+    ("truncation_sweep", "--seeds=1000000000", "seeds"),
+    ("truncation_sweep", "--hidden=1000000", "model's size"),
     ("truncation_sweep", "--task=copy_memory --lanes=10000000", "--lanes"),
 ]
 
 
-@pytest.fixture
-def program(request):
-    yield from program_of(request.param)
-
-
 @pytest.mark.parametrize("program", sorted({name for name, *_ in MORE_THAN_FITS}), indirect=True)
-def test_what_does_not_fit_is_refused_before_it_is_allocated_with_the_flags_to_lower(program, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_refused_before_it_is_allocated_with_what_to_lower(program, tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "memory", lambda: 16 * 10**9)
     monkeypatch.setattr(sys, "argv", [program.__name__])
     for given, lower in (case[1:] for case in MORE_THAN_FITS if program.__name__ == f"experiments.{case[0]}"):

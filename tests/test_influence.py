@@ -19,6 +19,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from streams import compiled
 
 import tbptt_jax as tb
 from tbptt_jax.influence.uoro import push_signs
@@ -27,15 +28,6 @@ F64 = jnp.float64
 NORMALISER = 7.0
 LANES, T, K = 3, 26, 4  # seven windows, the last with two steps of padding
 KEY = jax.random.key(3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Most of the time here goes into compiling; how fast the code then runs matters little."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # Models, all float64
@@ -651,7 +643,7 @@ def test_truncation_costs_no_more_than_a_step_written_by_hand():
     update, state = update_of(model, tb.truncate(), params, window)
 
     def flops(f, *args):
-        cost = jax.jit(f).lower(*args).compile().cost_analysis()
+        cost = compiled(jax.jit(f).lower(*args)).cost_analysis()
         return (cost[0] if isinstance(cost, list) else cost)["flops"]
 
     assert flops(update, params, state, window) == pytest.approx(flops(by_hand, params, state.carry), rel=0.01)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from programs import ENVIRONMENT
 from streams import first, loss, lstm, stream
 
 import tbptt_jax as tb
@@ -31,19 +32,11 @@ UPDATES = 730  # of which 50 are a call; the last call is shorter
 def start(directory, workdir, *flags):
     command = [sys.executable, "-m", "experiments.char_lm", f"--workdir={directory / workdir}"]
     small = ["--window=7", "--lanes=3", "--hidden=8", f"--updates={UPDATES}", "--checkpoint_every=50"]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),  # compiling takes the time
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
     text = directory / "text.txt"
     text.write_text("the cat sat on the mat, and the dog ran. " * 40)
     command = [*command, *small, f"--text={text}", *flags]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
     )
 
 
@@ -156,7 +149,7 @@ def test_asked_to_stop_it_saves_the_call_it_is_in_and_says_so(whole, sent):
 def test_a_second_signal_ends_it_at_once():
     program = (
         "import os, signal, time, hashlib\n"
-        "from tbptt_jax.study.process import stop_asked\n"
+        "from tbptt_jax.study.process.signals import stop_asked\n"
         "with stop_asked() as asked:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    while not asked(): time.sleep(0.001)\n"
@@ -174,7 +167,7 @@ def trainer(directory, windows, step, updates, **options):
         step,
         lambda: step.init(jax.random.key(0), first(windows)),
         lambda first, last: jax.tree.map(lambda x: x[first:last], windows),
-        lambda state, window: guard.first_not_finite(lstm(), loss, state.params, state.stream.carry, window),
+        lambda state, window: guard.first_not_finite(lstm(), loss, state, window),
         updates=updates,
         directory=directory,
         settings={},
@@ -300,5 +293,5 @@ def test_a_finished_run_is_not_trained_again_and_another_is_refused(whole):
     }
     run = start(directory, "whole", "--seed=1")
     _, err = run.communicate()
-    assert run.returncode == 2 and "there seed 0, here 1" in err and "--workdir=DIRECTORY" in err
+    assert run.returncode == 2 and "there seed 0, here 1" in err and "Another workdir is free" in err
     assert ended(directory / "whole") == before

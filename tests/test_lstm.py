@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from streams import assert_close, loss, stream, summed_gradient
+from streams import assert_close, compiled, loss, stream, summed_gradient
 
 import tbptt_jax as tb
 from tbptt_jax import noise
@@ -43,14 +43,15 @@ def model(dtype="float64", **options):
 def pullback(unroll, *args, **flags):
     """Outputs, and the gradients of params, carry and inputs for cotangents on the outputs and on the last carry."""
 
-    def run(params, carry, inputs):
-        return unroll(params, carry, inputs, **flags)
+    @jax.jit  # one program instead of one for each operation
+    def both(args, flags):
+        result, vjp = jax.vjp(lambda *args: unroll(*args, **flags), *args)
+        leaves, tree = jax.tree.flatten(result)
+        keys = jax.random.split(jax.random.key(9), len(leaves))
+        cotangents = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        return result, vjp(jax.tree.unflatten(tree, cotangents))
 
-    result, vjp = jax.vjp(run, *args)
-    leaves, tree = jax.tree.flatten(result)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    cotangents = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    return result, vjp(jax.tree.unflatten(tree, cotangents))
+    return both(args, flags)
 
 
 FLAGS = {
@@ -78,7 +79,7 @@ def test_numbers_are_those_of_flax_cell(flags, dtype):
         after, y = fused.unroll(params, carry, x, **flags)
         return after, (y if "valid" not in flags else y * flags["valid"][..., None])
 
-    a = pullback(jax.jit(ours), params, carry, x, **flags)
+    a = pullback(ours, params, carry, x, **flags)
     b = pullback(theirs, params, carry, x, **flags)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(a))
     close(a, b, TOLERANCE[dtype])
@@ -93,7 +94,7 @@ def test_numbers_are_those_of_torch(layers, projection):
     x = torch.tensor(np.asarray(window()), requires_grad=True)
     c, h = (torch.tensor(np.stack([layer[i] for layer in carry]), requires_grad=True) for i in (0, 1))
     y, (h_n, c_n) = theirs(x, (h, c))
-    (after, outputs), vjp = jax.vjp(fused.unroll, params, carry, window())
+    (after, outputs), vjp = jax.vjp(jax.jit(fused.unroll), params, carry, window())
     close(outputs, y.detach().numpy())
     close([layer[0] for layer in after], list(c_n.detach().numpy()))
     cotangent = jax.random.normal(jax.random.key(6), outputs.shape)
@@ -156,7 +157,7 @@ def test_bfloat16_operands_keep_a_float32_carry():
     fused, params, carry = model("float32")
     half = tb.lstm(FEATURES, dtype=jnp.bfloat16)
     x = window(dtype="float32")
-    exact, rounded = (pullback(jax.jit(m.unroll), params, carry, x) for m in (fused, half))
+    exact, rounded = (pullback(m.unroll, params, carry, x) for m in (fused, half))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(rounded))
     close(rounded, exact, 0.1)
     jaxpr = str(jax.make_jaxpr(lambda *a: pullback(half.unroll, *a))(params, carry, x))
@@ -180,7 +181,7 @@ def test_vmap_over_parameters_and_scan_over_windows():
 
     together = jax.jit(jax.vmap(train))(many)
     for n in range(2):
-        close(jax.tree.map(lambda g, n=n: g[n], together), train(jax.tree.map(lambda p, n=n: p[n], many)))
+        close(jax.tree.map(lambda g, n=n: g[n], together), jax.jit(train)(jax.tree.map(lambda p, n=n: p[n], many)))
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -198,7 +199,7 @@ def test_forward_mode_is_the_transpose_of_the_vjp(flags):
         (forward,) = jax.linear_transpose(vjp, result)(tangents)
         return forward
 
-    _, expected = jax.jvp(run(scan.unroll), (params, carry), tangents)
+    _, expected = jax.jit(lambda *args: jax.jvp(run(scan.unroll), *args))((params, carry), tangents)
     close(by_transpose(params, carry, tangents), expected)
 
 
@@ -209,7 +210,7 @@ def test_lanes_jacobian_by_vmap_of_the_vjp():
     def right_edge(unroll):
         return lambda params: unroll(params, carry, window())[0]
 
-    close(jax.jacrev(right_edge(fused.unroll))(params), jax.jacfwd(right_edge(scan.unroll))(params))
+    close(jax.jit(jax.jacrev(right_edge(fused.unroll)))(params), jax.jit(jax.jacfwd(right_edge(scan.unroll)))(params))
 
 
 NOISY = {"zoneout": (0.4, 0.3), "weight_drop": 0.3}
@@ -364,7 +365,7 @@ def test_wide_recurrent_weights_are_read_in_tiles():
     close(ours(*args), pullback(scan.unroll, *args, resets=FLAGS["resets"]["resets"]), 2e-4)
     inside = sorted(shape for inside, shape in products(jax.make_jaxpr(ours)(*args).jaxpr) if inside)
     assert inside == [(2, tiles, 4, LANES, 64) for tiles in (9, 33)]
-    text = ours.lower(*args).compile().as_text()
+    text = compiled(ours.lower(*args)).as_text()
     if "ynn_fusion" in text:  # what the tiles are for: x is not written out again for every tile
         repeated = rf"f32\[2,\d+,4,{LANES},({-(-units // 4)}|{units})\]"  # quarters of what each product is given
         assert re.search(repeated, text) and not re.search(rf"= {repeated}\S* fusion\(", text)
@@ -384,7 +385,7 @@ def test_compiled_window_copies_no_buffer_of_the_window_in_its_loops():
     def grads(params, carry, x):
         return jax.grad(lambda p: fused.unroll(p, carry, x)[1].sum())(params)
 
-    text = jax.jit(grads).lower(params, carry, window(dtype="float32")).compile().as_text()
+    text = compiled(jax.jit(grads).lower(params, carry, window(dtype="float32"))).as_text()
     bodies = [c for c in text.split("\n\n") if re.search(r"dynamic-update-slice|dynamic_update_slice", c)]
     whole = rf"f32\[{LANES},{TIME},\d+\]\S* copy\("
     entry = text[text.index("ENTRY") :]
@@ -432,7 +433,6 @@ def test_every_influence_and_reweighted_edges_agree_with_the_window_left_to_jax(
     reweighted = tb.split(window._replace(edges=np.random.default_rng(0).random(window.valid.shape) * 2), 5)
     cases = [(plain, tb.replay(2)), (plain, tb.rtrl()), (plain, tb.uoro()), (reweighted, tb.truncate())]
     for windows, influence in cases:
-        a, b = (
-            summed_gradient(tb.gradient(m, loss, influence=influence), params, windows)[0] for m in (fused, scanned)
-        )
+        estimates = (tb.gradient(m, loss, influence=influence) for m in (fused, scanned))
+        a, b = (jax.jit(summed_gradient, static_argnums=0)(each, params, windows)[0] for each in estimates)
         assert_close(a, b, rtol=1e-9)

@@ -253,6 +253,8 @@ def test_a_module_with_an_argument_train_is_told_and_one_that_always_draws_is_re
             return x + jax.random.normal(self.rngs.noise(), x.shape)
 
     with pytest.raises(ValueError, match="The readout draws where no key is given"):
-        tb.from_nnx(lambda rngs: nnx.GRUCell(FEATURES, 2, rngs=rngs), readout=Noisy).init(jax.random.key(0), x)
+        tb.from_nnx(lambda rngs: nnx.GRUCell(FEATURES, 2, rngs=rngs), readout=lambda rngs: Noisy(rngs)).init(
+            jax.random.key(0), x
+        )
     with pytest.raises(ValueError, match="a key for each of 2 lanes"):
         model.unroll({}, model.initial_carry({}, 2), x, key=jax.random.key(0))

@@ -1,7 +1,6 @@
 """Two processes of two devices each train as one device does, and each goes on from the other's checkpoints."""
 
 import json
-import os
 import pathlib
 import shutil
 import socket
@@ -10,6 +9,7 @@ import sys
 
 import numpy as np
 import orbax.checkpoint as ocp
+from programs import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -24,12 +24,11 @@ def launch(workdir, updates, processes):
     text = workdir.parent / "text.txt"
     text.write_text("the cat sat on the mat, and the dog ran. " * 40)
     together = [f"--coordinator=localhost:{port}", f"--processes={processes}", "--devices=2"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     flags = [[*together, f"--process={i}"] for i in range(processes)] if processes > 1 else [["--devices=1"]]
     runs = [
         subprocess.Popen(
             [*command, *small, f"--text={text}", *own],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT,
         )
         for own in flags
     ]  # fmt: skip

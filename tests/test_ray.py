@@ -9,10 +9,12 @@ ray = pytest.importorskip("ray")
 
 
 @pytest.fixture
-def cluster():
-    """Two nodes of one core each, beside a head without any."""
+def cluster(monkeypatch):
+    """Two nodes of one core each, beside a head without any; a node that is gone is missed in seconds, not in a minute."""
     from ray.cluster_utils import Cluster
 
+    for name, value in {"initial_delay_ms": 500, "period_ms": 500, "failure_threshold": 3}.items():
+        monkeypatch.setenv(f"RAY_health_check_{name}", str(value))
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [found.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=found.address, log_to_driver=False)
@@ -32,7 +34,7 @@ def test_a_node_that_dies_in_the_middle_changes_no_number(cluster, tmp_path):
                 found.remove_node(second, allow_graceful=False)
             yield number, trained
 
-    arguments = {"carry": ["stateful"], "seeds": 2, "updates": 300, "budget": "updates"}
+    arguments = {"carry": ["stateful"], "seeds": 2, "updates": 100, "budget": "updates"}
     task = study.task("first_bit", hidden=4)
     there = study.sweep(task, [1, 4, 5, 10], workdir=tmp_path / "ray", engine=and_then_a_node_dies, **arguments)
     here = study.sweep(task, [1, 4, 5, 10], workdir=tmp_path / "local", **arguments)

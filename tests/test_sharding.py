@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from streams import F64, UNITS, assert_close, first, loss, lstm, stream
+from streams import F64, UNITS, assert_close, compiled, first, loss, lstm, stream
 
 import tbptt_jax as tb
 from tbptt_jax import checkpoint, sharding
@@ -37,7 +37,7 @@ def test_the_devices_speak_once_a_window_and_not_inside_the_scan(model):
     window = first(tb.split(stream(), 5))
     params = model.init(jax.random.key(0), window.inputs)
     state = estimate.init(jax.random.key(0), params, window)
-    text = jax.jit(estimate.update).lower(params, state, window).compile().as_text()
+    text = compiled(jax.jit(estimate.update).lower(params, state, window)).as_text()
     assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == 1
     assert not re.findall(r"all-gather|all-to-all|collective-permute|reduce-scatter", text)
     entry = text[text.index("ENTRY") :]
@@ -145,9 +145,9 @@ def test_trainings_side_by_side_are_those_of_vmap_also_where_they_do_not_divide(
         return jax.tree.map(lambda p: rate * p, state.params), metrics
 
     keys, rates = jax.random.split(jax.random.key(0), 3), jnp.arange(3.0)
-    compiled = jax.jit(sharding.over_runs(train, sharding.mesh(run=2))).lower(keys, rates).compile()
-    assert_close(jax.device_get(compiled(keys, rates)), jax.device_get(jax.vmap(train)(keys, rates)), rtol=1e-9)
-    loops = compiled.as_text().split("ENTRY")[0]
+    program = compiled(jax.jit(sharding.over_runs(train, sharding.mesh(run=2))).lower(keys, rates))
+    assert_close(jax.device_get(program(keys, rates)), jax.device_get(jax.vmap(train)(keys, rates)), rtol=1e-9)
+    loops = program.as_text().split("ENTRY")[0]
     assert not re.findall(r"all-reduce|all-gather|all-to-all|collective-permute", loops)  # none waits for another
 
 

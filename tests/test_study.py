@@ -1,7 +1,6 @@
 """A task of one's own: trained, killed, gone on with, swept, loaded, and used."""
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -14,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from programs import ENVIRONMENT
 
 import tbptt_jax as tb
 from tbptt_jax import study
-from tbptt_jax.study import lock
+from tbptt_jax.study.process import lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILE = """
@@ -57,14 +57,8 @@ def equal(one, other):
 
 def launch(name, file, workdir, *flags):
     command = [sys.executable, "-m", f"experiments.{name}", f"--task={file}:task", f"--workdir={workdir}", *flags]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(file.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
     )
 
 

@@ -10,6 +10,7 @@ from streams import (
     FEATURES,
     TIME,
     assert_close,
+    compiled,
     first,
     lane_by_lane,
     loss,
@@ -306,7 +307,7 @@ def test_a_figure_may_be_yes_or_no_and_a_stream_that_scores_nothing_has_mean_zer
 
 
 def temp_bytes(function, *args, **static):
-    return jax.jit(function, **static).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    return compiled(jax.jit(function, **static).lower(*args)).memory_analysis().temp_size_in_bytes
 
 
 def wide_lstm(checkpoint=None):

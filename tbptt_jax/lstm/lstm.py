@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from tbptt_jax.arrays import PyTree, check_whole
 from tbptt_jax.begin import InitialCarry, from_first_step
-from tbptt_jax.layers import check_rates, layered
+from tbptt_jax.layers import check_rates, dropped_weights, layered
 from tbptt_jax.lstm.gpu import PALLAS
 from tbptt_jax.lstm.weights import Weights, initial_weights
 from tbptt_jax.lstm.window import SCANS, Zoneout, by_cudnn, fused, scanned
 from tbptt_jax.modules import Part
-from tbptt_jax.noise import Keys, shared
+from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Draw, Recurrence, Segment
 from tbptt_jax.zoneout import stays
 
@@ -139,7 +139,7 @@ def lstm(
             )
         chosen = implementation or ("cudnn" if simple and jax.default_backend() == "gpu" else "fused")
         x = x.astype(weights.input.dtype)
-        weights = weights._replace(recurrent=_dropped(weights.recurrent, weight_drop, keys))
+        weights = weights._replace(recurrent=dropped_weights(weights.recurrent, weight_drop, keys))
         still = Zoneout(*stays(rates, (features, outputs), x, keys.step))
         left_to_jax = functools.partial(scanned, dtype, weights, carry, x, resets, valid, edges, starts, still)
         if chosen == "scan" or edges is not None:  # reweighted edges are left to JAX too
@@ -170,12 +170,6 @@ def lstm(
         draw=draw,
         checkpoint=checkpoint,
     )
-
-
-def _dropped(w: jax.Array, rate: float, keys: Keys) -> jax.Array:
-    if rate == 0 or keys.window is None:
-        return w
-    return jnp.where(jax.random.bernoulli(shared(keys.window), 1 - rate, w.shape), w / (1 - rate), jnp.zeros_like(w))
 
 
 def _check_inputs(x: jax.Array, weights: Weights) -> None:

@@ -20,3 +20,7 @@ from tbptt_jax.study.sweep import sweep as sweep
 from tbptt_jax.study.engines import local as local
 from tbptt_jax.study.engines import ray as ray
 from tbptt_jax.study.report import report as report
+from tbptt_jax.study.tasks import text as text
+from tbptt_jax.study.tasks import series as series
+from tbptt_jax.study.tasks import tables as tables
+from tbptt_jax.study.tasks import forecasting as forecasting

@@ -52,17 +52,12 @@ def asgd(nonmonotone: int = 5) -> Averaging:
 
 
 class Average(NamedTuple):
-    """Attributes:
-    optimiser: the state of the optimiser itself.
-    on: whether averaging has begun, bool; until then ``mean`` are the parameters.
-    updates: that are averaged, int32.
-    mean: in the tree of the parameters.
-    """
+    """An optimiser's state, with the average."""
 
-    optimiser: Any
-    on: jax.Array
-    updates: jax.Array
-    mean: Any
+    optimiser: Any  # its own
+    on: jax.Array  # bool: whether averaging has begun; until then the mean is the parameters
+    updates: jax.Array  # int32: how many are averaged
+    mean: Any  # in the tree of the parameters
 
 
 def averaged(optimiser: Any, averaging: Averaging) -> optax.GradientTransformationExtraArgs:

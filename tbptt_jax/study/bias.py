@@ -10,7 +10,7 @@ import optax
 
 import tbptt_jax as tb
 from tbptt_jax.study.influences import influence as named_influence
-from tbptt_jax.study.machine import check_fits, check_training, size
+from tbptt_jax.study.process.machine import check_fits, check_training, size
 from tbptt_jax.study.task import Task, keys_of
 from tbptt_jax.study.trainings import shape_of, streams_of
 

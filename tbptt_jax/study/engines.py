@@ -2,12 +2,12 @@
 
 import concurrent.futures
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
-from tbptt_jax.study.machine import cores, memory
-from tbptt_jax.study.machine import mesh as devices_mesh
+from tbptt_jax.study.process.machine import cores, memory
+from tbptt_jax.study.process.machine import mesh as devices_mesh
 from tbptt_jax.study.task import Task
 from tbptt_jax.study.trainings import Program, Trained, Training, compiled, train
 
@@ -16,30 +16,17 @@ CONFIG = "jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precisio
 
 
 class Job(NamedTuple):
-    """Attributes:
-    task: what is trained.
-    training: how.
-    name: for people.
-    """
+    """What is trained, and how."""
 
     task: Task
     training: Training
-    name: str
+    name: str  # for people
 
 
-class Engine(Protocol):
-    """Does jobs, and yields what came of each as it comes: ``(number of the job, Trained or the exception)``."""
-
-    def __call__(
-        self, jobs: Sequence[Job], plan: Callable[[dict[int, int]], None], report: Callable[[int, int, float], None]
-    ) -> Iterator[tuple[int, Trained | Exception]]:
-        """Does the jobs.
-
-        Args:
-          jobs: what to do.
-          plan: is given the bytes that a device needs for each job, once and before any training, where they are known.
-          report: is given ``(number, updates, loss)`` of a job on its way, where that is known.
-        """
+Plan = Callable[[dict[int, int]], None]  # given the bytes that a device needs for each job, once, before any training
+Report = Callable[[int, int, float], None]  # given (number, updates, loss) of a job on its way, where that is known
+Outcomes = Iterator[tuple[int, Trained | Exception]]  # of each job its number and what came of it, as it comes
+Engine = Callable[[Sequence[Job], Plan, Report], Outcomes]  # does jobs
 
 
 def local(devices: int | None = None) -> Engine:
@@ -52,9 +39,7 @@ def local(devices: int | None = None) -> Engine:
       devices: to use at most; default all.
     """
 
-    def run(
-        jobs: Sequence[Job], plan: Callable[[dict[int, int]], None], report: Callable[[int, int, float], None]
-    ) -> Iterator[tuple[int, Trained | Exception]]:
+    def run(jobs: Sequence[Job], plan: Plan, report: Report) -> Outcomes:
         programs: dict[Any, Program | Exception] = {}
         with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
             asked: dict[Any, Any] = {}
@@ -64,9 +49,8 @@ def local(devices: int | None = None) -> Engine:
                     continue
                 runs = len(job.training.rates) * job.training.seeds
                 try:
-                    asked[place] = pool.submit(
-                        compiled(job.task, job.training, devices_mesh(runs=runs, devices=devices))
-                    )
+                    mesh = devices_mesh(runs=runs, devices=devices)
+                    asked[place] = pool.submit(compiled(job.task, job.training, mesh))
                 except Exception as error:  # as where a matrix of rtrl would be too large: the others go on
                     programs[place] = error
             for place, future in asked.items():
@@ -114,13 +98,9 @@ def ray(address: str | None = None, *, cpus: float = 1, gpus: float = 0, retries
     try:
         import ray as cluster
     except ImportError as error:
-        raise ValueError(
-            "The engine is Ray, which is not installed: python -m pip install 'tbptt_jax[ray]', or leave the engine out."
-        ) from error
+        raise ValueError("Ray is not installed: pip install 'tbptt_jax[ray]', or leave the engine out.") from error
 
-    def run(
-        jobs: Sequence[Job], plan: Callable[[dict[int, int]], None], report: Callable[[int, int, float], None]
-    ) -> Iterator[tuple[int, Trained | Exception]]:
+    def run(jobs: Sequence[Job], plan: Plan, report: Report) -> Outcomes:
         if not cluster.is_initialized():
             cluster.init(address=address, log_to_driver=False, include_dashboard=False)
         plan({})
@@ -154,7 +134,7 @@ def _do(job: Any) -> Trained:
     """A job, in a worker."""
     from ray import cloudpickle
 
-    from tbptt_jax.study.machine import prepare
+    from tbptt_jax.study.process.machine import prepare
     from tbptt_jax.study.task import task as make
 
     pickled, source, training, config = job

@@ -1,13 +1,15 @@
 """What a sweep finds: how far each window's gradient is from the whole one, and which window to use."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import tbptt_jax as tb
+from tbptt_jax.study.bias import is_random
 from tbptt_jax.study.influences import influence as named_influence
+from tbptt_jax.study.points import Point
 from tbptt_jax.study.report.reading import as_good, best_of
 from tbptt_jax.study.task import Task, keys_of
 from tbptt_jax.study.trainings import shape_of, streams_of
@@ -25,7 +27,7 @@ def gradients(task: Task, windows: list[int], influences: list[str], params: dic
         for influence in influences:
             for window in windows:
                 past = named_influence(influence, max(1, -(-steps // window) - 1))
-                draws = 1 if influence.startswith(("truncate", "rtrl")) or influence.count(":") == 1 else 16
+                draws = 16 if is_random(influence) else 1
                 try:
                     bias = tb.horizon.bias(task.model, task.loss, at, probe, window, past, draws=draws)
                 except ValueError:  # what cannot be trained cannot be measured: its points say why
@@ -50,7 +52,7 @@ def recommend(rows: list[dict[str, Any]], metric: dict[str, str], blind: float |
     """The shortest window that is as good as the best, within the spread of seeds, in every budget that was run."""
     higher = metric["better"] == "higher"
     sign = 1 if higher else -1
-    points: dict[str, dict[_Place, list[dict]]] = {}
+    points: dict[str, dict[Point, list[dict]]] = {}
     for row in rows:
         if np.isfinite(row["metrics"]).all():
             points.setdefault(row["budget"], {}).setdefault(_place(row), []).append(row)
@@ -83,23 +85,17 @@ def recommend(rows: list[dict[str, Any]], metric: dict[str, str], blind: float |
     largest = mine.get(place._replace(window=longest))
     if largest and place.window < longest and largest["temp_bytes"]:
         sentence += f" It takes {row['temp_bytes'] / largest['temp_bytes']:.0%} of the memory of windows of {longest}."
-    others = [
-        r for p, r in mine.items() if (p.window, p.params) == (place.window, place.params) and p.carry != place.carry
-    ]
+    alike = [(p, r) for p, r in mine.items() if (p.window, p.params) == (place.window, place.params)]
+    others = [r for p, r in alike if p.carry != place.carry]
     if others:
         verb = "Without the carried state" if place.carry == "stateful" else "With the state carried"
         sentence += f" {verb} such windows reach {others[0]['final_metric']:.4g}."
-    return {**place._asdict(), "params": dict(place.params), "sentence": sentence}
+    return {name: row[name] for name in ("carry", "influence", "window")} | {
+        "params": dict(place.params),
+        "sentence": sentence,
+    }
 
 
-class _Place(NamedTuple):
-    """A point, whatever its budget."""
-
-    carry: str
-    influence: str
-    window: int
-    params: tuple
-
-
-def _place(row: dict[str, Any]) -> _Place:
-    return _Place(row["carry"], row["influence"], row["window"], tuple((row.get("params") or {}).items()))
+def _place(row: dict[str, Any]) -> Point:
+    """The point of a row, whatever its budget."""
+    return Point("", row["carry"], row["influence"], row["window"], tuple((row.get("params") or {}).items()))

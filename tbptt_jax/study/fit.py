@@ -16,16 +16,16 @@ from tbptt_jax.arrays import check_whole
 from tbptt_jax.checkpoint import newest
 from tbptt_jax.sharding import over_lanes, own_lanes, place
 from tbptt_jax.study import averaging
-from tbptt_jax.study.console import progress, quieted
 from tbptt_jax.study.guard import first_not_finite
 from tbptt_jax.study.influences import influence as named_influence
-from tbptt_jax.study.lock import holding
 from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
-from tbptt_jax.study.machine import mesh as lane_mesh
+from tbptt_jax.study.process.console import progress, quieted
+from tbptt_jax.study.process.lock import holding
+from tbptt_jax.study.process.machine import mesh as lane_mesh
+from tbptt_jax.study.process.writing import short, write_json
 from tbptt_jax.study.scoring import measure, test_reader
 from tbptt_jax.study.task import Task, check_task, checksum, data_of, figures, keys_of, maker, reader
 from tbptt_jax.study.task import task as make_task
-from tbptt_jax.study.writing import QUOTED, plain, write_json
 from tbptt_jax.training import TrainState, TrainStep
 
 RECORD = "run.json"
@@ -152,7 +152,7 @@ def fit(
     assert updates is not None
     first = jax.tree.map(lambda x: x[0], read.read(0, 1))
     lanes = len(jax.tree.leaves(first.inputs)[0])
-    begin_from = _params_of(start)
+    begin_from = None if start is None else (start if isinstance(start, Run) else load(start)).params
     identity = {
         "window": window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
         "data": checksum(data), "average": average and list(average), "start": None if begin_from is None else checksum(begin_from),
@@ -181,12 +181,8 @@ def fit(
         judge = None
         if task.valid is not None:
             valid = test_reader(task, task.valid, "valid", window, stateless, burn_in, seed)
-            judge = Judge(
-                lambda params: measure(task, jax.device_get(params), valid),
-                figures(task)[0].better == "higher",
-                patience,
-                int(legs[-1][0]),
-            )
+            higher = figures(task)[0].better == "higher"
+            judge = Judge(lambda at: measure(task, jax.device_get(at), valid), higher, patience, int(legs[-1][0]))
         source, arguments = task.source or (None, {})
         record = {
             "task": source, "arguments": arguments, "codec": task.codec, "settings": identity, "legs": legs,
@@ -194,29 +190,18 @@ def fit(
         }  # fmt: skip
 
         def keep_record() -> None:
-            if directory is not None and jax.process_index() == 0:
+            if directory is not None:
                 write_json(directory / RECORD, record)
 
         with quieted(quiet), progress(updates, "updates") as report:
             kept, calls = train(
-                step,
-                init,
-                windows,
-                lambda state, window: first_not_finite(task.model, task.loss, state.params, state.stream.carry, window),
-                updates=updates,
-                per_call=windows_per_call,
-                every=checkpoint_every,
-                directory=directory and directory / "checkpoints",
-                settings=identity,
-                resume=resume,
-                skip=not_finite == "skip",
-                judge=judge,
-                nonmonotone=average and average.nonmonotone,
-                begun=keep_record,
-                show=lambda calls: report(calls[-1].updates, (show or _shown)(calls)),
-                listeners=listeners,
-                profile=profile,
-            )
+                step, init, windows,
+                lambda state, window: first_not_finite(task.model, task.loss, state, window),
+                updates=updates, per_call=windows_per_call, every=checkpoint_every,
+                directory=directory and directory / "checkpoints", settings=identity, resume=resume,
+                skip=not_finite == "skip", judge=judge, nonmonotone=average and average.nonmonotone, begun=keep_record,
+                show=lambda calls: report(calls[-1].updates, (show or _shown)(calls)), listeners=listeners, profile=profile,
+            )  # fmt: skip
         if calls and calls[-1].updates < updates:
             record["ended"] = calls[-1].updates
             keep_record()
@@ -237,17 +222,17 @@ def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:
     directory = pathlib.Path(workdir).expanduser()
     path = directory / RECORD
     if not path.exists():
-        raise ValueError(f"{plain(str(directory), QUOTED)} holds no run, as study.fit keeps one: there is no {RECORD}.")
+        raise ValueError(f"{short(directory)} holds no run, as study.fit keeps one: there is no {RECORD}.")
     try:
         record = json.loads(path.read_text())
         reference, arguments, codec = record["task"], record["arguments"], record["codec"]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{plain(str(path), QUOTED)} is broken, so the run there is not known.") from error
+        raise ValueError(f"{short(path)} is broken, so the run there is not known.") from error
     if task is None:
         if reference is None:
             raise ValueError(
-                f"The run in {plain(str(directory), QUOTED)} was made from a Task in a program: give it as well, "
-                "`study.load(workdir, task)`, or make it by `study.task('file.py:function')`."
+                f"The run in {short(directory)} is of a Task that a program made: give it as well, `study.load(workdir, task)`, or "
+                "make it by `study.task('file.py:function')`."
             )
         takes = inspect.signature(maker(reference)).parameters
         task = make_task(reference, **arguments, **({"codec": codec} if "codec" in takes and codec else {}))
@@ -270,11 +255,7 @@ def _run(
 
 
 def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resume: bool) -> list[list[float]]:
-    """The stretches ``[first, last, rate]`` over which the rate falls, those of a run that is gone on with first.
-
-    Raises:
-      ValueError: if the run in the directory was made otherwise.
-    """
+    """The stretches ``[first, last, rate]`` over which the rate falls, those of a run that is gone on with first."""
     new: list[list[float]] = [[0, updates, rate if rate is not None else 0.0]]
     path = directory and directory / RECORD
     if not resume or path is None or not path.exists() or not (path.parent / "checkpoints").exists():
@@ -283,9 +264,7 @@ def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resu
         record = json.loads(path.read_text())
         legs = record["legs"]
     except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{plain(str(path), QUOTED)} is broken, so the run there is not known: give another workdir."
-        ) from error
+        raise ValueError(f"{short(path)} is broken, so its run is not known: give another workdir.") from error
     first, last, before = legs[-1]
     if [last, before] == new[0][1:]:
         return legs
@@ -297,7 +276,7 @@ def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resu
         return new
     if rate is None:
         return [*legs[:-1], [first, updates, 0.0]]
-    there = f"{plain(str(path.parent), QUOTED)} holds a run of {last} updates with the learning rate {before:g}"
+    there = f"{short(path.parent)} holds a run of {last} updates with the learning rate {before:g}"
     asked = f"{updates} with {rate:g} were asked for"
     if not ended:
         raise ValueError(
@@ -306,7 +285,7 @@ def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resu
         )
     raise ValueError(
         f"{there}, and {asked}. To go on with it give more updates than {made}, at any rate; to begin from what it has "
-        f"learned, start={plain(str(path.parent), QUOTED)} (--init_from) and another workdir; to begin afresh, resume=False "
+        f"learned, start={short(path.parent)} (--init_from) and another workdir; to begin afresh, resume=False "
         "(--noresume)."
     )
 
@@ -334,28 +313,13 @@ def _carry(task: Task, first: tb.Window) -> Any:
     return jax.eval_shape(initial, jax.random.key(0), first.inputs)
 
 
-def _params_of(start: "Run | str | pathlib.Path | None") -> Any:
-    if start is None or isinstance(start, Run):
-        return start and start.params
-    return load(start).params
-
-
 def _started(state: TrainState, step: TrainStep, params: Any, first: tb.Window) -> TrainState:
     """The state at update 0, begun from other parameters."""
-    then, now = (
-        {
-            jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
-            for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (params, state.params)
-    )
-    differ = [
-        f"{name} {then.get(name)}, here {now.get(name)}" for name in {**then, **now} if then.get(name) != now.get(name)
-    ]
-    if differ:
+    leaves = map(jax.tree_util.tree_leaves_with_path, (params, state.params))
+    then, now = ({jax.tree_util.keystr(at): f"{x.dtype}{list(x.shape)}" for at, x in each} for each in leaves)
+    if differ := [f"{at} {then.get(at)}, here {now.get(at)}" for at in then | now if then.get(at) != now.get(at)]:
         raise ValueError(
-            f"The run to start from has other parameters: there {'; '.join(differ[:3])}. Give the model its sizes, and text its "
-            "vocabulary."
+            f"The run to start from has other parameters: there {'; '.join(differ[:3])}. Give the model its sizes, text its vocabulary."
         )
     params = jax.tree.map(jnp.array, params)
     optimiser = state.optimiser

@@ -9,17 +9,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import tbptt_jax as tb
+from tbptt_jax.gradient import StreamState
+from tbptt_jax.noise import window_keys
 from tbptt_jax.recurrence import unroll_window
 from tbptt_jax.training import TrainState, TrainStep, all_finite, stays_finite
 from tbptt_jax.window import is_scored
 
 
 class Watched(NamedTuple):
-    """Attributes:
-    loss: as :class:`tbptt_jax.Metrics` has it.
-    weight: likewise.
-    finite: bool, whether the loss is, and all of the state that the window led to.
-    """
+    """The metrics of a window, and whether they and all of the state that it led to are finite."""
 
     loss: Any
     weight: Any
@@ -37,13 +35,9 @@ def watched(step: TrainStep) -> TrainStep:
 
 
 def not_finite(
-    step: TrainStep,
-    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None],
-    state: TrainState,
-    windows: tb.Window,
-    number: int,
-    loss: float,
-) -> str:
+    step: TrainStep, locate: Callable[[TrainState, tb.Window], tuple[int, int] | None], state: TrainState, windows: tb.Window,
+    number: int, loss: float,
+) -> str:  # fmt: skip
     """What of window ``number``, the only one of ``windows``, read from ``state``, is not finite, where, and what to do."""
     window = jax.tree.map(lambda x: x[0], windows)
     (new, _), fine = jax.jit(step.update)(state, window), jax.jit(all_finite)
@@ -67,27 +61,23 @@ def not_finite(
 
 
 def first_not_finite(
-    model: tb.Recurrence, loss: Callable, params: Any, carry: Any, window: tb.Window
+    model: tb.Recurrence, loss: Callable, state: TrainState, window: tb.Window
 ) -> tuple[int, int] | None:
-    """``(lane, step)`` of a window's earliest scored step whose outputs or loss are not finite, or None.
+    """``(lane, step)`` of a window's earliest scored step whose outputs or loss, with its draws, are not finite, or None.
 
-    Args:
-      model: the recurrence.
-      loss: ``(outputs, window) -> [lanes, time]``.
-      params: its parameters.
-      carry: at the window's left edge.
-      window: ``[lanes, time, ...]``; with several processes, all lanes, and all of them ask at once.
+    The window ``[lanes, time, ...]`` has all lanes; of several processes, all ask at once.
     """
 
     @jax.jit
-    def not_finite(params: Any, carry: Any, window: tb.Window) -> jax.Array:
-        _, outputs = unroll_window(model, params, carry, window)
+    def not_finite(params: Any, stream: StreamState, window: tb.Window) -> jax.Array:
+        keys = window_keys(model.unroll, stream.key, len(stream.fresh))
+        _, outputs = unroll_window(model, params, stream.carry, window, keys)
         bad = ~jnp.isfinite(loss(outputs, window))
         for leaf in jax.tree.leaves(outputs):
             bad |= ~jnp.isfinite(leaf).reshape(*bad.shape, -1).all(-1)
         return bad & is_scored(window)
 
-    bad = not_finite(params, carry, window)
+    bad = not_finite(state.params, state.stream, window)
     if not bad.is_fully_addressable:
         bad = multihost_utils.process_allgather(bad, tiled=True)
     places = np.argwhere(np.asarray(bad).T)  # by time

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tbptt_jax.study.loop import Event
-from tbptt_jax.study.writing import finite, whole
+from tbptt_jax.study.process.writing import finite, whole
 
 Listener = Callable[[Event], None]
 

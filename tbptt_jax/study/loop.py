@@ -20,10 +20,10 @@ import tbptt_jax as tb
 from tbptt_jax.checkpoint import Store
 from tbptt_jax.checkpoint import open as open_checkpoints
 from tbptt_jax.study import averaging
-from tbptt_jax.study.console import say
 from tbptt_jax.study.guard import Watched, not_finite, watched
-from tbptt_jax.study.machine import check_fits, largest, meet, size
-from tbptt_jax.study.process import stop_asked
+from tbptt_jax.study.process.console import say
+from tbptt_jax.study.process.machine import check_fits, largest, meet, size
+from tbptt_jax.study.process.signals import stop_asked
 from tbptt_jax.training import TrainState, TrainStep, all_finite
 
 
@@ -75,42 +75,23 @@ class Kept(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """Attributes:
-    measure: ``params -> {name: number}``, the figures on the validation data, the one that decides first.
-    higher: whether more of it is better.
-    patience: stop after so many looks without a better one. None: never.
-    since: of the looks after this update.
-    """
+    """What looks at the validation data."""
 
-    measure: Callable[[Any], dict[str, float]]
-    higher: bool = False
-    patience: int | None = None
-    since: int = 0
+    measure: Callable[[Any], dict[str, float]]  # of the parameters the figures, the one that decides first
+    higher: bool = False  # whether more of it is better
+    patience: int | None = None  # stop after so many looks without a better one
+    since: int = 0  # of the looks after this update
 
 
 def train(
-    step: TrainStep,
-    init: Callable[[], TrainState],
-    windows: Callable[[int, int], tb.Window],
-    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None],
-    *,
-    updates: int,
-    per_call: int,
-    every: int,
-    directory: pathlib.Path | None,
-    settings: dict[str, Any],
-    resume: bool = True,
-    skip: bool = False,
-    judge: Judge | None = None,
-    nonmonotone: int | None = None,
-    begun: Callable[[], None] = lambda: None,
-    show: Callable[[list[Call]], None] = lambda calls: None,
-    listeners: Sequence[Callable[[Event], None]] = (),
+    step: TrainStep, init: Callable[[], TrainState], windows: Callable[[int, int], tb.Window],
+    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None], *, updates: int, per_call: int, every: int,
+    directory: pathlib.Path | None, settings: dict[str, Any], resume: bool = True, skip: bool = False,
+    judge: Judge | None = None, nonmonotone: int | None = None, begun: Callable[[], None] = lambda: None,
+    show: Callable[[list[Call]], None] = lambda calls: None, listeners: Sequence[Callable[[Event], None]] = (),
     profile: int | None = None,
-) -> tuple[Kept, list[Call]]:
-    """Trains from the newest checkpoint on.
-
-    SIGTERM and SIGINT finish the call, save, and exit with status 128 + the signal; a second one exits at once.
+) -> tuple[Kept, list[Call]]:  # fmt: skip
+    """Trains from the newest checkpoint on, as :func:`tbptt_jax.study.fit` describes it.
 
     A window in which something is not finite stops the run: the state just before it is saved, and the error names the
     window, and the lane and step if an output or a loss of it is not finite. ``skip`` can go on from there.
@@ -120,33 +101,21 @@ def train(
       init: its state at update 0.
       windows: ``(first, last) -> [last - first, lanes, time, ...]``, the windows of these updates.
       locate: ``(state, window) -> (lane, step)`` of the first loss that is not finite, as ``guard.first_not_finite`` finds.
-      updates: how many in all.
-      per_call: how many in one compiled call, which is what is reported and saved by.
+      updates: how many in all, ``per_call`` in a compiled call, which is what is reported and saved by.
       every: save, and judge, at the end of each call in which a multiple of this falls, and at the end.
       directory: of the checkpoints. None: nothing is kept.
-      settings: what makes it this run, as JSON.
       resume: False: begin at update 0. The checkpoints found are kept, in ``<directory>.old``, until this run stops.
-      skip: a window in which something is not finite is left out, and counted, instead of stopping the run.
-      judge: looks at other data on the way.
       nonmonotone: averaging begins when a look is worse than the best but so many (see :mod:`tbptt_jax.study.averaging`).
       begun: called in the first process once nothing refuses the run any more, such as another one's checkpoints.
-      show: is given all calls after each, in the first process.
-      listeners: each is given every :class:`Event`, in the first process.
-      profile: the call in which this update falls is traced by ``jax.profiler``, into ``profile`` beside ``directory``.
 
     Returns:
       The state after the last update with the best parameters, and all calls, those before the interruptions too.
-
-    Raises:
-      ValueError: if the checkpoints are of another run, or the loss, the gradient or the carry of a window is not finite.
-      OSError: if a checkpoint could not be written.
     """
     state_of, one = jax.eval_shape(init), size(windows(0, 1))
     sizes = "the model's size, `lanes` or `window`, or the windows of a replay"
     check_fits("The state of the training", size(state_of) + size(state_of.params), sizes)
-    check_fits(
-        f"The {min(per_call, updates)} windows of a call", 2 * one * min(per_call, updates), "`windows_per_call`"
-    )
+    count = min(per_call, updates)
+    check_fits(f"The {count} windows of a call", 2 * one * count, "`windows_per_call`")
     if not resume and directory is not None:
         _put_aside(directory)
     settings = {**settings, "updates in a call": per_call}
@@ -199,9 +168,8 @@ def train(
         try:
             saved = store.restore(like)
         except ValueError as error:
-            raise ValueError(
-                f"{error} (Another workdir is free for this run; resume=False, --noresume, begins afresh in this one.)"
-            ) from error
+            free = "Another workdir is free for this run; resume=False, --noresume, begins afresh in this one."
+            raise ValueError(f"{error} ({free})") from error
         calls = [Call(*c) for c in saved.data["calls"]] if saved else []
         done, (state, best) = (saved.update, saved.state) if saved else (0, begin())
         if saved:
@@ -213,12 +181,8 @@ def train(
         while done < updates and not stop and not _early(calls, judge):
             began, last = time.perf_counter(), end_of(done)
             cut = windows(done, last) if ahead is None else ahead
-            traced = profile is not None and directory is not None and done <= profile < last
-            with (
-                jax.profiler.trace(str(directory.parent / "profile"))
-                if traced and directory
-                else contextlib.nullcontext()
-            ):
+            traced = directory and profile is not None and done <= profile < last and directory.parent / "profile"
+            with jax.profiler.trace(str(traced)) if traced else contextlib.nullcontext():
                 state, metrics = tb.train_windows(step, state, cut)
                 ahead = windows(last, end_of(last)) if last < updates else None  # read while the device computes
                 seen = Watched(*map(np.asarray, metrics))  # waits for the call
@@ -233,7 +197,7 @@ def train(
                     break
                 if before < bad:
                     if good:
-                        part, of_part = _first((cut, seen), good)
+                        part, of_part = jax.tree.map(lambda x, n=good: x[:n], (cut, seen))
                         calls.append(call_of(part, of_part, state, bad, began))
                     store.save(bad, Kept(state, best), {"calls": calls})
                 wrong += f" The state before it is saved, as update {bad} in {directory}." if bad and directory else ""
@@ -307,10 +271,6 @@ def _put_aside(directory: pathlib.Path) -> None:
         shutil.rmtree(_old(directory), ignore_errors=True)
         directory.rename(_old(directory))
     meet("the old checkpoints are out of the way")
-
-
-def _first(tree: Any, number: int) -> Any:
-    return jax.tree.map(lambda x: x[:number], tree)
 
 
 def health_of(calls: list[Call]) -> dict[str, Any]:

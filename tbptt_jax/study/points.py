@@ -8,27 +8,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tbptt_jax.study.process.writing import finite, short, whole, write_json
 from tbptt_jax.study.task import Task
 from tbptt_jax.study.trainings import Trained, curve
-from tbptt_jax.study.writing import QUOTED, finite, plain, whole, write_json
 
 MARK = "sweep.json"
 
 
 class Point(NamedTuple):
-    """Attributes:
-    budget: ``"data"`` or ``"updates"``, what is equal for all windows.
-    carry: ``"stateful"`` or ``"stateless"``.
-    influence: its name.
-    window: steps.
-    params: of the task's arguments, ``(name, value)`` of each that is swept.
-    """
+    """What is trained, and compared with the others of its budget."""
 
-    budget: str
-    carry: str
+    budget: str  # "data" or "updates", what is equal for all windows
+    carry: str  # "stateful" or "stateless"
     influence: str
     window: int
-    params: tuple[tuple[str, Any], ...] = ()
+    params: tuple[tuple[str, Any], ...] = ()  # of the task's arguments those that are swept
 
     @property
     def name(self) -> str:
@@ -82,17 +76,14 @@ def keep(directory: pathlib.Path, point: Point, rows: list[dict], params: Any) -
 def keep_failed(directory: pathlib.Path, point: Point, error: Exception) -> str:
     """Why a point failed, on disk until it is done."""
     why = f"{type(error).__name__}: {error}".splitlines()[0]
-    if jax.process_index() == 0:
-        write_json(
-            directory / f"{point.name}.failed.json", {**point._asdict(), "params": dict(point.params), "error": why}
-        )
+    row = {**point._asdict(), "params": dict(point.params), "error": why}
+    write_json(directory / f"{point.name}.failed.json", row)
     return why
 
 
 def mark(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     """Says which sweep the directory holds."""
-    if jax.process_index() == 0:
-        write_json(directory / MARK, settings)
+    write_json(directory / MARK, settings)
 
 
 def check_same_sweep(directory: pathlib.Path, settings: dict[str, Any]) -> None:
@@ -103,27 +94,19 @@ def check_same_sweep(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     try:
         there = dict(json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
-        name = plain(str(path), QUOTED)
-        raise ValueError(f"{name} is broken, so the sweep there is not known: give another --workdir.") from error
+        raise ValueError(f"{short(path)} is broken, so its sweep is not known: give another --workdir.") from error
     here = json.loads(json.dumps(settings))
-    differ = [
-        f"{name} {plain(str(there.get(name)), QUOTED)}, here {plain(str(here[name]), QUOTED)}"
-        for name in here
-        if there.get(name) != here[name]
-    ]
+    differ = [f"{k} {short(there.get(k))}, here {short(here[k])}" for k in here if there.get(k) != here[k]]
     if differ:
-        raise ValueError(
-            f"{plain(str(directory), QUOTED)} holds another sweep: there {'; '.join(differ)}. Give its flags to go on with it, or "
-            "another --workdir."
-        )
+        other = f"{short(directory)} holds another sweep: there {'; '.join(differ)}."
+        raise ValueError(f"{other} Give its flags to go on with it, or another --workdir.")
 
 
 def found_in(kept: list[pathlib.Path], points: list[Point], ending: str) -> dict[Point, pathlib.Path]:
     """Those points of which one of the directories has the file."""
     places = {p: [d / "points" / f"{p.name}{ending}" for d in kept] for p in points}
-    return {
-        p: next(path for path in each if path.exists()) for p, each in places.items() if any(x.exists() for x in each)
-    }
+    there = {p: [path for path in each if path.exists()] for p, each in places.items()}
+    return {p: each[0] for p, each in there.items() if each}
 
 
 def write_events(directory: pathlib.Path, point: Point, rows: list[dict[str, Any]]) -> None:

@@ -16,41 +16,32 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich import box
 from rich.table import Table
 
-from tbptt_jax.study.console import console, progress, say
 from tbptt_jax.study.engines import Engine, Job, local
 from tbptt_jax.study.findings import gradients, recommend
 from tbptt_jax.study.influences import check_influences
-from tbptt_jax.study.lock import expanded, holding
-from tbptt_jax.study.machine import largest, meet
 from tbptt_jax.study.points import Point, check_same_sweep, found_in, keep, keep_failed, mark, rows_of, write_events
-from tbptt_jax.study.process import stop_asked
+from tbptt_jax.study.process.console import console, progress, say, table
+from tbptt_jax.study.process.lock import expanded, holding
+from tbptt_jax.study.process.machine import largest, meet
+from tbptt_jax.study.process.signals import stop_asked
+from tbptt_jax.study.process.writing import finite, plain, short, write_json
 from tbptt_jax.study.report import report
 from tbptt_jax.study.task import Task, checksum, data_of, figures, is_drawn, keys_of
 from tbptt_jax.study.trainings import Training, check_sizes, shape_of, streams_of, windows_of
-from tbptt_jax.study.writing import QUOTED, finite, plain, write_json
 
 CARRIES, BUDGETS = ("stateful", "stateless"), ("data", "updates")
 
 
 class Plan(NamedTuple):
-    """A sweep as it was asked for, checked.
+    """A sweep as it was asked for, checked."""
 
-    Attributes:
-      tasks: of each choice of the arguments that are swept.
-      points: all of them.
-      updates: of each point.
-      steps: of an update, of each point.
-      settings: what makes it this sweep and no other, as JSON.
-    """
-
-    tasks: dict[tuple, Task]
+    tasks: dict[tuple, Task]  # of each choice of the arguments that are swept
     points: list[Point]
     updates: dict[Point, int]
-    steps: dict[Point, float]
-    settings: dict[str, Any]
+    steps: dict[Point, float]  # of an update
+    settings: dict[str, Any]  # what makes it this sweep and no other, as JSON
 
 
 def sweep(
@@ -112,11 +103,8 @@ def sweep(
             there = {**found_in(found, plan.points, ".json"), **found_in(found, plan.points, ".failed.json")}
             missing = [str(p) for p in plan.points if p not in there]
             if missing:
-                named = plain(", ".join(map(str, found)), 200)
-                raise ValueError(
-                    f"{len(missing)} of {len(plan.points)} points are in none of {named}, first {missing[0]}: "
-                    "do them first, with --points or without."
-                )
+                none = f"{len(missing)} of {len(plan.points)} points are in none of {plain(', '.join(map(str, found)), 200)}"
+                raise ValueError(f"{none}, first {missing[0]}: do them first, with --points or without.")
             mark(directory, plan.settings)
             return {**_finish(plan, directory, found, tensorboard, about_launch or {}), "all_done": True}
         failed = _do(plan, mine, directory, engine or local(), tensorboard)
@@ -129,27 +117,13 @@ def sweep(
 
 
 def plan_of(
-    task: Task | Callable[..., Task],
-    windows: Sequence[int],
-    *,
-    carry: Sequence[str],
-    influences: Sequence[str],
-    learning_rates: Sequence[float],
-    seeds: int,
-    budget: str,
-    updates: int,
-    params: Mapping[str, Sequence[Any]],
-) -> Plan:
-    """The sweep that is asked for.
-
-    Raises:
-      ValueError: if an argument is not as :func:`sweep` describes it.
-    """
+    task: Task | Callable[..., Task], windows: Sequence[int], *, carry: Sequence[str], influences: Sequence[str],
+    learning_rates: Sequence[float], seeds: int, budget: str, updates: int, params: Mapping[str, Sequence[Any]],
+) -> Plan:  # fmt: skip
+    """The sweep that is asked for; refuses what is not as :func:`sweep` describes it."""
     check_influences(list(influences))
     if not carry or set(carry) - set(CARRIES):
-        raise ValueError(
-            f"--carry has {plain(','.join(carry) or 'nothing', QUOTED)}: give stateful, stateless or both."
-        )
+        raise ValueError(f"--carry has {short(','.join(carry) or 'nothing')}: give stateful, stateless or both.")
     if budget not in (*BUDGETS, "both"):
         raise ValueError(f"`budget` is {budget!r}; it needs to be 'data', 'updates' or 'both'.")
     if not learning_rates or not all(0 < rate < float("inf") for rate in learning_rates):
@@ -162,9 +136,9 @@ def plan_of(
     for each in tasks.values():
         steps = shape_of(each).steps
         if not windows or max(windows) > steps:
+            most = max(windows, default="nothing")
             raise ValueError(
-                f"--windows has {max(windows, default='nothing')}, and a stream of {each.name} has {steps} steps: choose from 1 to "
-                f"{steps}."
+                f"--windows has {most}; streams of {each.name} have {steps} steps: give from 1 to {steps}."
             )
         check_sizes(each, len(learning_rates) * seeds, updates)
     budgets = BUDGETS if budget == "both" else (budget,)
@@ -261,17 +235,13 @@ def _do(plan: Plan, mine: list[Point], directory: pathlib.Path, engine: Engine, 
 
 def _table(plan: Plan, points: list[Point], done: set[Point], needed: dict[Point, int]) -> Table:
     each = len(plan.settings["learning_rates"]) * plan.settings["seeds"]
-    title = f"{len(points)} points of {each} trainings; {len(done)} are done"
-    table = Table("window", box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for name in ("carry", "influence", "budget", "updates", "memory"):
-        table.add_column(name, justify="right" if name in ("updates", "memory") else "left")
+    rows = []
     for point in points:
         memory = "done" if point in done else f"{needed[point] / 1e6:,.1f} MB" if point in needed else "–"
-        chosen = "".join(f", {name} {value}" for name, value in point.params)
-        table.add_row(
-            f"{point.window}{chosen}", point.carry, point.influence, point.budget, f"{plan.updates[point]:,}", memory
-        )
-    return table
+        window = f"{point.window}" + "".join(f", {name} {value}" for name, value in point.params)
+        rows.append((window, point.carry, point.influence, point.budget, f"{plan.updates[point]:,}", memory))
+    title = f"{len(points)} points of {each} trainings; {len(done)} are done"
+    return table(title, ("window", "carry", "influence", "budget", "updates", "memory"), rows, left=4)
 
 
 def _share(points: list[Point], share: tuple[int, int] | None) -> list[Point]:
@@ -329,8 +299,8 @@ def _finish(
         **about_launch,
     }
     results = finite(results)
+    write_json(directory / "results.json", results)
     if jax.process_index() == 0:
-        write_json(directory / "results.json", results)
         report(directory, json.loads((directory / "results.json").read_text()))
         for each, of_point in rows_at.items() if tensorboard else ():
             write_events(directory / "tensorboard", each, of_point)

@@ -16,14 +16,14 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.gradient import Loss
-from tbptt_jax.study.writing import QUOTED, plain
+from tbptt_jax.study.process.writing import short
 
 Streams = Any  # see Task
 NAMES = {
-    **dict.fromkeys(("first_bit", "copy_memory", "adding", "lag", "influence_balancing"), "tasks"),
+    **dict.fromkeys(("first_bit", "copy_memory", "adding", "lag", "influence_balancing"), "known"),
     "char_lm": "text",
     "forecast": "series",
-}  # where the tasks of a name are made
+}  # where in `tasks` those of a name are made
 
 
 class Figure(NamedTuple):
@@ -122,15 +122,11 @@ def task(reference: str, **arguments: Any) -> Task:
     missing = [name for name in missing if name not in arguments]
     if unknown or missing:
         wrong = f"has no argument {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
-        raise ValueError(
-            f"{plain(reference, QUOTED)} {plain(wrong, QUOTED)}: its arguments are {', '.join(parameters) or 'none'}, each given as "
-            "--set=name=value, or by name in Python."
-        )
+        has = f"its arguments are {', '.join(parameters) or 'none'}, given as --set=name=value, or by name in Python"
+        raise ValueError(f"{short(reference)} {short(wrong)}: {has}.")
     made = make(**arguments)
     if not isinstance(made, Task):
-        raise ValueError(
-            f"{plain(reference, QUOTED)} returned a {type(made).__name__}; it needs to return a study.Task."
-        )
+        raise ValueError(f"{short(reference)} returned a {type(made).__name__}; it needs to return a study.Task.")
     check_task(made)
     path, colon, function = reference.rpartition(":")
     if colon and path.endswith(".py"):
@@ -154,14 +150,10 @@ def _paths_as_text(value: Any) -> Any:
 
 
 def maker(reference: str) -> Callable[..., Task]:
-    """The function that a reference names.
-
-    Raises:
-      ValueError: if there is none.
-    """
-    given, (place, colon, name) = plain(reference, QUOTED), reference.rpartition(":")
+    """The function that a reference names; a ``ValueError`` if there is none."""
+    given, (place, colon, name) = short(reference), reference.rpartition(":")
     if not colon and reference in NAMES:
-        place, name = f"tbptt_jax.study.{NAMES[reference]}", reference
+        place, name = f"tbptt_jax.study.tasks.{NAMES[reference]}", reference
     elif not colon:
         raise ValueError(
             f"There is no task {given!r}: give one of {', '.join(NAMES)}, or a function of your own that returns a study.Task, "
@@ -177,14 +169,14 @@ def maker(reference: str) -> Callable[..., Task]:
         else:
             module = importlib.import_module(place)
     except FileNotFoundError as error:
-        raise ValueError(f"{given}: there is no file {plain(place, QUOTED)}.") from error
+        raise ValueError(f"{given}: there is no file {short(place)}.") from error
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise  # a module that the task's own file imports
-        raise ValueError(f"{given}: there is no module {plain(place, QUOTED)} where Python looks for it.") from error
+        raise ValueError(f"{given}: there is no module {short(place)} where Python looks for it.") from error
     found = getattr(module, name, None)
     if not callable(found):
-        raise ValueError(f"{given}: {plain(place, QUOTED)} has no function {plain(name, QUOTED)!r}.")
+        raise ValueError(f"{given}: {short(place)} has no function {short(name)!r}.")
     return found
 
 
@@ -193,9 +185,8 @@ def check_task(task: Task) -> None:
     if not isinstance(task, Task):
         raise ValueError(f"`task` is a {type(task).__name__}; it needs to be a study.Task.")
     if not isinstance(task.model, tb.Recurrence):
-        raise ValueError(
-            f"The task's model is a {type(task.model).__name__}; it needs to be a Recurrence, as `tb.from_linen` makes."
-        )
+        model = type(task.model).__name__
+        raise ValueError(f"The task's model is a {model}; it needs to be a Recurrence, as `tb.from_linen` makes.")
     if isinstance(task.lanes, bool) or not isinstance(task.lanes, int) or task.lanes < 1:
         raise ValueError(f"The task's lanes are {task.lanes!r}; they need to be a whole number, at least 1.")
     for figure in task.figures:
@@ -283,9 +274,7 @@ def reader(
     lanes = min(lanes or n, n)
     if burn_in:
         if n > lanes:
-            raise ValueError(
-                f"Windows that overlap read {n} sequences side by side, and {lanes} lanes were asked for: give lanes={n}."
-            )
+            raise ValueError(f"Windows that overlap read all {n} sequences side by side, not {lanes}: give lanes={n}.")
         windows = tb.overlap(streams, length, burn_in)
     else:
         windows = task.cut(streams, length, lanes)

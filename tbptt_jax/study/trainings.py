@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import tbptt_jax as tb
 from tbptt_jax.sharding import RUN, over_runs
 from tbptt_jax.study.influences import influence as named_influence
-from tbptt_jax.study.machine import check_fits, check_training, needs, size
+from tbptt_jax.study.process.machine import check_fits, check_training, needs, size
 from tbptt_jax.study.task import Task, data_of, figures, is_drawn, keys_of
 
 CALL = 500  # updates in a call
@@ -25,63 +25,37 @@ PLACES = 50  # of a learning curve
 
 
 class Training(NamedTuple):
-    """What is trained once: a window, its carry and influence, all seeds and learning rates, for so many updates.
-
-    Attributes:
-      window: steps.
-      carry: ``"stateful"`` or ``"stateless"``.
-      influence: its name.
-      updates: of each run.
-      rates: Adam's rates at the start.
-      seeds: runs of each rate.
-    """
+    """What is trained once: a window, its carry and influence, all seeds and learning rates, for so many updates."""
 
     window: int
-    carry: str
+    carry: str  # "stateful" or "stateless"
     influence: str
-    updates: int
-    rates: tuple[float, ...]
-    seeds: int
+    updates: int  # of each run
+    rates: tuple[float, ...]  # Adam's at the start
+    seeds: int  # runs of each rate
 
 
 class Trained(NamedTuple):
-    """What came of it.
+    """What came of it."""
 
-    Attributes:
-      losses: of each update, ``[runs, updates]``, the runs of a rate side by side.
-      weights: likewise, how much was scored.
-      scores: the loss and the first figure on the test data, ``[runs, 2]``.
-      params: of the first seed of each rate, ``[rates, ...]``.
-      seconds: that the training took.
-      compile_seconds: before it.
-      temp_bytes: what lies between the operations of the training.
-    """
-
-    losses: np.ndarray
-    weights: np.ndarray
-    scores: np.ndarray
-    params: Any
-    seconds: float
-    compile_seconds: float
-    temp_bytes: int
+    losses: np.ndarray  # of each update, [runs, updates], the runs of a rate side by side
+    weights: np.ndarray  # likewise, how much was scored
+    scores: np.ndarray  # the loss and the first figure on the test data, [runs, 2]
+    params: Any  # of the first seed of each rate, [rates, ...]
+    seconds: float  # that the training took
+    compile_seconds: float  # before it
+    temp_bytes: int  # what lies between the operations of the training
 
 
 class Program(NamedTuple):
-    """Attributes:
-    begin: ``() -> (states, data)`` of all runs.
-    advance: ``(states, data, carried, first, last, updates) -> (states, losses, weights)``, each ``[runs, …]``.
-    evaluate: ``(params, data, carried) -> scores [runs, 2]``, the loss and the metric.
-    bytes: what a device needs for either.
-    temp_bytes: what lies between the operations of the training.
-    seconds: that it took to compile.
-    """
+    """A training, compiled."""
 
-    begin: Callable
-    advance: Callable
-    evaluate: Callable
-    bytes: int
-    temp_bytes: int
-    seconds: float
+    begin: Callable  # () -> (states, data) of all runs
+    advance: Callable  # (states, data, carried, first, last, updates) -> (states, losses, weights), each [runs, …]
+    evaluate: Callable  # (params, data, carried) -> scores [runs, 2], the loss and the metric
+    bytes: int  # what a device needs for either
+    temp_bytes: int  # what lies between the operations of the training
+    seconds: float  # that it took to compile
 
 
 class Shape(NamedTuple):
@@ -96,9 +70,7 @@ def streams_of(task: Task, which: str, key: jax.Array) -> tb.Window:
     """The streams of ``"train"`` or ``"test"`` as a Window; for want of a test, the validation data."""
     streams = task.train if which == "train" else task.valid if task.test is None else task.test
     if streams is None:
-        raise ValueError(
-            f"The task {task.name!r} has neither test nor validation data: a sweep has nothing to compare by."
-        )
+        raise ValueError(f"The task {task.name!r} has no test or validation data: a sweep has nothing to compare by.")
     data = data_of(streams, key)
     if isinstance(data, tb.Window):
         return data
@@ -127,9 +99,8 @@ def shape_of(task: Task) -> Shape:
 def windows_of(task: Task, window: int) -> tuple[int, int]:
     """How many windows the training data is cut into, and how many steps it has."""
     shape = shape_of(task)
-    train = jax.eval_shape(
-        lambda key: cut(task, streams_of(task, "train", key), window, shape.lanes), jax.random.key(0)
-    )
+    key = jax.random.key(0)
+    train = jax.eval_shape(lambda key: cut(task, streams_of(task, "train", key), window, shape.lanes), key)
     return len(jax.tree.leaves(train.inputs)[0]), shape.rows * shape.steps
 
 
@@ -162,9 +133,8 @@ def compiled(task: Task, training: Training, mesh: Mesh) -> Callable[[], Program
 
         def one(shared: Any, seed: jax.Array) -> tuple:
             own = shared or data(seed)
-            state = train_step(jnp.float32(0), jnp.int32(1)).init(
-                keys_of(seed).init, jax.tree.map(lambda x: x[0], own[0])
-            )
+            first = jax.tree.map(lambda x: x[0], own[0])
+            state = train_step(jnp.float32(0), jnp.int32(1)).init(keys_of(seed).init, first)
             return state, None if shared_data else own
 
         states, own = jax.vmap(functools.partial(one, shared))(seeds)

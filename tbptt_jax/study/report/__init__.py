@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from tbptt_jax.study.report import charts, reading
-from tbptt_jax.study.writing import csv_text, whole
+from tbptt_jax.study.process.writing import csv_text, whole
 
 FIELDS = (
     *("task", "budget", "carry", "influence", "window", "learning_rate", "seeds", "updates", "steps"),
@@ -85,9 +85,8 @@ def page(**told: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        name: getattr(reading, name) for name in ("value", "capital", "finite", "best_of", "name_of")
-    }
+    used = "value", "capital", "finite", "best_of", "name_of"
+    environment.filters |= {name: getattr(reading, name) for name in used}
     environment.filters["svg"] = charts.svg
     environment.tests["known"] = lambda x: isinstance(x, int | float) and math.isfinite(x)
     environment.globals |= {"css": beside("palette.css") + beside("report.css"), "budgets": reading.BUDGETS}

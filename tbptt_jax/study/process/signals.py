@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from tbptt_jax.study import lock
+from tbptt_jax.study.process import lock
 
 STOP = signal.SIGTERM, signal.SIGINT
 

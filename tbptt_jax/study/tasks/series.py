@@ -5,6 +5,7 @@ deviation of the training file.
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.arrays import check_whole, quoted
-from tbptt_jax.study.tables import GENERATED, Series, load, scale_of
 from tbptt_jax.study.task import Figure, Task
+from tbptt_jax.study.tasks.tables import GENERATED, Series, generated, read, scale_of, warmed
 
 
 class Layout(NamedTuple):
@@ -91,26 +92,19 @@ def forecast(
       warm_up: ``"train"``: the test goes on where the training file ends; a number: where its last rows end. 0: it begins from
         the initial carry.
       missing: what stands for a missing number, as for :func:`tbptt_jax.streams.read_csv`.
-      fill: what is read where an input is missing, as for :func:`tbptt_jax.study.tables.read`.
+      fill: what is read where an input is missing, as for :func:`tbptt_jax.study.tasks.tables.read`.
       decimal: as for :func:`tbptt_jax.streams.read_csv`.
       implementation: of :func:`tbptt_jax.lstm`.
       codec: of a task that was made before: the files are read only when their data is needed.
 
     Raises:
-      ValueError: as from :func:`tbptt_jax.study.tables.read`, or if the arguments do not go together.
+      ValueError: as from :func:`tbptt_jax.study.tasks.tables.read`, or if the arguments do not go together.
     """
     names = names_of(inputs), names_of(targets)
     given: dict[str, Any] = {"train": train, "valid": valid, "test": test, "inputs": names[0], "targets": names[1]}
     check_columns(train, *names, ahead, ahead_by, series, time)
-    how: dict[str, Any] = {
-        "warm_up": warm_up,
-        "missing": missing,
-        "fill": fill,
-        "decimal": decimal,
-        "series": series,
-        "time": time,
-    }
-    data = functools.partial(data_of, **given, **how)
+    how: dict[str, Any] = {"missing": missing, "fill": fill, "decimal": decimal, "series": series, "time": time}
+    data = functools.partial(data_of, **given, **how, warm_up=warm_up)
     layout = layout_of(data(), *columns_of(train, *names), ahead, ahead_by) if codec is None else Layout(**codec)
     there = [name for name, path in (("train", train), ("valid", valid), ("test", test)) if path is not None]
     return task_of(layout, data, there or list(GENERATED), hidden, layers, lanes, implementation)
@@ -118,13 +112,23 @@ def forecast(
 
 def data_of(
     train: str | None = None, valid: str | None = None, test: str | None = None, inputs: Sequence[str] | str = (),
-    targets: Sequence[str] | str = (), *, missing: Sequence[str] | str = (), **how: Any,
+    targets: Sequence[str] | str = (), *, missing: Sequence[str] | str = (), warm_up: str | int = 0, **how: Any,
 ) -> dict[str, list[Series]]:  # fmt: skip
-    """The series that a :func:`forecast` with these arguments is of; those that are not of the data are taken, and not used."""
+    """The series that a :func:`forecast` with these arguments is of, those of :func:`generated` where no file is named.
+
+    What was read last is kept. Arguments that are not of the data are taken, and not used.
+    """
     files = {name: path for name, path in (("train", train), ("valid", valid), ("test", test)) if path is not None}
+    stamps = tuple(os.stat(path).st_mtime_ns for path in files.values() if os.path.exists(path))
     columns = columns_of(train, names_of(inputs), names_of(targets))
-    used = {name: how[name] for name in ("warm_up", "fill", "decimal", "series", "time") if name in how}
-    return load(files, *columns, missing=names_of(missing), **used)
+    used: dict[str, Any] = {name: how[name] for name in ("fill", "decimal", "series", "time") if name in how}
+    used["missing"] = tuple(names_of(missing))
+    return _load(tuple(files.items()), *map(tuple, columns), warm_up, tuple(used.items()), stamps)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(files: tuple, inputs: tuple, targets: tuple, warm_up: str | int, how: tuple, stamps: tuple) -> Any:
+    return warmed(read(dict(files), inputs, targets, **dict(how)) if files else generated(), warm_up)
 
 
 def columns_of(train: str | None, inputs: list[str], targets: list[str]) -> tuple[list[str], list[str]]:
@@ -138,14 +142,9 @@ def names_of(given: Sequence[str] | str | None) -> list[str]:
 
 
 def check_columns(
-    train: str | None,
-    inputs: Sequence[str],
-    targets: Sequence[str],
-    ahead: int,
-    ahead_by: str | None,
-    series: str | None,
+    train: str | None, inputs: Sequence[str], targets: Sequence[str], ahead: int, ahead_by: str | None, series: str | None,
     time: str | None,
-) -> None:
+) -> None:  # fmt: skip
     """Raises a ``ValueError`` unless the columns and the steps ahead go together."""
     if (train is None) != (not targets) or (train is None and inputs):
         raise ValueError("A forecast needs a training file and targets: give train, test and targets, or none of them.")
@@ -155,9 +154,7 @@ def check_columns(
             raise ValueError(f"The {which} name {quoted(twice[0])} more than once: give each column once.")
     for which, name in (("series", series), ("time", time)):
         if name is not None and name in (*inputs, *targets):
-            raise ValueError(
-                f"The {which} column {quoted(name)} is among the inputs or targets: it is kept as text, so leave it out there."
-            )
+            raise ValueError(f"The {which} column {quoted(name)} is among the inputs or targets: leave it out there.")
     if series is not None and series == time:
         raise ValueError(f"The series column and the time column are both {quoted(series)}: give one of them.")
     check_whole("ahead", ahead)
@@ -172,12 +169,8 @@ def check_columns(
 
 
 def layout_of(
-    data: dict[str, list[Series]],
-    inputs: Sequence[str],
-    targets: Sequence[str],
-    ahead: int = 1,
-    ahead_by: str | None = None,
-) -> Layout:
+    data: dict[str, list[Series]], inputs: Sequence[str], targets: Sequence[str], ahead: int = 1, ahead_by: str | None = None
+) -> Layout:  # fmt: skip
     """The layout of a forecast, with the scales of the training series."""
     inputs = list(inputs or targets)
     own_past = bool(set(inputs) & set(targets))

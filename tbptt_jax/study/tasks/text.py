@@ -24,9 +24,9 @@ import tbptt_jax as tb
 from tbptt_jax.files import Path, is_plain, read_text
 from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.streams import characters, open_bytes
-from tbptt_jax.study.console import say
+from tbptt_jax.study.process.console import say
+from tbptt_jax.study.process.writing import short
 from tbptt_jax.study.task import Figure, Task
-from tbptt_jax.study.writing import QUOTED, plain
 
 UNITS = "characters", "bytes"
 SIDE_BY_SIDE = 32  # held-out documents
@@ -35,15 +35,11 @@ PART = 128  # symbols of a prompt that are read at a time, so that one program r
 
 
 class Corpus(NamedTuple):
-    """Attributes:
-    train: the documents to train on, symbols ``[time]`` each, int32, of bytes uint8.
-    held_out: those to judge by.
-    vocabulary: the characters by their numbers; of bytes None.
-    """
+    """Documents, symbols ``[time]`` each, int32, of bytes uint8."""
 
     train: list[np.ndarray]
     held_out: list[np.ndarray]
-    vocabulary: list[str] | None
+    vocabulary: list[str] | None  # the characters by their numbers; of bytes None
 
 
 def char_lm(
@@ -140,7 +136,7 @@ def check_codec(codec: dict[str, Any]) -> None:
     single = isinstance(vocabulary, list | tuple) and all(isinstance(c, str) and len(c) == 1 for c in vocabulary)
     if unit not in UNITS or (unit == "characters" and not (single and len(vocabulary or ()) > 1)):
         raise ValueError(
-            f"`codec` is {plain(repr(codec), QUOTED)}; it needs to be {{'unit': 'bytes'}}, or {{'unit': 'characters', 'vocabulary': "
+            f"`codec` is {short(repr(codec))}; it needs to be {{'unit': 'bytes'}}, or {{'unit': 'characters', 'vocabulary': "
             "[...]} of single characters, as a run of char_lm keeps it."
         )
 
@@ -165,12 +161,9 @@ def decode(ids: np.ndarray, codec: dict[str, Any]) -> str:
 
 
 def read(
-    files: Sequence[str],
-    documents: str | None = None,
-    unit: str = "characters",
-    held_out: float = 0.1,
+    files: Sequence[str], documents: str | None = None, unit: str = "characters", held_out: float = 0.1,
     vocabulary: Sequence[str] | None = None,
-) -> Corpus:
+) -> Corpus:  # fmt: skip
     """The documents of files as numbers; where there are several, it says how many.
 
     Args:
@@ -191,10 +184,8 @@ def read(
         raise ValueError("No document has two symbols, so there is nothing to predict: give a longer text.")
     train, rest = _last(begins, ends, held_out)
     if min((train[1] - train[0]).max(), (rest[1] - rest[0]).max()) < 2:
-        raise ValueError(
-            f"The text has {(ends - begins).sum()} {unit}, and its end is held out: each side needs a document of two. Give a "
-            "longer text."
-        )
+        has = f"The text has {(ends - begins).sum()} {unit}, and its end is held out"
+        raise ValueError(f"{has}: each side needs a document of two. Give a longer text.")
     if unit == "bytes":
         ids, known = parts[0] if len(parts) == 1 else np.concatenate(parts), None
     else:
@@ -255,10 +246,8 @@ def _places(parts: list[Any], end: str | None, documents: str | None) -> np.ndar
         if places[-1] != start:
             places.append(start)
     if end is not None and not found and documents != "lines":
-        raise ValueError(
-            f"`documents` is {plain(repr(documents), QUOTED)}, which is nowhere in the text: give 'files', 'lines', or the text that "
-            "ends each document."
-        )
+        nowhere = f"`documents` is {short(repr(documents))}, which is nowhere in the text"
+        raise ValueError(f"{nowhere}: give 'files', 'lines', or the text that ends each document.")
     return np.asarray(places)
 
 
@@ -319,10 +308,8 @@ def prompt(
     """
     check_codec(codec)
     if codec["unit"] != "bytes" and (unknown := sorted(set(text) - set(codec["vocabulary"][1:]))):
-        raise ValueError(
-            f"The prompt has {', '.join(map(repr, unknown[:5]))}, which the model's training text does not have: leave "
-            f"{'it' if len(unknown) == 1 else 'them'} out."
-        )
+        has, them = ", ".join(map(repr, unknown[:5])), "it" if len(unknown) == 1 else "them"
+        raise ValueError(f"The prompt has {has}, which the model's training text does not have: leave {them} out.")
     if not text:
         raise ValueError("The prompt is empty: give at least one character for the model to go on from.")
     if isinstance(length, bool) or not isinstance(length, int) or length < 0:
@@ -355,15 +342,8 @@ def _read(model: Recurrence, params: Any, carry: Any, ids: Any, length: Any) -> 
 
 @functools.partial(jax.jit, static_argnames=("model", "never"))
 def _write(
-    model: Recurrence,
-    never: int,
-    params: Any,
-    carry: Any,
-    logits: Any,
-    keys: jax.Array,
-    temperature: jax.Array,
-    like: Any,
-) -> jax.Array:
+    model: Recurrence, never: int, params: Any, carry: Any, logits: Any, keys: jax.Array, temperature: jax.Array, like: Any
+) -> jax.Array:  # fmt: skip
     """Symbols ``[time]``, one for each key; the first ``never`` of the vocabulary are not drawn."""
 
     def one_step(state: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:

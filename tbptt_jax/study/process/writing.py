@@ -30,6 +30,11 @@ def plain(text: str, at_most: int | None = None, keep: str = "") -> str:
     return f"{shown[: at_most // 2]}…{shown[at_most // 2 + 1 - at_most :]}"
 
 
+def short(text: Any) -> str:
+    """A user's text as a sentence quotes it."""
+    return plain(str(text), QUOTED)
+
+
 def cell(text: str) -> str:
     """A user's text as a field of a CSV file, such that no spreadsheet takes it for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
@@ -68,9 +73,8 @@ def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(target: pathlib.Path, content: Any) -> None:
-    """Whole or not at all; what is not finite, as where a training diverged, is written as null."""
-    with whole(target) as path:
-        path.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+    """By the first of several processes, whole or not at all; what is not finite, as of a training that diverged, as null."""
+    write_files(target.parent, {target.name: (json.dumps(finite(content), indent=1, allow_nan=False) + "\n").encode()})
 
 
 def finite(x: Any) -> Any:
@@ -94,10 +98,8 @@ def check_own(directory: pathlib.Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         there = directory / name
         if there.exists() and there.read_bytes() != content:
-            raise ValueError(
-                f"{there} is not the series that is generated here, which would take its place: give it as --{there.stem}, or "
-                "another --workdir."
-            )
+            own = f"{there} is not the series that is generated here, which would take its place"
+            raise ValueError(f"{own}: give it as --{there.stem}, or another --workdir.")
 
 
 def csv_bytes(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:

@@ -9,16 +9,10 @@ import jax.numpy as jnp
 import optax
 
 import tbptt_jax as tb
-from tbptt_jax.study.machine import check_fits
+from tbptt_jax.study.process.machine import check_fits
 from tbptt_jax.study.task import Figure, Task
-from tbptt_jax.tasks import adding as adding_data
-from tbptt_jax.tasks import adding_floor, copy_memory_floor, lag_floor
-from tbptt_jax.tasks import copy_memory as copy_memory_data
-from tbptt_jax.tasks import lag as lag_data
-from tbptt_jax.tasks.first_bit import first_bit as first_bit_data
+from tbptt_jax.tasks import copy_memory_floor
 from tbptt_jax.tasks.first_bit import first_bit_floor, score_last
-from tbptt_jax.tasks.influence_balancing import influence_balancing as influence_balancing_data
-from tbptt_jax.tasks.influence_balancing import influence_balancing_model
 
 
 def binary(logits: jax.Array, window: tb.Window) -> jax.Array:
@@ -41,12 +35,12 @@ def symbols(logits: jax.Array, window: tb.Window) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, window.targets)
 
 
-def _drawn(data: Callable[[jax.Array, int], tb.Window], n: int, steps: int) -> Callable[[jax.Array], tb.Window]:
-    """Streams drawn from a key, n of so many steps."""
+def _drawn(make: Callable[..., tb.Window], n: int, steps: int, *numbers: int) -> Callable[[jax.Array], tb.Window]:
+    """Streams ``make(key, n, *numbers)``, of so many steps."""
 
     def draw(key: jax.Array) -> tb.Window:
         check_fits(f"{n:,} streams of {steps} steps", 8 * n * steps, "--lanes")
-        return data(key, n)
+        return make(key, n, *(numbers or (steps,)))
 
     return draw
 
@@ -57,14 +51,11 @@ def first_bit(hidden: int = 10, lanes: int = 100, steps: int = 20, implementatio
     def exact(carried: bool, window: int) -> float:
         return first_bit_floor(1 if carried else -(-steps // window)).accuracy
 
-    def data(key: jax.Array, n: int) -> tb.Window:
-        return first_bit_data(key, n, steps)
-
     return Task(
         model=tb.lstm(hidden, readout=nn.Dense(1), implementation=implementation),
         loss=binary,
-        train=_drawn(data, 1000, steps),
-        test=_drawn(data, 200, steps),
+        train=_drawn(tb.tasks.first_bit, 1000, steps),
+        test=_drawn(tb.tasks.first_bit, 200, steps),
         lanes=lanes,
         figures=(Figure("test accuracy", correct, better="higher"),),
         name="first_bit",
@@ -81,14 +72,11 @@ def copy_memory(
 ) -> Task:
     """A symbol that is asked for again after a silence."""
 
-    def data(key: jax.Array, n: int) -> tb.Window:
-        return copy_memory_data(key, n, silence, alphabet, 1)
-
     return Task(
         model=tb.lstm(hidden, readout=nn.Dense(alphabet + 1), implementation=implementation),
         loss=symbols,
-        train=_drawn(data, 100 * lanes, silence + 2),
-        test=_drawn(data, 400, silence + 2),
+        train=_drawn(tb.tasks.copy_memory, 100 * lanes, silence + 2, silence, alphabet, 1),
+        test=_drawn(tb.tasks.copy_memory, 400, silence + 2, silence, alphabet, 1),
         lanes=lanes,
         figures=(Figure("loss of a recalled symbol", symbols, "nats"),),
         name="copy_memory",
@@ -101,37 +89,31 @@ def copy_memory(
 def adding(hidden: int = 16, lanes: int = 50, steps: int = 40, implementation: Any = None) -> Task:
     """The sum of two marked numbers."""
 
-    def data(key: jax.Array, n: int) -> tb.Window:
-        return adding_data(key, n, steps)
-
     return Task(
         model=tb.lstm(hidden, readout=nn.Dense(1), implementation=implementation),
         loss=squared,
-        train=_drawn(data, 40 * lanes, steps),
-        test=_drawn(data, 400, steps),
+        train=_drawn(tb.tasks.adding, 40 * lanes, steps),
+        test=_drawn(tb.tasks.adding, 400, steps),
         lanes=lanes,
         figures=(Figure("squared error of the sum", squared),),
         name="adding",
         about=f"Of {steps} numbers two are marked, one in each half, and their sum is asked for at the end. Guessing the mean has a "
         "squared error of 1/6.",
-        exact=lambda carried, window: 0.0 if carried else adding_floor((steps - 1) % window + 1, steps),
+        exact=lambda carried, window: 0.0 if carried else tb.tasks.adding_floor((steps - 1) % window + 1, steps),
     )
 
 
 def lag(hidden: int = 16, lanes: int = 64, steps: int = 2000, implementation: Any = None) -> Task:
     """A coin that is loaded by what another showed 3 and 8 steps ago."""
 
-    def data(key: jax.Array, n: int) -> tb.Window:
-        return lag_data(key, n, steps)
-
     def exact(carried: bool, window: int) -> float | None:
-        return lag_floor() if carried else lag_floor(window) if steps % window == 0 else None
+        return tb.tasks.lag_floor() if carried else tb.tasks.lag_floor(window) if steps % window == 0 else None
 
     return Task(
         model=tb.lstm(hidden, readout=nn.Dense(1), implementation=implementation),
         loss=binary,
-        train=_drawn(data, lanes, steps),
-        test=_drawn(data, lanes, steps),
+        train=_drawn(tb.tasks.lag, lanes, steps),
+        test=_drawn(tb.tasks.lag, lanes, steps),
         lanes=lanes,
         figures=(Figure("test loss", binary, "nats a step"),),
         name="lag",
@@ -148,12 +130,12 @@ def influence_balancing(steps: int = 1000) -> Task:
     def error(s: jax.Array, window: tb.Window) -> jax.Array:
         return (s - window.targets) ** 2 / 2
 
-    data = influence_balancing_data(steps)
+    stream = tb.tasks.influence_balancing(steps)
     return Task(
-        model=influence_balancing_model(),
+        model=tb.tasks.influence_balancing_model(),
         loss=error,
-        train=data,
-        test=data,
+        train=stream,
+        test=stream,
         figures=(Figure("loss", error),),
         name="influence_balancing",
         about="One parameter pulls the output one way at once and the other way, harder, later. A gradient that looks back too few "

@@ -3,12 +3,14 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from tbptt_jax.study.writing import plain
+from tbptt_jax.study.process.writing import plain
 
 console = Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False)
 
@@ -16,6 +18,16 @@ console = Console(width=None if sys.stdout.isatty() else 100, markup=False, emoj
 def say(text: str) -> None:
     """Prints a line that may hold a user's words: nothing in it is interpreted, and it is not broken."""
     console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
+    """A table, its first ``left`` columns flush left and the others right."""
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, head in enumerate(heads):
+        out.add_column(head, justify="left" if i < left else "right")
+    for row in rows:
+        out.add_row(*row)
+    return out
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,19 +57,14 @@ def size(tree: Any) -> int:
 def check_fits(what: str, needed: int, lower: str) -> None:
     """Raises a ``ValueError`` if ``what`` takes more bytes than there are; ``lower`` names what to lower."""
     if needed > memory():
-        raise ValueError(
-            f"{what} would take {needed / 1e9:,.1f} GB or more, and there are {memory() / 1e9:,.1f} GB: lower {lower}."
-        )
+        there = f"and there are {memory() / 1e9:,.1f} GB"
+        raise ValueError(f"{what} would take {needed / 1e9:,.1f} GB or more, {there}: lower {lower}.")
 
 
 def check_training(step: TrainStep, windows: Any, runs: int, lower: str) -> None:
-    """Raises a ``ValueError`` if the state of so many trainings side by side, with a gradient, does not fit.
+    """Raises a ``ValueError`` if the state of ``runs`` trainings side by side, with a gradient, does not fit.
 
-    Args:
-      step: the train step.
-      windows: of one training, ``[windows, lanes, time, ...]``, or their shapes.
-      runs: how many trainings.
-      lower: what to lower, as a sentence has it.
+    ``windows`` are of one training, ``[windows, lanes, time, ...]``, or their shapes.
     """
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), windows)
     state = jax.eval_shape(step.init, jax.random.key(0), first)
@@ -84,18 +78,6 @@ def needs(program: Any) -> tuple[int, int]:
         return 0, 0
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return found.temp_size_in_bytes + kept, found.temp_size_in_bytes
-
-
-def train_all(train: Callable[..., Any], keys: jax.Array, lower: str) -> Any:
-    """``train(keys)`` as one program, which is looked at before it runs.
-
-    Raises:
-      ValueError: if it needs more than there is; ``lower`` names what to lower.
-    """
-    program = jax.jit(train).lower(keys).compile()
-    devices = len(jax.tree.leaves(program.output_shardings)[0].device_set)
-    check_fits("The training", needs(program)[0] * devices, lower)
-    return program(keys)
 
 
 def mesh(*, runs: int = 1, lanes: int = 1, window: int = 1, units: int = 1, devices: int | None = None) -> Mesh:

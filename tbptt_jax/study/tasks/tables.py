@@ -1,10 +1,8 @@
 """Time series from tables: one or many in a file, their gaps filled, a test that goes on where training ended."""
 
-import functools
 import math
-import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,7 +59,7 @@ def read(
       decimal: as for :func:`tbptt_jax.streams.read_csv`.
       series: the column that tells series apart; they come in the order in which they appear.
       time: a column that is kept as text.
-      scales: those of a :class:`tbptt_jax.study.series.Layout`, whose means are those of the training file.
+      scales: those of a :class:`tbptt_jax.study.tasks.series.Layout`, whose means are those of the training file.
 
     Raises:
       ValueError: with file, line and column, if one is not as :func:`tbptt_jax.streams.read_csv` needs, or too short, an
@@ -71,9 +69,8 @@ def read(
     own_past = [name in targets for name in inputs]
     columns = list(dict.fromkeys([*inputs, *targets]))
     texts = [name for name in (series, time) if name is not None]
-    tables = {
-        name: read_table(path, columns, missing=missing, decimal=decimal, texts=texts) for name, path in files.items()
-    }
+    how: dict = {"missing": missing, "decimal": decimal, "texts": texts}
+    tables = {name: read_table(path, columns, **how) for name, path in files.items()}
     if scales is None:
         for column, numbers in zip(columns, ~np.isnan(tables["train"].values.T), strict=True):
             if not numbers.any():
@@ -106,30 +103,11 @@ def read(
                 "of the training file; or --fill=zero."
             )
         if name != "test" and any(own_past) and max(len(each.rows) for each in result[name]) < 2:
-            raise ValueError(
-                f"{files[name]} has {len(table.values)} rows; to tell a row from those before it takes at least 2."
-            )
+            raise ValueError(f"{files[name]} has {len(table.values)} rows; telling one from those before it takes 2.")
         if (name == "train" and not scored.all()) or (name == "valid" and not scored.any()):
-            raise ValueError(
-                f"{files[name]} has no number to be told in column {quoted(targets[int(scored.argmin())])}: leave it out."
-            )
+            column = quoted(targets[int(scored.argmin())])
+            raise ValueError(f"{files[name]} has no number to be told in column {column}: leave it out.")
     return result
-
-
-def load(
-    files: dict[str, str], inputs: Sequence[str], targets: Sequence[str], warm_up: str | int = 0, **how: Any
-) -> dict[str, list[Series]]:
-    """:func:`read`, or :func:`generated` where no file is named, and :func:`warmed`; what was read last is kept."""
-    stamps = tuple(
-        (pathlib.Path(path).stat().st_mtime_ns, path) for path in files.values() if pathlib.Path(path).exists()
-    )
-    how["missing"] = tuple(how.get("missing", ()))
-    return _load(tuple(files.items()), tuple(inputs), tuple(targets), warm_up, tuple(how.items()), stamps)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(files: tuple, inputs: tuple, targets: tuple, warm_up: str | int, how: tuple, stamps: tuple) -> Any:
-    return warmed(read(dict(files), inputs, targets, **dict(how)) if files else generated(), warm_up)
 
 
 def _rows_of(table: Table, series: str | None) -> dict[str, np.ndarray]:
@@ -187,7 +165,7 @@ def filled(values: np.ndarray, fill: str | None, means: np.ndarray) -> np.ndarra
     return np.where(gaps, 0 if fill == "zero" else means, values)
 
 
-def mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+def mean_of(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     """Of the numbers that are there; NaN where none is."""
     with np.errstate(invalid="ignore"):
         return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
@@ -201,8 +179,8 @@ def scale_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.nanmin(values, 0), np.nanmax(values, 0)
     size = np.frexp(np.maximum(-low, high))[1]  # by a power of two nothing is rounded, and no square overflows
     values = np.ldexp(values, -size)
-    middle = mean(values, 0)
-    deviation = np.ldexp(np.sqrt(mean((values - middle) ** 2, 0)), size)
+    middle = mean_of(values, 0)
+    deviation = np.ldexp(np.sqrt(mean_of((values - middle) ** 2, 0)), size)
     still = (low == high) | (deviation == 0)
     return np.where(still, low, np.ldexp(middle, size)), np.where(still, 1, deviation)
 
@@ -234,11 +212,9 @@ def generated() -> dict[str, list[Series]]:
     return {name: [Series(x[:, :1], x[:, 1:], np.arange(len(x)))] for name, x in tables.items()}
 
 
-def columns(
-    data: Sequence[Series], names: Sequence[str] = ("pump", "level")
-) -> tuple[Sequence[str], list[list[float]]]:
+def columns(data: Sequence[Series]) -> tuple[Sequence[str], list[list[float]]]:
     """Header and rows of a table of what was :func:`generated`."""
-    return names, np.hstack([data[0].inputs, data[0].targets])[data[0].warm :].tolist()
+    return ("pump", "level"), np.hstack([data[0].inputs, data[0].targets])[data[0].warm :].tolist()
 
 
 def tanks(seed: int, steps: int) -> np.ndarray:

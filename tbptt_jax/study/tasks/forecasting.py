@@ -14,8 +14,8 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.recurrence import Recurrence, unroll_window
-from tbptt_jax.study.series import Layout, features, known
-from tbptt_jax.study.tables import Series
+from tbptt_jax.study.tasks.series import Layout, features, known
+from tbptt_jax.study.tasks.tables import Series, mean_of
 
 STRETCH = 1000  # steps of a window in which series are read
 AT_ONCE = 100_000  # steps of forecasts from many origins that are computed side by side
@@ -37,7 +37,7 @@ def forecasts(model: Recurrence, params: Any, layout: Layout, data: Sequence[Ser
     """Forecasts from every row of every series, each series read from the initial carry on.
 
     Args:
-      model: the recurrence, as a :func:`tbptt_jax.study.series.forecast` has it.
+      model: the recurrence, as a :func:`tbptt_jax.study.tasks.series.forecast` has it.
       params: its parameters.
       layout: of its task, ``Layout(**task.codec)``.
       data: the series.
@@ -171,12 +171,8 @@ def naive(series: Series, ahead: int, season: int | None = None) -> np.ndarray:
 
 
 def scores(
-    layout: Layout,
-    train: Sequence[Series],
-    test: Sequence[Series],
-    predictions: Sequence[Forecasts],
-    season: int | None = None,
-) -> list[dict[str, Any]]:
+    layout: Layout, train: Sequence[Series], test: Sequence[Series], predictions: Sequence[Forecasts], season: int | None = None
+) -> list[dict[str, Any]]:  # fmt: skip
     """How well a test is forecast, by steps ahead, beside naive forecasts of the same rows.
 
     Args:
@@ -193,7 +189,7 @@ def scores(
       measures of forecast accuracy*).
     """
     lag = season or 1
-    scale = _mean(np.concatenate([np.abs(s.targets[lag:] - s.targets[:-lag]) for s in train]))
+    scale = mean_of(np.concatenate([np.abs(s.targets[lag:] - s.targets[:-lag]) for s in train]), 0)
     wanted = {"naive": None} | ({"seasonal": season} if season else {})
     errors: dict[str, list[np.ndarray]] = {name: [] for name in ("model", *wanted)}
     for series, forecast in zip(test, predictions, strict=True):
@@ -208,8 +204,8 @@ def scores(
     rows = []
     for k in range(layout.ahead):
         error = {name: np.where(there[:, k], x[:, k], np.nan) for name, x in joined.items()}
-        rmse = {name: _named(layout, np.sqrt(_mean(x**2))) for name, x in error.items()}
-        mase = _named(layout, _mean(np.abs(error["model"])) / np.where(scale > 0, scale, np.nan))
+        rmse = {name: _named(layout, np.sqrt(mean_of(x**2, 0))) for name, x in error.items()}
+        mase = _named(layout, mean_of(np.abs(error["model"]), 0) / np.where(scale > 0, scale, np.nan))
         rows.append({"ahead": k + 1, "rows": _named(layout, there[:, k].sum(0)), "rmse": rmse, "mase": mase})
     return rows
 
@@ -222,9 +218,7 @@ def origins(layout: Layout, series: Series, count: int) -> np.ndarray:
     return np.unique(spread[spread <= last])
 
 
-def backtest(
-    layout: Layout, test: Sequence[Series], predictions: Sequence[Forecasts], count: int
-) -> list[dict[str, Any]]:
+def backtest(layout: Layout, test: Sequence[Series], predictions: Sequence[Forecasts], count: int) -> list[dict]:
     """The root mean square error over all steps ahead, from each of ``count`` origins spread over each series.
 
     Returns:
@@ -234,7 +228,7 @@ def backtest(
     for series, forecast in zip(test, predictions, strict=True):
         for t in origins(layout, series, count):
             error = forecast.ahead[t] - series.targets[t : t + layout.ahead]
-            rmse = _named(layout, np.sqrt(_mean(error**2)))
+            rmse = _named(layout, np.sqrt(mean_of(error**2, 0)))
             result.append({"series": series.name, "row": int(series.rows[t]), "rmse": rmse})
     return result
 
@@ -256,9 +250,7 @@ def check_test(layout: Layout, test: Sequence[Series], count: int | None = None)
 
 def shown(layout: Layout, test: Sequence[Series], predictions: Sequence[Forecasts]) -> tuple[np.ndarray, np.ndarray]:
     """What was observed, NaN past the end, and the nearest forecast ``[rows, targets]``, series after series."""
-    predicted = [
-        nearest(layout, series, forecast)[series.warm :] for series, forecast in zip(test, predictions, strict=True)
-    ]
+    predicted = [nearest(layout, s, f)[s.warm :] for s, f in zip(test, predictions, strict=True)]
     observed = [np.full_like(x, np.nan) for x in predicted]
     for series, x in zip(test, observed, strict=True):
         x[: len(series.rows) - series.warm] = series.targets[series.warm :]
@@ -285,16 +277,16 @@ def evaluate(
     results: dict[str, Any] = {
         "ahead": layout.ahead,
         "ahead_by": None if layout.ahead == 1 else "direct" if layout.direct else "recursive",
-        "test_mse": float(_mean(errors.reshape(-1, 1) ** 2)[0]),
-        "test_rmse": _named(layout, np.sqrt(_mean(errors**2)) * deviation),
-        "test_mse_of_the_mean": float(_mean(((exact - mean) / deviation).reshape(-1, 1) ** 2)[0]),
-        "test_mse_of_the_row_before": float(_mean(before.reshape(-1, 1) ** 2)[0]) if only_past else None,
+        "test_mse": float(mean_of(errors**2)),
+        "test_rmse": _named(layout, np.sqrt(mean_of(errors**2, 0)) * deviation),
+        "test_mse_of_the_mean": float(mean_of(((exact - mean) / deviation) ** 2)),
+        "test_mse_of_the_row_before": float(mean_of(before**2)) if only_past else None,
         "steps_ahead": scores(layout, train, test, predictions, season),
     }
     if count is not None:
         results["origins"] = backtest(layout, test, predictions, count)
         rmse = np.array([list(origin["rmse"].values()) for origin in results["origins"]])
-        results["origins_mean"] = _named(layout, _mean(rmse))
+        results["origins_mean"] = _named(layout, mean_of(rmse, 0))
     return results
 
 
@@ -304,9 +296,8 @@ def summary(results: dict[str, Any]) -> str:
     if not of:
         return "none of its targets is known, so none is scored"
     before = results["test_mse_of_the_row_before"]
-    others = f"{results['test_mse_of_the_mean']:.4g} for the mean" + (
-        f" and {before:.4g} for the row before" if before else ""
-    )
+    others = f"{results['test_mse_of_the_mean']:.4g} for the mean"
+    others += f" and {before:.4g} for the row before" if before else ""
     text = f"squared error {results['test_mse']:.4g}, standardised ({others}); root mean square error {of}"
     steps = [step for step in results["steps_ahead"] if any(step["rows"].values())]
     for step in steps if len(steps) < 2 else (steps[0], steps[-1]):
@@ -325,12 +316,8 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def table(
-    layout: Layout,
-    test: Sequence[Series],
-    predictions: Sequence[Forecasts],
-    series: str | None = None,
-    time: str | None = None,
-) -> tuple[list[str], list[list[Any]]]:
+    layout: Layout, test: Sequence[Series], predictions: Sequence[Forecasts], series: str | None = None, time: str | None = None
+) -> tuple[list[str], list[list[Any]]]:  # fmt: skip
     """Header and rows of a table of forecasts: every row of the test, and those past its end.
 
     Args:
@@ -349,9 +336,8 @@ def table(
         predicted, ahead = nearest(layout, each, forecast), by_row(each, forecast)
         for r in range(each.warm, len(predicted)):
             inside = r < len(each.rows)
-            row: list[Any] = [
-                int(each.rows[r]) if inside else "" if series else int(each.rows[-1]) + 1 + r - len(each.rows)
-            ]
+            beyond = "" if series else int(each.rows[-1]) + 1 + r - len(each.rows)
+            row: list[Any] = [int(each.rows[r]) if inside else beyond]
             row += [each.name] if series is not None else []
             row += [each.times[r] if inside and each.times else ""] if time is not None else []
             for i in range(len(layout.targets)):
@@ -359,15 +345,6 @@ def table(
                 row += [float(ahead[r, k, i]) if r < len(ahead) else "" for k in range(1, layout.ahead)]
             rows.append(["" if value != value else value for value in row])  # a gap is blank
     return heads, rows
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Of the numbers that are there in each column, NaN where none is."""
-    there = ~np.isnan(values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(there, values, 0).reshape(-1, values.shape[-1]).sum(0) / there.reshape(
-            -1, values.shape[-1]
-        ).sum(0)
 
 
 def _named(layout: Layout, values: np.ndarray) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tbptt_jax.study.writing import QUOTED, plain
+from tbptt_jax.study.process.writing import short
 
 NAME = ".lock"
 _held: dict[pathlib.Path, tuple[Any, bool]] = {}  # the open lock file, and whether the directory was made for it
@@ -23,12 +23,10 @@ _held: dict[pathlib.Path, tuple[Any, bool]] = {}  # the open lock file, and whet
 def workdir(path: str | pathlib.Path, flag: str = "workdir") -> pathlib.Path:
     """The directory to write into, made if it is missing, and this launch's alone until it ends.
 
-    Of several processes of one launch, the first holds it for all.
-
-    Raises:
-      ValueError: if it cannot be made or written to, or another launch is at work there.
+    Of several processes of one launch, the first holds it for all. A ``ValueError`` if it cannot be made or written to, or
+    another launch is at work there.
     """
-    directory, given, refused = expanded(path, flag), f"--{flag}={plain(str(path), QUOTED)}", ""
+    directory, given, refused = expanded(path, flag), f"--{flag}={short(path)}", ""
     if re.search("[\n\r\ud800-\udfff]", str(directory.absolute())):
         raise ValueError(f"{given}: its path has a line's end in it, or is not UTF-8. Name another directory.")
     try:
@@ -49,19 +47,13 @@ def workdir(path: str | pathlib.Path, flag: str = "workdir") -> pathlib.Path:
 
 
 def expanded(path: str | pathlib.Path, flag: str = "workdir") -> pathlib.Path:
-    """The path that a flag names, ``~`` as the home directory.
-
-    Raises:
-      ValueError: if it names none.
-    """
+    """The path that a flag names, ``~`` as the home directory; a ``ValueError`` if it names none."""
     if not str(path):
         raise ValueError(f"--{flag} is empty: name a directory; . is the one you are in.")
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(
-            f"--{flag}={plain(str(path), QUOTED)}: there is no such home directory. Write the path out, or ./~ for a name."
-        ) from error
+        raise ValueError(f"--{flag}={short(path)}: no such home directory. Write it out, or ./~ for a name.") from error
 
 
 def take(directory: pathlib.Path) -> None:
@@ -151,5 +143,5 @@ def _is_alive(pid: str) -> bool:
     except (ProcessLookupError, ValueError):
         return False
     except PermissionError:
-        return True
+        pass  # it is another user's
     return True
