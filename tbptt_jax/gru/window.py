@@ -115,10 +115,10 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
     # stand still too, and nothing goes back through a reset.
     r, z, n = jnp.split(gates, 3, -1)
     (h_before,) = zero_where((jnp.concatenate([carry[:, None], hs[:, :-1]], 1),), resets)
-    space, of_h = inners, None
+    space, of_h = inners, inners
     if norm is not None:
-        space, of_h = jnp.zeros_like(hs), inners
         products, scales = of_h
+        space = jnp.zeros_like(hs)
         inners = (products * scales[..., 1:] * norm.recurrent)[..., 2 * features :] + weights.recurrent_bias
     by_n = (1 - z) * (1 - n * n)  # dh/d(what tanh is taken of), and so on: before the activations
     by_z = (h_before - n) * z * (1 - z)
@@ -141,9 +141,9 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
             d_product, d_sums = d_all, put(d_sums, d_h, t)
             if norm is not None:
                 of_step = at(products, t), at(scales, t)
-                own = _shared(*of_step, norm.recurrent, d_all)
-                d_product = _along(*of_step, norm.recurrent, d_all, own)
-                shared, d_gain = put(shared, own, t), d_gain + _of_gain(*of_step, d_all)
+                own = _shared(of_step, norm.recurrent, d_all)
+                d_product = _along(of_step, norm.recurrent, d_all, own)
+                shared, d_gain = put(shared, own, t), d_gain + _of_gain(of_step, d_all)
             d_before = into_all(d_product)
         else:
             d_reset = into_candidate(d_inner)
@@ -159,7 +159,7 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
     d_r_z, d_inner = jnp.split(d_gates, [2 * features], -1)
     d_into = jnp.concatenate([d_r_z, by_n * d_sums], -1) if after else d_gates
     d_bias, d_recurrent_bias, d_norm = d_into.sum((0, 1)), d_inner.sum((0, 1)) if after else None, None
-    d_products = d_gates if norm is None else _along(products, scales, norm.recurrent, d_gates, shared)
+    d_products = d_gates if norm is None else _along(of_h, norm.recurrent, d_gates, shared)
     if after:
         d_recurrent = over_steps(dtype, h_before, d_products)
     else:
@@ -167,8 +167,8 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
             [over_steps(dtype, h_before, d_r_z), over_steps(dtype, r * h_before, d_inner)], -1
         )
     if norm is not None:
-        d_norm = LayerNorm(_of_gain(*of_inputs, d_into).sum((0, 1)), d_gain.sum(0))
-        d_into = _along(*of_inputs, norm.input, d_into, _shared(*of_inputs, norm.input, d_into))
+        d_norm = LayerNorm(_of_gain(of_inputs, d_into).sum((0, 1)), d_gain.sum(0))
+        d_into = _along(of_inputs, norm.input, d_into, _shared(of_inputs, norm.input, d_into))
     d_input = over_steps(dtype, x, d_into)
     if norm is not None:
         d_input, d_recurrent = _centred(d_input), _centred(d_recurrent)
@@ -192,7 +192,7 @@ def _cell(dtype: Any, weights: Weights, lanes: int) -> Callable[[jax.Array, jax.
 
     inner is what r multiplies, with layer normalisation what that is made of, and nothing where r multiplies h.
     """
-    features, norm = weights.recurrent.shape[0], weights.norm
+    features, norm, recurrent_bias = weights.recurrent.shape[0], weights.norm, weights.recurrent_bias
     _, recurrent = _centred_weights(weights)
 
     def activations(from_input: jax.Array, from_h: jax.Array) -> jax.Array:
@@ -204,7 +204,7 @@ def _cell(dtype: Any, weights: Weights, lanes: int) -> Callable[[jax.Array, jax.
         if norm is not None:
             from_h, made_of = _scaled(from_h, norm.recurrent)
         r_z = activations(from_input, from_h)
-        inner = from_h[:, 2 * features :] + weights.recurrent_bias
+        inner = from_h[:, 2 * features :] + jnp.asarray(recurrent_bias)
         n = jnp.tanh(from_input[:, 2 * features :] + r_z[:, :features] * inner)
         return jnp.concatenate([r_z, n], 1), inner if norm is None else made_of, n + r_z[:, features:] * (h - n)
 
@@ -214,7 +214,7 @@ def _cell(dtype: Any, weights: Weights, lanes: int) -> Callable[[jax.Array, jax.
         n = jnp.tanh(from_input[:, 2 * features :] + of_candidate(r_z[:, :features] * h))
         return jnp.concatenate([r_z, n], 1), (), n + r_z[:, features:] * (h - n)
 
-    if weights.recurrent_bias is not None:
+    if recurrent_bias is not None:
         of_all = times(dtype, recurrent, lanes)
         return reset_after
     of_gates, of_candidate = (times(dtype, w, lanes) for w in jnp.split(recurrent, [2 * features], 1))
@@ -232,21 +232,26 @@ def _centred(w: jax.Array) -> jax.Array:
 
 
 def _scaled(x: jax.Array, gain: jax.Array) -> tuple[jax.Array, tuple]:
-    """Layer normalisation of what is centred; and what it was made of: that, and the factors of its two groups."""
+    """Layer normalisation of what is centred; and what it was made of: that, and the factors of its two groups, ``[..., 2]``."""
     scales = lax.rsqrt((x * x) @ _groups(jnp.ones_like(gain)) + EPSILON)
     return x * (_spread(scales, len(gain)) * gain), (x, scales)
 
 
-def _along(x: jax.Array, scales: jax.Array, gain: jax.Array, d: jax.Array, shared: jax.Array) -> jax.Array:
-    """The cotangent of x, from that of what :func:`_scaled` made of it and what the columns of a group share."""
+def _along(of: tuple, gain: jax.Array, d: jax.Array, shared: jax.Array) -> jax.Array:
+    """The cotangent of what :func:`_scaled` was given, from that of what it returned; ``shared`` by :func:`_shared`."""
+    x, scales = of
     return d * (_spread(scales, len(gain)) * gain) - x * _spread(shared, len(gain))
 
 
-def _shared(x: jax.Array, scales: jax.Array, gain: jax.Array, d: jax.Array) -> jax.Array:
+def _shared(of: tuple, gain: jax.Array, d: jax.Array) -> jax.Array:
+    """What the columns of a group have in common in that cotangent, ``[..., 2]``."""
+    x, scales = of
     return scales**3 * ((d * x) @ _groups(gain))
 
 
-def _of_gain(x: jax.Array, scales: jax.Array, d: jax.Array) -> jax.Array:
+def _of_gain(of: tuple, d: jax.Array) -> jax.Array:
+    """The cotangent of the gain, before it is summed."""
+    x, scales = of
     return d * (x * _spread(scales, x.shape[-1]))
 
 
