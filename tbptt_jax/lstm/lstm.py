@@ -86,10 +86,10 @@ def lstm(
           projection, zoneout and layer normalisation; reverse mode. On a CPU the kernels are interpreted, which is for tests.
 
     Raises:
-      ValueError: now, if a size is not positive, a rate not from 0 to below 1, or the implementation unknown or not for this; from ``init``, if the inputs
-        have no axis of features, or a module has variables besides its parameters or looks along time or lanes; from ``unroll``, when it is
-        traced, if what reaches the cell is not ``[lanes, time, inputs]`` of the weights' inputs, the carry does not fit,
-        or ``"cudnn"`` was asked for and cannot do it.
+      ValueError: now, if a size is not positive, a rate not from 0 to below 1, or the implementation unknown or not for this;
+        from ``init``, if the inputs have no axis of features, or a module has variables besides its parameters or looks along
+        time or lanes; from ``unroll``, when it is traced, if what reaches the cell is not ``[lanes, time, inputs]`` of the
+        weights' inputs, the carry does not fit, or ``"cudnn"`` was asked for and cannot do it.
     """
     for name, size in {"features": features, "projection": projection}.items():
         if size is not None:
