@@ -223,6 +223,16 @@ def test_weights_are_left_out_for_a_window_and_zoneout_keeps_units_for_a_step():
     assert abs(stood_still.mean() - 0.4) < 0.03 and stood_still.std((0, 1)).min() > 0.4
 
 
+def test_what_is_drawn_is_a_lanes_own_and_the_same_in_segments():
+    options = {"layers": 2, "dropout": 0.5, "weight_drop": 0.4, "zoneout": 0.3}
+    fused, params, carry = model(**options)
+    keys = noise.lane_keys(jax.random.key(1), LANES)
+    whole = fused.unroll(params, carry, window(), key=keys)
+    close(tb.gru(FEATURES, checkpoint=3, **options).unroll(params, carry, window(), key=keys), whole)
+    alone = fused.unroll(params, jax.tree.map(lambda h: h[1:2], carry), window()[1:2], key=keys[1:2])
+    close(alone, jax.tree.map(lambda h: h[1:2], whole))
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.1), ("float16", 0.02)])
 @forms
 def test_half_precision_is_close(form, dtype, tolerance):
