@@ -43,7 +43,7 @@ def gru(
 
         r, z = σ(x W_x + h W_h + b),   n = tanh(x W_x + b + r (h W_h + c)),   h ← (1 − z) n + z h
 
-    ``params["cell"]`` is a tuple of :class:`tbptt_jax.gru.Weights`, one a layer; the carry is a tuple of ``h [lanes,
+    ``params["cell"]`` is a tuple of :class:`tbptt_jax.gru.weights.Weights`, one a layer; the carry is a tuple of ``h [lanes,
     features]``, one a layer, zeros at first. The numbers are those of ``nn.GRUCell`` and of PyTorch's ``nn.GRU`` to rounding.
     At a step that is padding the output is the h that stands still.
 
