@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 import tbptt_jax as tb
 from benchmarks.turns import Maker, Section, Side, Timed, could_not_run, quartiles, table, take_turns
-from benchmarks.window import RUN, SHAPES, Shape, jax_window, torch_call
+from benchmarks.window import RUN, SHAPES, Shape, chosen, jax_window, torch_call
 
 PLAIN, DROPOUT, TORCH = "tb.lstm", "tb.lstm, 2 layers, dropout", "PyTorch, 2 layers, dropout"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -37,11 +37,15 @@ def measure(seconds: float) -> Section:
     results: dict[Shape, Timed] = {}
     failed: dict[str, str] = {}
     for shape in SHAPES:
-        makers: dict[str, Maker] = {
-            name: functools.partial(jax_window, tb.lstm(shape[-1], **options), shape)
-            for name, options in OPTIONS.items()
-        }
-        timed = take_turns(makers | {TORCH: functools.partial(torch_layers, shape)}, seconds)
+        one: dict[str, Maker] = {}
+        two: dict[str, Maker] = {TORCH: functools.partial(torch_layers, shape)}
+        for name, options in OPTIONS.items():
+            several = "layers" in options
+            args = tb.lstm(shape[-1], **options), shape, RUN, chosen(shape) if several else 1
+            (two if several else one)[name] = functools.partial(jax_window, *args)
+        # Apart: PyTorch's threads still wait for work, and keep a core busy, when the side after it has begun.
+        parts = take_turns(one, seconds), take_turns(two, seconds)
+        timed = Timed(parts[0].times | parts[1].times, parts[0].failed | parts[1].failed)
         a_window = {name: 1e3 * times / (1 if name == TORCH else RUN) for name, times in timed.times.items()}
         results[shape] = timed._replace(times=a_window)
         failed |= timed.failed
@@ -81,8 +85,8 @@ def measure(seconds: float) -> Section:
             )
         ],
     )  # fmt: skip
-    text = f"""One LSTM layer as above, on one device, with what it draws in training; and two layers with dropout of 0.3 between
-them beside `torch.nn.LSTM(num_layers=2, dropout=0.3)`, which draws a mask for each step, as `draw='step'` does.
+    text = f"""One LSTM layer as above, on one device, with what it draws in training; and, on as many devices as the launches
+choose, two layers with dropout of 0.3 between them beside `torch.nn.LSTM(num_layers=2, dropout=0.3)`, which draws a mask for each step, as `draw='step'` does.
 
 {times_table}
 

@@ -22,7 +22,8 @@ from benchmarks.turns import Section, prepare
 from experiments import launch
 
 PARTS = {
-    "window": window.measure,
+    "window": window.lstm,
+    "gru": window.gru,
     "regularised": regularised.measure,
     "char_lm": char_lm.measure,
     "study": study.measure,
@@ -71,7 +72,7 @@ launches have (`--xla_cpu_prefer_vector_width=512`).
 
 def picture(sections: dict[str, Section]) -> bytes:
     figure, axes = plt.subplot_mosaic(
-        [["window", "window", "regularised"], ["char_lm", "study", "study"], ["memory", "cost", "cost"]],
+        [["window", "window", "regularised"], ["gru", "gru", "char_lm"], ["study", "memory", "cost"]],
         figsize=(16, 13),
         layout="constrained",
     )

@@ -1,4 +1,4 @@
-"""One LSTM train window: forward, backward and the update, on given cotangents of the outputs."""
+"""One train window of an LSTM or a GRU: forward, backward and the update, on given cotangents of the outputs."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ SHAPES = (
 )
 RUN = 4  # windows in one compiled run
 RATE = 1e-6
-OURS = ("tb.lstm, run", "tb.lstm, run, lanes spread")
+CELLS = {"LSTM": "OptimizedLSTMCell", "GRU": "GRUCell"}  # Flax's name of each; the others have that
 Shape = tuple[int, int, int, int]
 
 
@@ -49,18 +49,18 @@ def jax_window(model: tb.Recurrence, shape: Shape, windows: int = RUN, devices: 
     return call
 
 
-def flax_rnn(shape: Shape) -> tb.Recurrence:
+def flax_rnn(kind: str, shape: Shape) -> tb.Recurrence:
     import flax.linen as nn
 
-    rnn = nn.RNN(nn.OptimizedLSTMCell(shape[-1]))
+    rnn = nn.RNN(getattr(nn, CELLS[kind])(shape[-1]))
     return tb.Recurrence(rnn.init, lambda params, lanes: (), lambda params, carry, x, *_: (carry, rnn.apply(params, x)))
 
 
-def haiku_unroll(shape: Shape) -> tb.Recurrence:
+def haiku_unroll(kind: str, shape: Shape) -> tb.Recurrence:
     import haiku as hk
 
     def unroll(x: jax.Array) -> jax.Array:
-        core = hk.LSTM(shape[-1])
+        core = getattr(hk, kind)(shape[-1])
         return hk.dynamic_unroll(core, x, core.initial_state(len(x)), time_major=False)[0]
 
     model: Any = hk.without_apply_rng(hk.transform(unroll))
@@ -69,12 +69,12 @@ def haiku_unroll(shape: Shape) -> tb.Recurrence:
     )
 
 
-def keras_on_jax(shape: Shape) -> tb.Recurrence:
+def keras_on_jax(kind: str, shape: Shape) -> tb.Recurrence:
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
     lanes, steps, inputs, features = shape
-    layer = keras.layers.LSTM(features, return_sequences=True)
+    layer = getattr(keras.layers, kind)(features, return_sequences=True)
     layer.build((lanes, steps, inputs))
     params, others = ([v.value for v in vs] for vs in (layer.trainable_variables, layer.non_trainable_variables))
     return tb.Recurrence(
@@ -84,22 +84,24 @@ def keras_on_jax(shape: Shape) -> tb.Recurrence:
     )
 
 
-def keras_on_torch(*shape: int) -> Side:
+def keras_on_torch(kind: str, *shape: int) -> Side:
     """Keras's layer is a module of PyTorch's here, and runs eagerly. In a process with KERAS_BACKEND=torch."""
     import keras
 
     lanes, steps, inputs, features = shape
-    layer = keras.layers.LSTM(features, return_sequences=True)
+    layer = getattr(keras.layers, kind)(features, return_sequences=True)
     layer.build((lanes, steps, inputs))
     return torch_call(layer, layer, shape)
 
 
-def torch_window(shape: Shape, compiled: bool = False) -> Side:
+def torch_window(kind: str, shape: Shape, compiled: bool = False) -> Side:
     """PyTorch's own layer: on a GPU, cuDNN's."""
     import torch
 
     _, _, inputs, features = shape
-    layer = torch.nn.LSTM(inputs, features, batch_first=True).to("cuda" if torch.cuda.is_available() else "cpu")
+    layer = getattr(torch.nn, kind)(inputs, features, batch_first=True).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     if compiled:
         torch.compiler.reset()  # or it would compile the second shape for any shape
     run = torch.compile(layer) if compiled else layer
@@ -124,27 +126,34 @@ def torch_call(layer, forward, shape: tuple[int, ...]) -> Side:  # type: ignore[
     return call
 
 
-def sides(shape: Shape, in_torch: Maker) -> dict[str, tuple[Maker, int]]:
+def ours(kind: str) -> tuple[str, str]:
+    """A run, on one device and with the lanes spread."""
+    name = f"tb.{kind.lower()}"
+    return f"{name}, run", f"{name}, run, lanes spread"
+
+
+def sides(kind: str, shape: Shape, in_torch: Maker) -> dict[str, tuple[Maker, int]]:
     """Everyone, and the windows in a call."""
     jax_side = functools.partial(functools.partial, jax_window)
-    ours, devices = tb.lstm(shape[-1]), jax.device_count()
+    make, devices = getattr(tb, kind.lower()), jax.device_count()
+    model, (run, spread) = make(shape[-1]), ours(kind)
     everyone: dict[str, tuple[Maker, int]] = {
-        "tb.lstm, call": (jax_side(ours, shape, 1), 1),
-        OURS[0]: (jax_side(ours, shape), RUN),
-        OURS[1]: (jax_side(ours, shape, RUN, devices), RUN),
-        "PyTorch, eager": (functools.partial(torch_window, shape), 1),
-        "PyTorch, torch.compile": (functools.partial(torch_window, shape, True), 1),
-        "Flax nn.RNN, run": (lambda: jax_window(flax_rnn(shape), shape), RUN),
-        "Haiku dynamic_unroll, run": (lambda: jax_window(haiku_unroll(shape), shape), RUN),
-        "Keras on JAX, run": (lambda: jax_window(keras_on_jax(shape), shape), RUN),
+        f"tb.{kind.lower()}, call": (jax_side(model, shape, 1), 1),
+        run: (jax_side(model, shape), RUN),
+        spread: (jax_side(model, shape, RUN, devices), RUN),
+        "PyTorch, eager": (functools.partial(torch_window, kind, shape), 1),
+        "PyTorch, torch.compile": (functools.partial(torch_window, kind, shape, True), 1),
+        "Flax nn.RNN, run": (lambda: jax_window(flax_rnn(kind, shape), shape), RUN),
+        "Haiku dynamic_unroll, run": (lambda: jax_window(haiku_unroll(kind, shape), shape), RUN),
+        "Keras on JAX, run": (lambda: jax_window(keras_on_jax(kind, shape), shape), RUN),
         "Keras on PyTorch, eager": (in_torch, 1),
     }
     if devices == 1 or shape[0] % devices:
-        del everyone[OURS[1]]
-    if jax.default_backend() == "gpu":
-        for kind in ("fused", "cudnn", "pallas"):
-            one: Any = kind
-            everyone[f"tb.lstm, run, {kind}"] = (jax_side(tb.lstm(shape[-1], implementation=one), shape), RUN)
+        del everyone[spread]
+    if jax.default_backend() == "gpu" and kind == "LSTM":
+        for how in ("fused", "cudnn", "pallas"):
+            one: Any = how
+            everyone[f"tb.lstm, run, {how}"] = (jax_side(tb.lstm(shape[-1], implementation=one), shape), RUN)
     return everyone
 
 
@@ -154,7 +163,17 @@ def chosen(shape: Shape) -> int:
     return sharding.lane_devices(lanes, steps, units)
 
 
-def measure(seconds: float) -> Section:
+def lstm(seconds: float) -> Section:
+    return measure("LSTM", seconds)
+
+
+def gru(seconds: float) -> Section:
+    return measure("GRU", seconds)
+
+
+def measure(kind: str, seconds: float) -> Section:
+    run, spread = ours(kind)
+    name_of_ours = f"tb.{kind.lower()}"
     results: dict[Shape, Timed] = {}
     names: list[str] = []
     failed: dict[str, str] = {}
@@ -162,9 +181,9 @@ def measure(seconds: float) -> Section:
         with contextlib.ExitStack() as stack:
 
             def in_torch(shape: Shape = shape, stack: contextlib.ExitStack = stack) -> Side:
-                return stack.enter_context(elsewhere(keras_on_torch, *shape, KERAS_BACKEND="torch"))
+                return stack.enter_context(elsewhere(keras_on_torch, kind, *shape, KERAS_BACKEND="torch"))
 
-            everyone = sides(shape, in_torch)
+            everyone = sides(kind, shape, in_torch)
             timed = take_turns({name: make for name, (make, _) in everyone.items()}, seconds)
         a_window = {name: 1e3 * times / everyone[name][1] for name, times in timed.times.items()}
         results[shape] = timed._replace(times=a_window)
@@ -175,11 +194,11 @@ def measure(seconds: float) -> Section:
 
     def ratio(name: str, shape: Shape) -> float:
         times = results[shape].times
-        spread = 1 < chosen(shape) == jax.device_count()  # a side has the lanes over all devices, or on one
-        ours = times[OURS[spread]]
-        return float(np.median(times[name]) / np.median(ours)) if name in times else np.nan
+        over_all = 1 < chosen(shape) == jax.device_count()  # a side has the lanes over all devices, or on one
+        own = times[spread if over_all else run]
+        return float(np.median(times[name]) / np.median(own)) if name in times else np.nan
 
-    ratios = {name: [ratio(name, shape) for shape in SHAPES] for name in names if name not in OURS}
+    ratios = {name: [ratio(name, shape) for shape in SHAPES] for name in names if name not in (run, spread)}
     ratios = {name: each for name, each in ratios.items() if np.isfinite(each).any()}
     columns = [", ".join(map(str, shape)) for shape in SHAPES]
     times_table = table(
@@ -200,28 +219,30 @@ def measure(seconds: float) -> Section:
         if any(name.startswith(own) for name in ratios)
     }
     ratios_table = table(
-        ["times slower than tb.lstm", *columns, "geometric mean"],
+        [f"times slower than {name_of_ours}", *columns, "geometric mean"],
         [[name, *(f"{r:.2f}" for r in each), f"{mean(each):.2f}"] for name, each in {**ratios, **fastest}.items()],
     )
     devices_rows = []
     for shape in SHAPES:
-        if OURS[1] in results[shape].times:
-            one, spread = (np.median(results[shape].times[name]) for name in OURS)
-            row = f"{one:.2f}", f"{spread:.2f}", f"{one / spread:.2f}", chosen(shape), f"{ratio(OURS[0], shape):.2f}"
+        if spread in results[shape].times:
+            one, over_all = (np.median(results[shape].times[name]) for name in (run, spread))
+            row = f"{one:.2f}", f"{over_all:.2f}", f"{one / over_all:.2f}", chosen(shape), f"{ratio(run, shape):.2f}"
             devices_rows.append([", ".join(map(str, shape)), *row])
     devices_table = table(
         ["lanes, time, inputs, units", "one device, ms", "lanes spread, ms", "one / spread", "chosen", "one / chosen"],
         devices_rows,
     )
-    on_gpus = "" if jax.default_backend() == "gpu" else "\n\nOn a GPU, `cudnn` and `pallas`: not measured."
-    text = f"""One LSTM layer, float32: forward, backward and an SGD update. Milliseconds a window, median (quartiles).
+    on_gpus = (
+        "" if kind == "GRU" or jax.default_backend() == "gpu" else "\n\nOn a GPU, `cudnn` and `pallas`: not measured."
+    )
+    text = f"""One {kind} layer, float32: forward, backward and an SGD update. Milliseconds a window, median (quartiles).
 A *run* is {RUN} windows in one compiled call, as `tb.train_windows` makes them; the JAX peers are given the same loop, so
 that only the layer differs. *Lanes spread*: each of the {jax.device_count()} devices reads its own lanes (`tb.sharding`).
 Keras on PyTorch runs in a process of its own.
 
 {times_table}
 
-Ratios of medians, above 1 where `tb.lstm` is faster; it is the run, on as many devices as the launches choose.
+Ratios of medians, above 1 where `{name_of_ours}` is faster; it is the run, on as many devices as the launches choose.
 
 {ratios_table}
 
@@ -236,9 +257,9 @@ else one. A wider layer's two copies of the weights no longer fit into the cache
         for i, (name, each) in enumerate(ratios.items()):
             axes.bar(places + i * width, each, width, label=f"{name}, {mean(each):.1f}")
         axes.axhline(1, color="black", linewidth=1)
-        axes.set(yscale="log", ylabel="time / tb.lstm, run")
-        axes.set_title("One train window (number: geometric mean)")
+        axes.set(yscale="log", ylabel=f"time / {run}")
+        axes.set_title(f"One {kind} train window (number: geometric mean)")
         axes.set_xticks(places + 0.4, ["×".join(map(str, shape)) for shape in SHAPES])
         axes.legend(frameon=False, fontsize=8, ncols=2)
 
-    return Section("The LSTM window", text, draw)
+    return Section(f"The {kind} window", text, draw)

@@ -215,7 +215,8 @@ def _to_torch(layer: Any) -> dict[str, Any]:
             "weight_ih": layer.input.T, "weight_hh": layer.recurrent.T, "bias_ih": layer.bias, "bias_hh": zeros, **down,
         }  # fmt: skip
     if isinstance(layer, GruWeights):
-        of_carry = np.pad(layer.recurrent_bias, (len(layer.bias) - len(layer.recurrent_bias), 0))
+        of_carry = np.asarray(layer.recurrent_bias)
+        of_carry = np.pad(of_carry, (2 * len(of_carry), 0))
         return {
             "weight_ih": layer.input.T, "weight_hh": layer.recurrent.T, "bias_ih": layer.bias, "bias_hh": of_carry,
         }  # fmt: skip

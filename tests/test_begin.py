@@ -23,11 +23,17 @@ def of_nnx(**options):
     return tb.from_nnx(cell, readout=readout, **options)
 
 
-def layers(**options):
-    return tb.lstm(UNITS, layers=2, readout=nn.Dense(2, **F64), **options)
+def layers(make=tb.lstm, **options):
+    return make(UNITS, layers=2, readout=nn.Dense(2, **F64), **options)
 
 
-MODELS = {"linen": linen, "nnx": of_nnx, "fused": layers, "scan": functools.partial(layers, implementation="scan")}
+MODELS = {
+    "linen": linen,
+    "nnx": of_nnx,
+    "fused": layers,
+    "gru": functools.partial(layers, tb.gru),
+    "scan": functools.partial(layers, implementation="scan"),
+}
 every = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
@@ -39,7 +45,9 @@ def params_of(model):
 def given(params, x):
     """A carry of the right tree for each model, of its first step's inputs."""
     h = jnp.tanh(x @ jnp.arange(1.0, 1 + FEATURES * UNITS).reshape(FEATURES, UNITS)) * params["scale"]
-    return ((h, 2 * h), (-h, h)) if isinstance(params["cell"], tuple) else h
+    if not isinstance(params["cell"], tuple):
+        return h
+    return ((h, 2 * h), (-h, h)) if len(params["cell"][0].input[0]) == 4 * UNITS else (h, -h)
 
 
 def alone(model, params, start, window):

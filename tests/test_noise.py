@@ -58,6 +58,10 @@ def layers(rate, **options):
     return tb.lstm(UNITS, layers=2, readout=nn.Dense(2, **F64), **drops, **options)
 
 
+def drop_and_zoneout(rate, make=tb.lstm, **options):
+    return make(UNITS, layers=2, readout=nn.Dense(2, **F64), weight_drop=rate, zoneout=rate, **options)
+
+
 def stacked(rate, **options):
     hidden = tb.from_linen(nn.GRUCell(UNITS, **F64), readout=nn.Dropout(rate, deterministic=False), **options)
     return tb.stack(hidden, by_hand_on(UNITS, rate, **options))
@@ -75,10 +79,17 @@ NOISE = {
     "linen readout": functools.partial(linen, part="readout"),
     "nnx readout": nnx_readout,
     "between fused layers": layers,
+    "weights and units of the LSTM": drop_and_zoneout,
+    "weights and units of the GRU": functools.partial(drop_and_zoneout, make=tb.gru),
     "stacked": stacked,
 }
 every = pytest.mark.parametrize("make", NOISE.values(), ids=NOISE)
 draws = pytest.mark.parametrize("draw", ["window", "step"])
+STEPS = "a step of one's own", "linen cell", "nnx readout", "between fused layers"
+drawn = pytest.mark.parametrize(
+    ("make", "draw"), [(make, "window") for make in NOISE.values()] + [(NOISE[kind], "step") for kind in STEPS],
+    ids=[f"{kind}, window" for kind in NOISE] + [f"{kind}, step" for kind in STEPS],
+)  # fmt: skip
 
 
 def params_of(model):
@@ -94,8 +105,7 @@ def outputs(model, params, window, keys, lanes=slice(None)):
     )
 
 
-@draws
-@every
+@drawn
 def test_a_lane_draws_the_same_beside_others_alone_and_in_segments(make, draw):
     model, window, keys = make(0.5, draw=draw), stream(lanes=8, rubbish=np.nan), noise.lane_keys(jax.random.key(1), 8)
     params = params_of(model)
@@ -113,11 +123,10 @@ def test_a_lane_draws_the_same_beside_others_alone_and_in_segments(make, draw):
 def test_without_a_key_and_at_rate_0_nothing_is_drawn(make):
     window, keys = stream(), noise.lane_keys(jax.random.key(1), LANES)
     params = params_of(make(0.5))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        outputs(make(0.0), params, window, keys),
-        outputs(make(0.5), params, window, None),
-    )
+    without = outputs(make(0.0), params, window, None)
+    jax.tree.map(np.testing.assert_array_equal, outputs(make(0.0), params, window, keys), without)
+    if "zoneout" not in str(make):  # which is then the mean over its draws
+        jax.tree.map(np.testing.assert_array_equal, outputs(make(0.5), params, window, None), without)
     assert "random_bits" not in str(jax.make_jaxpr(lambda: outputs(make(0.5), params, window, None))())
     carry, read = tb.predict(make(0.5), params, tb.split(window, 5))
     assert_close((carry, tb.join(read, like=window)[window.valid]), (
@@ -173,8 +182,7 @@ def full_gradient(model, params, windows, key):
     return jax.grad(total)(params)
 
 
-@draws
-@every
+@drawn
 def test_rtrl_and_replay_of_all_are_full_bptt_given_the_draws(make, draw):
     model, windows = make(0.5, draw=draw), tb.split(stream(lanes=2, time=12), 4)
     params, key = params_of(model), jax.random.key(3)

@@ -92,19 +92,20 @@ def _forward(
         # The gates take the place of the products they come from, and lanes lead as they do outside.
         activated, inner, h = cell(at(gates, t), before)
         h = blend(at(stays, t), before, h)
-        return (h, put(gates, activated, t), put(inners, inner, t), put(hs, h, t)), None
+        inners = jax.tree.map(lambda all, one: put(all, one, t), inners, inner)
+        return (h, put(gates, activated, t), inners, put(hs, h, t)), None
 
-    from_inputs, products = _from_inputs(dtype, weights, x)
+    from_inputs, of_inputs = _from_inputs(dtype, weights, x)
     hs = jnp.zeros((*x.shape[:2], carry.shape[-1]), from_inputs.dtype)
-    width = 0 if weights.recurrent_bias is None else carry.shape[-1] if weights.norm is None else from_inputs.shape[-1]
-    inners = jnp.zeros((*x.shape[:2], width), from_inputs.dtype)
+    inner = jax.eval_shape(lambda: cell(from_inputs[:, 0], carry)[1])
+    inners = jax.tree.map(lambda x: jnp.zeros((*hs.shape[:2], *x.shape[1:]), x.dtype), inner)
     after, *kept = lax.scan(step, (carry, from_inputs, inners, hs), jnp.arange(x.shape[1]))[0]
-    return (after, kept[-1]), (weights, carry, x, resets, valid, zoneout, products, *kept)
+    return (after, kept[-1]), (weights, carry, x, resets, valid, zoneout, of_inputs, *kept)
 
 
 def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
     """Linear in the cotangents by construction, scan and all, so that JAX can transpose it into forward mode."""
-    weights, carry, x, resets, valid, zoneout, products, gates, inners, hs = residuals
+    weights, carry, x, resets, valid, zoneout, of_inputs, gates, inners, hs = residuals
     d_carry, d_hs = cotangents
     features, norm, after = carry.shape[-1], weights.norm, weights.recurrent_bias is not None
     input_weights, recurrent = _centred_weights(weights)
@@ -114,10 +115,11 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
     # stand still too, and nothing goes back through a reset.
     r, z, n = jnp.split(gates, 3, -1)
     (h_before,) = zero_where((jnp.concatenate([carry[:, None], hs[:, :-1]], 1),), resets)
-    space = inners
+    space, of_h = inners, inners
     if norm is not None:
-        normal, scales = _normal(inners)
-        space, inners = jnp.zeros_like(hs), (normal * norm.recurrent)[..., 2 * features :] + weights.recurrent_bias
+        products, scales = of_h
+        space = jnp.zeros_like(hs)
+        inners = (products * scales[..., 1:] * norm.recurrent)[..., 2 * features :] + weights.recurrent_bias
     by_n = (1 - z) * (1 - n * n)  # dh/d(what tanh is taken of), and so on: before the activations
     by_z = (h_before - n) * z * (1 - z)
     stays = with_padding(zoneout, valid)
@@ -131,39 +133,45 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
         into_gates, into_candidate = (into(w.T) for w in jnp.split(recurrent, [2 * features], 1))
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
-        d_h, d_gates, d_sums = state
+        d_h, d_gates, d_sums, shared, d_gain = state
         d_h = d_h + at(d_hs, t)
         d_z, d_inner = at(by_z, t) * d_h, at(by_inner, t) * d_h
         if after:
             d_all = jnp.concatenate([at(by_r, t) * d_h, d_z, d_inner], -1)
-            d_all = d_all if norm is None else _product_cotangent(at(normal, t), at(scales, t), norm.recurrent * d_all)
-            d_before, d_sums = into_all(d_all), put(d_sums, d_h, t)
+            d_product, d_sums = d_all, put(d_sums, d_h, t)
+            if norm is not None:
+                of_step = at(products, t), at(scales, t)
+                own = _shared(of_step, norm.recurrent, d_all)
+                d_product = _along(of_step, norm.recurrent, d_all, own)
+                shared, d_gain = put(shared, own, t), d_gain + _of_gain(of_step, d_all)
+            d_before = into_all(d_product)
         else:
             d_reset = into_candidate(d_inner)
             d_all = jnp.concatenate([at(by_r, t) * d_reset, d_z, d_inner], -1)
             d_before = into_gates(d_all[:, : 2 * features]) + at(r, t) * d_reset
         (d_before,) = zero_where((d_before + at(kept, t) * d_h,), at(resets, t))
-        return (d_before, put(d_gates, d_all, t), d_sums), None
+        return (d_before, put(d_gates, d_all, t), d_sums, shared, d_gain), None
 
     # The cotangents take the places of the gates and of what r multiplies, which the loop does not read.
-    d_carry, d_gates, d_sums = lax.scan(step, (d_carry, gates, space), jnp.arange(x.shape[1]), reverse=True)[0]
-    d_from_h = d_gates if norm is None else jnp.concatenate([by * d_sums for by in (by_r, by_z, by_inner)], -1)
-    d_r_z, d_inner = jnp.split(d_from_h, [2 * features], -1)
+    more = (None, None) if norm is None else (jnp.zeros_like(scales), jnp.zeros_like(gates[:, 0]))
+    start, steps = (d_carry, gates, space, *more), jnp.arange(x.shape[1])
+    d_carry, d_gates, d_sums, shared, d_gain = lax.scan(step, start, steps, reverse=True)[0]
+    d_r_z, d_inner = jnp.split(d_gates, [2 * features], -1)
     d_into = jnp.concatenate([d_r_z, by_n * d_sums], -1) if after else d_gates
     d_bias, d_recurrent_bias, d_norm = d_into.sum((0, 1)), d_inner.sum((0, 1)) if after else None, None
+    d_products = d_gates if norm is None else _along(of_h, norm.recurrent, d_gates, shared)
     if after:
-        d_recurrent = over_steps(dtype, h_before, d_gates)
+        d_recurrent = over_steps(dtype, h_before, d_products)
     else:
         d_recurrent = jnp.concatenate(
             [over_steps(dtype, h_before, d_r_z), over_steps(dtype, r * h_before, d_inner)], -1
         )
     if norm is not None:
-        of_inputs, input_scales = _normal(products)
-        d_norm = LayerNorm((d_into * of_inputs).sum((0, 1)), (d_from_h * normal).sum((0, 1)))
-        d_into = _product_cotangent(of_inputs, input_scales, norm.input * d_into)
-        d_recurrent = _centred(d_recurrent)
+        d_norm = LayerNorm(_of_gain(of_inputs, d_into).sum((0, 1)), d_gain.sum(0))
+        d_into = _along(of_inputs, norm.input, d_into, _shared(of_inputs, norm.input, d_into))
     d_input = over_steps(dtype, x, d_into)
-    d_input = d_input if norm is None else _centred(d_input)
+    if norm is not None:
+        d_input, d_recurrent = _centred(d_input), _centred(d_recurrent)
     d_weights = Weights(d_input, d_recurrent, d_bias, d_recurrent_bias, d_norm)
     return d_weights, d_carry, dot(dtype, d_into, input_weights.T), None, None, None
 
@@ -171,20 +179,20 @@ def _backward(dtype: Any, residuals: tuple, cotangents: tuple) -> tuple:
 fused.defvjp(_forward, _backward)
 
 
-def _from_inputs(dtype: Any, weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """What the inputs give to the gates at all steps, and, where that is normalised, the products that it was made of."""
+def _from_inputs(dtype: Any, weights: Weights, x: jax.Array) -> tuple[jax.Array, tuple | None]:
+    """What the inputs give to the gates at all steps, and, where that is normalised, what it was made of."""
     products = dot(dtype, x, _centred_weights(weights)[0])
     if weights.norm is None:
         return products, None
-    return _normal(products)[0] * weights.norm.input, products
+    return _scaled(products, weights.norm.input)
 
 
 def _cell(dtype: Any, weights: Weights, lanes: int) -> Callable[[jax.Array, jax.Array], tuple]:
     """``from_input [lanes, 3 * features], h -> r z n side by side, inner, h``, for a loop.
 
-    inner is what r multiplies; with layer normalisation the products that it is made of, and nothing where r multiplies h.
+    inner is what r multiplies, with layer normalisation what that is made of, and nothing where r multiplies h.
     """
-    features, norm = weights.recurrent.shape[0], weights.norm
+    features, norm, recurrent_bias = weights.recurrent.shape[0], weights.norm, weights.recurrent_bias
     _, recurrent = _centred_weights(weights)
 
     def activations(from_input: jax.Array, from_h: jax.Array) -> jax.Array:
@@ -192,22 +200,21 @@ def _cell(dtype: Any, weights: Weights, lanes: int) -> Callable[[jax.Array, jax.
         return jnp.tanh(x / 2) / 2 + 0.5
 
     def reset_after(from_input: jax.Array, h: jax.Array) -> tuple:
-        from_input, from_h = from_input + weights.bias, of_all(h)
-        products = from_h
+        from_input, from_h, made_of = from_input + weights.bias, of_all(h), None
         if norm is not None:
-            from_h = _normal(products)[0] * norm.recurrent
+            from_h, made_of = _scaled(from_h, norm.recurrent)
         r_z = activations(from_input, from_h)
-        inner = from_h[:, 2 * features :] + weights.recurrent_bias
+        inner = from_h[:, 2 * features :] + jnp.asarray(recurrent_bias)
         n = jnp.tanh(from_input[:, 2 * features :] + r_z[:, :features] * inner)
-        return jnp.concatenate([r_z, n], 1), inner if norm is None else products, n + r_z[:, features:] * (h - n)
+        return jnp.concatenate([r_z, n], 1), inner if norm is None else made_of, n + r_z[:, features:] * (h - n)
 
     def reset_before(from_input: jax.Array, h: jax.Array) -> tuple:
         from_input = from_input + weights.bias
         r_z = activations(from_input, of_gates(h))
         n = jnp.tanh(from_input[:, 2 * features :] + of_candidate(r_z[:, :features] * h))
-        return jnp.concatenate([r_z, n], 1), jnp.zeros((lanes, 0), n.dtype), n + r_z[:, features:] * (h - n)
+        return jnp.concatenate([r_z, n], 1), (), n + r_z[:, features:] * (h - n)
 
-    if weights.recurrent_bias is not None:
+    if recurrent_bias is not None:
         of_all = times(dtype, recurrent, lanes)
         return reset_after
     of_gates, of_candidate = (times(dtype, w, lanes) for w in jnp.split(recurrent, [2 * features], 1))
@@ -221,26 +228,41 @@ def _centred_weights(weights: Weights) -> tuple[jax.Array, jax.Array]:
 
 
 def _centred(w: jax.Array) -> jax.Array:
-    return w - _spread(_means(w), w.shape[-1])
+    return w - _spread(w @ _groups(jnp.ones(w.shape[-1], w.dtype)), w.shape[-1])
 
 
-def _normal(products: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Products that are centred, each group divided by its standard deviation; and by what they were multiplied."""
-    scales = lax.rsqrt(_means(products * products) + EPSILON)
-    return products * _spread(scales, products.shape[-1]), scales
+def _scaled(x: jax.Array, gain: jax.Array) -> tuple[jax.Array, tuple]:
+    """Layer normalisation of what is centred; and what it was made of: that, and the factors of its two groups, ``[..., 2]``."""
+    scales = lax.rsqrt((x * x) @ _groups(jnp.ones_like(gain)) + EPSILON)
+    return x * (_spread(scales, len(gain)) * gain), (x, scales)
 
 
-def _product_cotangent(normal: jax.Array, scales: jax.Array, d: jax.Array) -> jax.Array:
-    """The cotangent of products, from that of what :func:`_normal` made of them."""
-    n = d.shape[-1]
-    return _spread(scales, n) * (d - normal * _spread(_means(d * normal), n))
+def _along(of: tuple, gain: jax.Array, d: jax.Array, shared: jax.Array) -> jax.Array:
+    """The cotangent of what :func:`_scaled` was given, from that of what it returned; ``shared`` by :func:`_shared`."""
+    x, scales = of
+    return d * (_spread(scales, len(gain)) * gain) - x * _spread(shared, len(gain))
 
 
-def _means(x: jax.Array) -> jax.Array:
-    """``[..., 3 * features] -> [..., 2]``: the mean over r and z, and that over n; as a product, which has vectors to add."""
-    features = x.shape[-1] // 3
+def _shared(of: tuple, gain: jax.Array, d: jax.Array) -> jax.Array:
+    """What the columns of a group have in common in that cotangent, ``[..., 2]``."""
+    x, scales = of
+    return scales**3 * ((d * x) @ _groups(gain))
+
+
+def _of_gain(of: tuple, d: jax.Array) -> jax.Array:
+    """The cotangent of the gain, before it is summed."""
+    x, scales = of
+    return d * (x * _spread(scales, x.shape[-1]))
+
+
+def _groups(gain: jax.Array) -> jax.Array:
+    """``[3 * features] -> [3 * features, 2]``: a product with it is a mean over r and z, and one over n.
+
+    As a product, which has vectors to add.
+    """
+    features = len(gain) // 3
     candidate = jnp.arange(3 * features) >= 2 * features
-    return x @ jnp.stack([~candidate / (2 * features), candidate / features], 1).astype(x.dtype)
+    return jnp.stack([jnp.where(candidate, 0, gain / (2 * features)), jnp.where(candidate, gain / features, 0)], 1)
 
 
 def _spread(of_groups: jax.Array, n: int) -> jax.Array:
