@@ -82,7 +82,7 @@ def awd_lstm(
     if not 0 < held_out < 0.5:
         raise ValueError(f"`held_out` is {held_out}; it is a part of the text for each of two, between 0 and 0.5.")
     files = [text] if isinstance(text, str | os.PathLike) else text
-    symbols = _symbols(tuple(map(os.fspath, files)), unit)[:most]
+    symbols = _symbols(tuple(os.fspath(file) for file in files), unit)[:most]
     parts = [round(len(symbols) * share) for share in (1 - 2 * held_out, 1 - held_out)]
     if min(parts[0] // lanes, parts[1] - parts[0], len(symbols) - parts[1]) < 2:
         raise ValueError(
