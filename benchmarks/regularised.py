@@ -37,11 +37,15 @@ def measure(seconds: float) -> Section:
     results: dict[Shape, Timed] = {}
     failed: dict[str, str] = {}
     for shape in SHAPES:
-        makers: dict[str, Maker] = {}
+        one: dict[str, Maker] = {}
+        two: dict[str, Maker] = {TORCH: functools.partial(torch_layers, shape)}
         for name, options in OPTIONS.items():
-            devices = chosen(shape) if "layers" in options else 1
-            makers[name] = functools.partial(jax_window, tb.lstm(shape[-1], **options), shape, RUN, devices)
-        timed = take_turns(makers | {TORCH: functools.partial(torch_layers, shape)}, seconds)
+            several = "layers" in options
+            args = tb.lstm(shape[-1], **options), shape, RUN, chosen(shape) if several else 1
+            (two if several else one)[name] = functools.partial(jax_window, *args)
+        # Apart: PyTorch's threads still wait for work, and keep a core busy, when the side after it has begun.
+        parts = take_turns(one, seconds), take_turns(two, seconds)
+        timed = Timed(parts[0].times | parts[1].times, parts[0].failed | parts[1].failed)
         a_window = {name: 1e3 * times / (1 if name == TORCH else RUN) for name, times in timed.times.items()}
         results[shape] = timed._replace(times=a_window)
         failed |= timed.failed

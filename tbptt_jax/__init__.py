@@ -40,6 +40,7 @@ from tbptt_jax.training import carry_health as carry_health
 from tbptt_jax.predicting import predict as predict
 from tbptt_jax.predicting import join as join
 from tbptt_jax.streaming import streaming as streaming
+from tbptt_jax.rollout import rollout as rollout
 from tbptt_jax.exporting import export as export
 from tbptt_jax.exporting import load_exported as load_exported
 from tbptt_jax import horizon as horizon

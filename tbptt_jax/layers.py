@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tbptt_jax.arrays import PyTree, check_whole
 from tbptt_jax.begin import InitialCarry, begin_from
 from tbptt_jax.modules import Part, linen_parts, of_any_lanes
-from tbptt_jax.noise import Keys, of_part, shared
+from tbptt_jax.noise import LEVELS, Keys, level, of_part, random_bytes, shared
 from tbptt_jax.recurrence import Draw, Recurrence, Segment, recurrence
 from tbptt_jax.window import Window, time_shape
 
@@ -131,7 +131,8 @@ def dropped_weights(w: jax.Array, rate: float, keys: Keys) -> jax.Array:
     """
     if rate == 0 or keys.window is None:
         return w
-    return jnp.where(jax.random.bernoulli(shared(keys.window), 1 - rate, w.shape), w / (1 - rate), jnp.zeros_like(w))
+    left_out = random_bytes(shared(keys.window), w.shape) < level(rate)
+    return jnp.where(left_out, jnp.zeros_like(w), w / (1 - level(rate) / LEVELS))
 
 
 def check_rates(**rates: float) -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 LANE = "lane"  # the axis of devices over which lanes are spread
+LEVELS = 256  # of a rate that bytes are compared with
 WINDOW = 0x6E6F6973  # apart from the numbers of lanes and steps that are folded into keys
 
 
@@ -84,6 +85,18 @@ def of_part(keys: Keys, number: int) -> Keys:
         return keys
     each = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
     return Keys(fold_in(keys.window, number), each(keys.step, number))
+
+
+def level(rate: float) -> int:
+    """A rate from 0 to below 1 in 256ths, as :func:`random_bytes` are compared with it; none but 0 is 0."""
+    return min(max(round(rate * LEVELS), 1), LEVELS - 1) if rate else 0
+
+
+def random_bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Bytes ``shape``: at 32 bits a unit, masks of weights or of each step would take a tenth of a window's time, and more."""
+    *rows, columns = shape
+    words = jax.random.bits(key, (*rows, -(-columns // 4)), jnp.uint32)
+    return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*rows, -1)[..., :columns]
 
 
 def window_keys(unroll: Callable, key: jax.Array, lanes: int) -> jax.Array | None:

@@ -8,9 +8,8 @@ not, as then the step's mean is taken; or None: nothing does.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-LEVELS = 256  # one byte of what is drawn for each unit: 32 bits for each would cost as much as a small window does
+from tbptt_jax.noise import LEVELS, level, random_bytes
 
 
 def stays(rates: tuple[float, ...], widths: tuple[int, ...], x: jax.Array, keys: jax.Array | None) -> list:
@@ -21,20 +20,16 @@ def stays(rates: tuple[float, ...], widths: tuple[int, ...], x: jax.Array, keys:
       widths: features of each part.
       keys: ``[lanes, time]``; None: nothing is drawn.
     """
-    levels = [min(max(round(rate * LEVELS), 1), LEVELS - 1) if rate else 0 for rate in rates]
+    levels = [level(rate) for rate in rates]
     if keys is None:
-        return [jnp.full((1, x.shape[1], 1), level / LEVELS, x.dtype) if level else None for level in levels]
-    drawn = [width if level else 0 for level, width in zip(levels, widths, strict=True)]
+        return [jnp.full((1, x.shape[1], 1), of / LEVELS, x.dtype) if of else None for of in levels]
+    drawn = [width if of else 0 for of, width in zip(levels, widths, strict=True)]
     if not any(drawn):
         return [None for _ in levels]
-
-    def draw(key: jax.Array) -> jax.Array:
-        words = jax.random.bits(key, (-(-sum(drawn) // 4),), jnp.uint32)
-        return lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)
-
-    values, found = jax.vmap(jax.vmap(draw))(keys), []
-    for level, width in zip(levels, drawn, strict=True):
-        found.append(values[..., :width] < level if level else None)
+    values = jax.vmap(jax.vmap(lambda key: random_bytes(key, (sum(drawn),))))(keys)
+    found = []
+    for of, width in zip(levels, drawn, strict=True):
+        found.append(values[..., :width] < of if of else None)
         values = values[..., width:]
     return found
 

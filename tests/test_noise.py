@@ -85,6 +85,11 @@ NOISE = {
 }
 every = pytest.mark.parametrize("make", NOISE.values(), ids=NOISE)
 draws = pytest.mark.parametrize("draw", ["window", "step"])
+STEPS = "a step of one's own", "linen cell", "nnx readout", "between fused layers"
+drawn = pytest.mark.parametrize(
+    ("make", "draw"), [(make, "window") for make in NOISE.values()] + [(NOISE[kind], "step") for kind in STEPS],
+    ids=[f"{kind}, window" for kind in NOISE] + [f"{kind}, step" for kind in STEPS],
+)  # fmt: skip
 
 
 def params_of(model):
@@ -100,8 +105,7 @@ def outputs(model, params, window, keys, lanes=slice(None)):
     )
 
 
-@draws
-@every
+@drawn
 def test_a_lane_draws_the_same_beside_others_alone_and_in_segments(make, draw):
     model, window, keys = make(0.5, draw=draw), stream(lanes=8, rubbish=np.nan), noise.lane_keys(jax.random.key(1), 8)
     params = params_of(model)
@@ -178,8 +182,7 @@ def full_gradient(model, params, windows, key):
     return jax.grad(total)(params)
 
 
-@draws
-@every
+@drawn
 def test_rtrl_and_replay_of_all_are_full_bptt_given_the_draws(make, draw):
     model, windows = make(0.5, draw=draw), tb.split(stream(lanes=2, time=12), 4)
     params, key = params_of(model), jax.random.key(3)

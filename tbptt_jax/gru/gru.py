@@ -43,7 +43,7 @@ def gru(
 
         r, z = σ(x W_x + h W_h + b),   n = tanh(x W_x + b + r (h W_h + c)),   h ← (1 − z) n + z h
 
-    ``params["cell"]`` is a tuple of :class:`tbptt_jax.gru.Weights`, one a layer; the carry is a tuple of ``h [lanes,
+    ``params["cell"]`` is a tuple of :class:`tbptt_jax.gru.weights.Weights`, one a layer; the carry is a tuple of ``h [lanes,
     features]``, one a layer, zeros at first. The numbers are those of ``nn.GRUCell`` and of PyTorch's ``nn.GRU`` to rounding.
     At a step that is padding the output is the h that stands still.
 
@@ -58,6 +58,7 @@ def gru(
       input_dropout: likewise of the first layer's inputs.
       weight_drop: the part of the recurrent weights that is left out in training, drawn once a window for all lanes, the kept
         ones 1 / (1 - weight_drop) larger (Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*).
+        Taken to the nearest of 1/256, 2/256, ... 255/256.
       zoneout: how likely a unit is to keep its h in a step, in training; each step draws anew. Otherwise h is the mean over the
         draws of the step (Krueger et al. 2017, *Zoneout*, eq. 2 to 5). Taken to the nearest of 1/256, 2/256, ... 255/256.
       layer_norm: LN(x W_x) and LN(h W_h), each with its gains, in the place of these products; r and z are normalised

@@ -59,6 +59,7 @@ def lstm(
       input_dropout: likewise of the first layer's inputs.
       weight_drop: the part of the recurrent weights that is left out in training, drawn once a window for all lanes, the kept
         ones 1 / (1 - weight_drop) larger (Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*).
+        Taken to the nearest of 1/256, 2/256, ... 255/256.
       zoneout: how likely a unit is to keep its c, and its h, in a step, in training; each step draws anew. Otherwise c and h are
         the mean over the draws of the step (Krueger et al. 2017, *Zoneout*, eq. 2 to 5). One rate for both, or one for each;
         taken to the nearest of 1/256, 2/256, ... 255/256.
@@ -86,10 +87,10 @@ def lstm(
           projection, zoneout and layer normalisation; reverse mode. On a CPU the kernels are interpreted, which is for tests.
 
     Raises:
-      ValueError: now, if a size is not positive, a rate not from 0 to below 1, or the implementation unknown or not for this; from ``init``, if the inputs
-        have no axis of features, or a module has variables besides its parameters or looks along time or lanes; from ``unroll``, when it is
-        traced, if what reaches the cell is not ``[lanes, time, inputs]`` of the weights' inputs, the carry does not fit,
-        or ``"cudnn"`` was asked for and cannot do it.
+      ValueError: now, if a size is not positive, a rate not from 0 to below 1, or the implementation unknown or not for this;
+        from ``init``, if the inputs have no axis of features, or a module has variables besides its parameters or looks along
+        time or lanes; from ``unroll``, when it is traced, if what reaches the cell is not ``[lanes, time, inputs]`` of the
+        weights' inputs, the carry does not fit, or ``"cudnn"`` was asked for and cannot do it.
     """
     for name, size in {"features": features, "projection": projection}.items():
         if size is not None:

@@ -11,3 +11,4 @@ from tbptt_jax.tasks.influence_balancing import influence_balancing_model as inf
 from tbptt_jax.tasks.influence_balancing import influence_balancing_optimum as influence_balancing_optimum
 from tbptt_jax.tasks.lag import lag as lag
 from tbptt_jax.tasks.lag import lag_floor as lag_floor
+from tbptt_jax.tasks.t_maze import t_maze as t_maze
