@@ -228,12 +228,12 @@ def _centred_weights(weights: Weights) -> tuple[jax.Array, jax.Array]:
 
 
 def _centred(w: jax.Array) -> jax.Array:
-    return w - _spread(w @ _groups(jnp.ones(w.shape[-1], w.dtype)), w.shape[-1])
+    return w - _spread(_means(w), w.shape[-1])
 
 
 def _scaled(x: jax.Array, gain: jax.Array) -> tuple[jax.Array, tuple]:
     """Layer normalisation of what is centred; and what it was made of: that, and the factors of its two groups, ``[..., 2]``."""
-    scales = lax.rsqrt((x * x) @ _groups(jnp.ones_like(gain)) + EPSILON)
+    scales = lax.rsqrt(_means(x * x) + EPSILON)
     return x * (_spread(scales, len(gain)) * gain), (x, scales)
 
 
@@ -246,7 +246,7 @@ def _along(of: tuple, gain: jax.Array, d: jax.Array, shared: jax.Array) -> jax.A
 def _shared(of: tuple, gain: jax.Array, d: jax.Array) -> jax.Array:
     """What the columns of a group have in common in that cotangent, ``[..., 2]``."""
     x, scales = of
-    return scales**3 * ((d * x) @ _groups(gain))
+    return scales**3 * _means(d * x * gain)
 
 
 def _of_gain(of: tuple, d: jax.Array) -> jax.Array:
@@ -255,14 +255,10 @@ def _of_gain(of: tuple, d: jax.Array) -> jax.Array:
     return d * (x * _spread(scales, x.shape[-1]))
 
 
-def _groups(gain: jax.Array) -> jax.Array:
-    """``[3 * features] -> [3 * features, 2]``: a product with it is a mean over r and z, and one over n.
-
-    As a product, which has vectors to add.
-    """
-    features = len(gain) // 3
-    candidate = jnp.arange(3 * features) >= 2 * features
-    return jnp.stack([jnp.where(candidate, 0, gain / (2 * features)), jnp.where(candidate, gain / features, 0)], 1)
+def _means(x: jax.Array) -> jax.Array:
+    """``[..., 3 * features] -> [..., 2]``: the mean over r and z, and that over n."""
+    r, z, n = jnp.split(x.reshape(*x.shape[:-1], 3, -1).mean(-1), 3, -1)
+    return jnp.concatenate([(r + z) / 2, n], -1)
 
 
 def _spread(of_groups: jax.Array, n: int) -> jax.Array:
