@@ -135,6 +135,15 @@ def dropped_weights(w: jax.Array, rate: float, keys: Keys) -> jax.Array:
     return jnp.where(left_out, jnp.zeros_like(w), w / (1 - level(rate) / LEVELS))
 
 
+def check_inputs(name: str, x: jax.Array, inputs: int) -> None:
+    """Raises a ``ValueError`` unless what reaches a layer is real numbers ``[lanes, time, inputs]``."""
+    if jnp.ndim(x) != 3 or x.shape[-1] != inputs or jnp.iscomplexobj(x):
+        raise ValueError(
+            f"What reaches the {name} is {x.dtype}{list(jnp.shape(x))}; it needs to be real numbers [lanes, time, "
+            f"{inputs}], as when the parameters were initialised. An `encoder` can bring it there."
+        )
+
+
 def check_rates(**rates: float) -> None:
     """Raises a ``ValueError`` unless each is a probability below 1."""
     for name, rate in rates.items():

@@ -11,7 +11,7 @@ from tbptt_jax.arrays import PyTree, check_whole
 from tbptt_jax.begin import InitialCarry, from_first_step
 from tbptt_jax.gru.weights import Weights, initial_weights
 from tbptt_jax.gru.window import fused, scanned
-from tbptt_jax.layers import check_rates, dropped_weights, layered
+from tbptt_jax.layers import check_inputs, check_rates, dropped_weights, layered
 from tbptt_jax.modules import Part
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Draw, Recurrence, Segment
@@ -104,7 +104,7 @@ def gru(
         starts: jax.Array | None,
         keys: Keys,
     ) -> tuple[jax.Array, jax.Array]:
-        _check_inputs(x, weights)
+        check_inputs("GRU", x, weights.input.shape[0])
         x = x.astype(weights.input.dtype)
         weights = weights._replace(recurrent=dropped_weights(weights.recurrent, weight_drop, keys))
         (still,) = stays((zoneout,), (features,), x, keys.step)
@@ -135,11 +135,3 @@ def gru(
         draw=draw,
         checkpoint=checkpoint,
     )
-
-
-def _check_inputs(x: jax.Array, weights: Weights) -> None:
-    if jnp.ndim(x) != 3 or x.shape[-1] != weights.input.shape[0] or jnp.iscomplexobj(x):
-        raise ValueError(
-            f"What reaches the GRU is {x.dtype}{list(jnp.shape(x))}; it needs to be real numbers [lanes, time, "
-            f"{weights.input.shape[0]}], as when the parameters were initialised. An `encoder` can bring it there."
-        )

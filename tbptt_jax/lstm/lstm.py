@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tbptt_jax.arrays import PyTree, check_whole
 from tbptt_jax.begin import InitialCarry, from_first_step
-from tbptt_jax.layers import check_rates, dropped_weights, layered
+from tbptt_jax.layers import check_inputs, check_rates, dropped_weights, layered
 from tbptt_jax.lstm.gpu import PALLAS
 from tbptt_jax.lstm.weights import Weights, initial_weights
 from tbptt_jax.lstm.window import SCANS, Zoneout, by_cudnn, fused, scanned
@@ -130,7 +130,7 @@ def lstm(
         starts: PyTree,
         keys: Keys,
     ) -> tuple[PyTree, jax.Array]:
-        _check_inputs(x, weights)
+        check_inputs("LSTM", x, weights.input.shape[0])
         kind = weights.recurrent.dtype
         simple = plain and (dtype, projection, valid, edges) == (None,) * 4 and kind == jnp.float32
         if implementation == "cudnn" and not simple:
@@ -171,11 +171,3 @@ def lstm(
         draw=draw,
         checkpoint=checkpoint,
     )
-
-
-def _check_inputs(x: jax.Array, weights: Weights) -> None:
-    if jnp.ndim(x) != 3 or x.shape[-1] != weights.input.shape[0] or jnp.iscomplexobj(x):
-        raise ValueError(
-            f"What reaches the LSTM is {x.dtype}{list(jnp.shape(x))}; it needs to be real numbers [lanes, time, "
-            f"{weights.input.shape[0]}], as when the parameters were initialised. An `encoder` can bring it there."
-        )
