@@ -92,12 +92,13 @@ MISTAKES = {
         lambda: tb.slide(tb.Window(X, resets=np.ones((4, 10), int)), 5),
         "`resets` has dtype int64; it needs bool",
     ),
-    "dropout in the readout": (
+    "batch statistics in the readout": (
         lambda: tb.from_nnx(
-            lambda rngs: nnx.GRUCell(2, 3, rngs=rngs), readout=lambda rngs: nnx.Dropout(0.5, rngs=rngs)
+            lambda rngs: nnx.GRUCell(2, 3, rngs=rngs), readout=lambda rngs: nnx.BatchNorm(3, rngs=rngs)
         ),
-        "The readout holds variables besides its parameters.*key",
+        "The readout holds variables besides its parameters.*mean",
     ),
+    "a dropout of one": (lambda: tb.gru(3, dropout=1.0), "`dropout` is 1.0; it is the part that is left out"),
     "a negative normaliser": (
         lambda: tb.gradient(lstm(), loss, normaliser=-1.0),
         "`normaliser` is -1.0; it needs to be positive",
