@@ -224,7 +224,9 @@ def _begun(model: Recurrence, params: PyTree, carry: PyTree, fresh: jax.Array) -
         return apart.reshape(len(fresh), -1).all(1)
 
     same = functools.reduce(jnp.logical_and, jax.tree.leaves(jax.tree.map(near, carry, start)), fresh)
-    return where_lanes(same, start, carry)
+    begun = where_lanes(same, start, carry)
+    # What passes no gradient, such as a key, is the lane's own: a lane that is read alone is the first one to `initial_carry`.
+    return jax.tree.map(lambda b, h: b if jnp.issubdtype(h.dtype, jnp.inexact) else h, begun, carry)
 
 
 def as_real(tree: PyTree) -> PyTree:
