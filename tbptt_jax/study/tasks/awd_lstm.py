@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 import tbptt_jax as tb
+from tbptt_jax.arrays import on_host
 from tbptt_jax.files import Path, read_text
 from tbptt_jax.layers import dropped
 from tbptt_jax.noise import Keys
@@ -190,10 +191,12 @@ def cut_at_random(window: tb.Window, length: int, lanes: int, *, readings: int =
     if lanes != there:
         raise ValueError(f"`lanes` is {lanes}, and the text is laid into {there}: give the task lanes={lanes} instead.")
     draw: Callable = tb.schedules.random_length(length, deviation=length / 14, least=max(1, length // 14))
-    cuts = [draw(jax.random.key(reading), time) for reading in range(readings)]
+    with jax.ensure_compile_time_eval():  # a sweep cuts inside its program
+        cuts = [draw(jax.random.key(reading), time) for reading in range(readings)]
     longest = max(int(cut.lengths.max()) for cut in cuts)
     windows = [part for cut in cuts for part in tb.schedules.cut(window, cut, unit=longest)]
-    return jax.tree.map(lambda *parts: np.stack(parts), *windows)
+    stack = np.stack if on_host(window.inputs) else jnp.stack
+    return jax.tree.map(lambda *parts: stack(parts), *windows)
 
 
 @functools.lru_cache(maxsize=1)
