@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tbptt_jax.arrays import PyTree, check_whole
 from tbptt_jax.begin import InitialCarry, begin_from
 from tbptt_jax.modules import Part, linen_parts, of_any_lanes
-from tbptt_jax.noise import LEVELS, Keys, level, of_part, random_bytes, shared
+from tbptt_jax.noise import LEVELS, Keys, drawing, level, of_part, random_bytes, shared
 from tbptt_jax.recurrence import Draw, Recurrence, Segment, recurrence
 from tbptt_jax.window import Window, time_shape
 
@@ -21,6 +21,7 @@ def layered(
     run: Callable[..., tuple[PyTree, jax.Array]],
     outputs: int,
     *,
+    draws: bool,
     layers: int,
     encoder: Part,
     readout: Part,
@@ -43,6 +44,7 @@ def layered(
         outputs])``, a layer's window: starts, a carry ``[lanes, time, ...]``, is what a reset returns to, None: zeros; of
         ``keys``, a :class:`tbptt_jax.noise.Keys`, it draws.
       outputs: of a layer.
+      draws: whether ``run`` draws anything.
 
     The others are as for :func:`tbptt_jax.lstm`.
 
@@ -99,7 +101,7 @@ def layered(
     return recurrence(
         begin_all,
         start,
-        scan,
+        drawing(scan, draws or dropout > 0 or input_dropout > 0),
         encoder and apply("encoder"),
         readout and apply("readout"),
         checkpoint,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from tbptt_jax.arrays import PyTree
+from tbptt_jax.noise import drawing
 from tbptt_jax.window import Window, time_shape
 
 Part = nn.Module | Callable[..., PyTree] | None
@@ -94,9 +95,17 @@ def linen_parts(
             return given[name]
         applied = of_lanes(functools.partial(call, name), axes=1 if name == "cell" else 2)
         applied.__name__ = type(modules[name]).__name__
-        return applied
+        return drawing(applied, _may_draw(modules[name]))
 
     return begin, apply
+
+
+def _may_draw(module: Any) -> bool:
+    """Whether a module may ask for a key: Flax's own layers and cells do not."""
+    if isinstance(module, nn.Sequential):
+        return any(map(_may_draw, module.layers))
+    own = "flax.linen.linear", "flax.linen.recurrent", "flax.linen.normalization", "flax.linen.activation"
+    return type(module).__module__ not in own and isinstance(module, nn.Module)
 
 
 def of_lanes(call: Callable[..., PyTree], axes: int) -> Callable[..., PyTree]:

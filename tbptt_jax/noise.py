@@ -105,11 +105,19 @@ def window_keys(unroll: Callable, key: jax.Array, lanes: int) -> jax.Array | Non
 
 
 def takes_key(f: Callable) -> bool:
-    """Whether a function, such as a model's ``unroll``, can be given a ``key``."""
+    """Whether a function, such as a model's ``unroll``, can be given a ``key``, and has use for one."""
+    if not getattr(f, "draws", True):
+        return False
     try:
         return "key" in inspect.signature(f).parameters
     except (TypeError, ValueError):  # of a callable that does not tell
         return False
+
+
+def drawing(f: Callable, draws: bool) -> Callable:
+    """The same function, which takes a key: whether it has use for one. Keys that none has are neither made nor compiled."""
+    f.draws = draws  # type: ignore[attr-defined]
+    return f
 
 
 def check_key(key: jax.Array | None, lanes: int) -> None:

@@ -20,7 +20,7 @@ from jax import lax
 
 from tbptt_jax.arrays import PyTree, check_whole, where_lanes
 from tbptt_jax.begin import Begun, first_steps, starts_of
-from tbptt_jax.noise import Keys, check_key, fold_in, is_key, of_part, step_keys, takes_key
+from tbptt_jax.noise import Keys, check_key, drawing, fold_in, is_key, of_part, step_keys, takes_key
 from tbptt_jax.step_by_step import check_step_by_step
 from tbptt_jax.window import Window, time_shape
 
@@ -110,7 +110,7 @@ def from_step(
         carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, *masks, starts, each)))
         return carry, jax.tree.map(_swap, y)
 
-    return recurrence(init, initial_carry, scan, encoder, readout, checkpoint, draw, begin)
+    return recurrence(init, initial_carry, drawing(scan, call), encoder, readout, checkpoint, draw, begin)
 
 
 def recurrence(
@@ -198,7 +198,8 @@ def recurrence(
         carry = initial_carry(params, lanes)
         return carry if begin is None else Begun(carry, jnp.ones(lanes, bool))
 
-    return Recurrence(checked_init, initial_carry if begin is None else first_carry, unroll)
+    draws = getattr(scan, "draws", True) or any(takes_key(module) for module in (encoder, readout) if module)
+    return Recurrence(checked_init, initial_carry if begin is None else first_carry, drawing(unroll, draws))
 
 
 def stack(*layers: Recurrence) -> Recurrence:
@@ -252,7 +253,7 @@ def stack(*layers: Recurrence) -> Recurrence:
             carries.append(c)
         return tuple(carries), inputs
 
-    return Recurrence(init, initial_carry, unroll)
+    return Recurrence(init, initial_carry, drawing(unroll, any(takes_key(layer.unroll) for layer in layers)))
 
 
 def check_carry(carry: PyTree, expected: PyTree, lanes: int) -> None:

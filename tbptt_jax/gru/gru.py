@@ -123,6 +123,7 @@ def gru(
         zeros,
         run,
         features,
+        draws=weight_drop > 0 or zoneout > 0,
         layers=layers,
         encoder=encoder,
         readout=readout,

@@ -159,6 +159,7 @@ def lstm(
         zeros,
         run,
         outputs,
+        draws=weight_drop > 0 or max(rates) > 0,
         layers=layers,
         encoder=encoder,
         readout=readout,
