@@ -101,11 +101,12 @@ def linen_parts(
 
 
 def _may_draw(module: Any) -> bool:
-    """Whether a module may ask for a key: Flax's own layers and cells do not."""
+    """Whether a module may ask for a key: Flax's own layers and cells that hold no other module do not."""
     if isinstance(module, nn.Sequential):
         return any(map(_may_draw, module.layers))
-    own = "flax.linen.linear", "flax.linen.recurrent", "flax.linen.normalization", "flax.linen.activation"
-    return type(module).__module__ not in own and isinstance(module, nn.Module)
+    own = "flax.linen.linear", "flax.linen.recurrent", "flax.linen.activation"
+    alone = isinstance(module, nn.Module) and len(_modules_in(module)) == 1
+    return isinstance(module, nn.Module) and not (alone and type(module).__module__ in own)
 
 
 def of_lanes(call: Callable[..., PyTree], axes: int) -> Callable[..., PyTree]:
