@@ -97,10 +97,7 @@ def from_step(
             if edge is not None:
                 carry = scale_cotangent(edge, carry)
             if reset is not None:
-                back = where_lanes(reset, always if start is None else start, carry)
-                carry = jax.tree.map(
-                    lambda b, h: h if is_key(h) else b, back, carry
-                )  # what was drawn is not drawn again
+                carry = begun_anew(reset, always if start is None else start, carry)
             key = keys.window if draw == "window" else key
             new, y = step(params, carry, x, key=key) if call else step(params, carry, x)
             new = _as_given(new, carry)
@@ -254,6 +251,11 @@ def stack(*layers: Recurrence) -> Recurrence:
         return tuple(carries), inputs
 
     return Recurrence(init, initial_carry, drawing(unroll, any(takes_key(layer.unroll) for layer in layers)))
+
+
+def begun_anew(reset: jax.Array, start: PyTree, carry: PyTree) -> PyTree:
+    """``start`` where a lane is reset, ``[lanes]`` bool. Typed keys go on: what was drawn is not drawn again."""
+    return jax.tree.map(lambda s, h: h if is_key(h) else where_lanes(reset, s, h), start, carry)
 
 
 def check_carry(carry: PyTree, expected: PyTree, lanes: int) -> None:

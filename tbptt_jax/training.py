@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from tbptt_jax.arrays import at_least_float32, where_lanes
+from tbptt_jax.arrays import at_least_float32
 from tbptt_jax.gradient import (
     Estimate,
     Loss,
@@ -24,7 +24,7 @@ from tbptt_jax.gradient import (
 )
 from tbptt_jax.predicting import check_start
 from tbptt_jax.ranges import check_ranges
-from tbptt_jax.recurrence import Recurrence, unroll_window
+from tbptt_jax.recurrence import Recurrence, begun_anew, unroll_window
 from tbptt_jax.window import Window, check, check_scored, time_shape
 
 PyTree = Any
@@ -156,7 +156,8 @@ def skip_not_finite(step: TrainStep) -> TrainStep:
         kept = state
         if window.resets is not None:
             begun = jnp.asarray(window.resets).any(1)
-            carry = where_lanes(begun, step.estimate.model.initial_carry(state.params, len(begun)), state.stream.carry)
+            start = step.estimate.model.initial_carry(state.params, len(begun))
+            carry = begun_anew(begun, start, state.stream.carry)
             kept = state._replace(stream=state.stream._replace(carry=carry, fresh=state.stream.fresh | begun))
         return jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, kept), metrics
 
