@@ -19,8 +19,8 @@ from tbptt_jax.recurrence import from_step as from_step
 from tbptt_jax.flax_models import from_linen as from_linen
 from tbptt_jax.flax_models import from_nnx as from_nnx
 from tbptt_jax.recurrence import stack as stack
-from tbptt_jax.lstm import lstm as lstm
-from tbptt_jax.gru import gru as gru
+from tbptt_jax.cells.lstm import lstm as lstm
+from tbptt_jax.cells.gru import gru as gru
 from tbptt_jax.penalties import with_activations as with_activations
 from tbptt_jax.penalties import activation_penalty as activation_penalty
 from tbptt_jax.forcing import scheduled_sampling as scheduled_sampling

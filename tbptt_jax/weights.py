@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tbptt_jax.arrays import PyTree, quoted, shortened
+from tbptt_jax.cells.gru import Weights as GruWeights
+from tbptt_jax.cells.gru.weights import GATES as GRU
+from tbptt_jax.cells.lstm import Weights
+from tbptt_jax.cells.lstm.weights import GATES as LSTM
 from tbptt_jax.checkpoint_leaves import kinds_of, on_this_host, write_whole
-from tbptt_jax.gru import Weights as GruWeights
-from tbptt_jax.gru.weights import GATES as GRU
-from tbptt_jax.lstm import Weights
-from tbptt_jax.lstm.weights import GATES as LSTM
 
 # safetensors' name of each dtype
 _DTYPES = {

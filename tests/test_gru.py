@@ -12,7 +12,7 @@ from streams import assert_close, loss, stream, summed_gradient
 
 import tbptt_jax as tb
 from tbptt_jax import noise
-from tbptt_jax.gru import from_flax, to_flax
+from tbptt_jax.cells.gru import from_flax, to_flax
 
 LANES, TIME, INPUTS, FEATURES = 3, 7, 4, 5
 FORMS = {"after": {}, "before": {"reset_after": False}, "normalised": {"layer_norm": True}}

@@ -13,8 +13,8 @@ from streams import assert_close, compiled, loss, stream, summed_gradient
 
 import tbptt_jax as tb
 from tbptt_jax import noise
-from tbptt_jax.lstm import Weights, from_flax, to_flax
-from tbptt_jax.zoneout import stays
+from tbptt_jax.cells.lstm import Weights, from_flax, to_flax
+from tbptt_jax.cells.zoneout import stays
 
 LANES, TIME, INPUTS, FEATURES = 3, 7, 4, 5
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5}

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import rnn
 
 import tbptt_jax as tb
-from tbptt_jax.lstm import gpu
+from tbptt_jax.cells.lstm import gpu
 
 LANES, TIME, INPUTS, FEATURES = 18, 9, 3, 6  # neither a multiple of a kernel's block
 KEYS = jax.random.split(jax.random.key(0), 6)

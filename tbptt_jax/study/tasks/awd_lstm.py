@@ -20,8 +20,8 @@ import optax
 
 import tbptt_jax as tb
 from tbptt_jax.arrays import on_host
+from tbptt_jax.cells.layers import dropped
 from tbptt_jax.files import Path, read_text
-from tbptt_jax.layers import dropped
 from tbptt_jax.noise import Keys
 from tbptt_jax.study.task import Figure, Task
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 from tbptt_jax.arrays import PyTree, check_whole
 from tbptt_jax.begin import InitialCarry, from_first_step
-from tbptt_jax.layers import check_inputs, check_rates, dropped_weights, layered
-from tbptt_jax.lstm.gpu import PALLAS
-from tbptt_jax.lstm.weights import Weights, initial_weights
-from tbptt_jax.lstm.window import SCANS, Zoneout, by_cudnn, fused, scanned
+from tbptt_jax.cells.layers import check_inputs, check_rates, dropped_weights, layered
+from tbptt_jax.cells.lstm.gpu import PALLAS
+from tbptt_jax.cells.lstm.weights import Weights, initial_weights
+from tbptt_jax.cells.lstm.window import SCANS, Zoneout, by_cudnn, fused, scanned
+from tbptt_jax.cells.zoneout import stays
 from tbptt_jax.modules import Part
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Draw, Recurrence, Segment
-from tbptt_jax.zoneout import stays
 
 
 def lstm(

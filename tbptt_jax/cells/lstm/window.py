@@ -23,17 +23,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from tbptt_jax.arrays import where_lanes
-from tbptt_jax.lstm.gpu import Loops, cudnn
-from tbptt_jax.lstm.weights import GATES, LayerNorm, Weights
-from tbptt_jax.products import at, dot, over_steps, put, times, zero_where
+from tbptt_jax.cells.lstm.gpu import Loops, cudnn
+from tbptt_jax.cells.lstm.weights import GATES, LayerNorm, Weights
+from tbptt_jax.cells.products import at, dot, over_steps, put, times, zero_where
+from tbptt_jax.cells.zoneout import blend, with_padding
 from tbptt_jax.recurrence import scale_cotangent
-from tbptt_jax.zoneout import blend, with_padding
 
 EPSILON = 1e-5  # of layer normalisation, added to the variance
 
 
 class Zoneout(NamedTuple):
-    """What stands still in each step, as :mod:`tbptt_jax.zoneout` has it.
+    """What stands still in each step, as :mod:`tbptt_jax.cells.zoneout` has it.
 
     Attributes:
       c: bool ``[lanes, time, features]``, or floats ``[1, time, 1]``, or None.

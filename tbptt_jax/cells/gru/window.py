@@ -6,7 +6,7 @@ as cuDNN, PyTorch and Flax have it: the reset gate comes after the matrix. Witho
 (r h) W_h). With layer normalisation it is ``LN(x W_x)`` and ``LN(h W_h)`` (Ba et al. 2016, eq. 26 to 28), r and z as one
 group, n as another; their centring is done to the weights, whose columns then have a mean of 0 in each group.
 
-Only what is multiplied by h recurs, as in :mod:`tbptt_jax.lstm.window`: the product with the inputs is one for all steps
+Only what is multiplied by h recurs, as in :mod:`tbptt_jax.cells.lstm.window`: the product with the inputs is one for all steps
 before the scan, and in the backward pass the scan computes cotangents alone; every weight's gradient is one product after
 it. What the window keeps for its backward pass is the gates, h, and what r multiplies, if that is not h: five numbers a
 unit and step.
@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from tbptt_jax.arrays import where_lanes
-from tbptt_jax.gru.weights import LayerNorm, Weights
-from tbptt_jax.products import at, dot, over_steps, put, times, zero_where
+from tbptt_jax.cells.gru.weights import LayerNorm, Weights
+from tbptt_jax.cells.products import at, dot, over_steps, put, times, zero_where
+from tbptt_jax.cells.zoneout import blend, with_padding
 from tbptt_jax.recurrence import scale_cotangent
-from tbptt_jax.zoneout import blend, with_padding
 
 EPSILON = 1e-5  # of layer normalisation, added to the variance
 
@@ -44,7 +44,7 @@ def scanned(
 
     Args:
       starts: ``[lanes, time, features]``, what a reset returns to; None: zeros.
-      zoneout: what stands still, as :func:`tbptt_jax.zoneout.stays` draws it; None: nothing.
+      zoneout: what stands still, as :func:`tbptt_jax.cells.zoneout.stays` draws it; None: nothing.
     """
     cell = _cell(dtype, weights, x.shape[0])
 

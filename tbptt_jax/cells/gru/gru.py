@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from tbptt_jax.arrays import PyTree, check_whole
 from tbptt_jax.begin import InitialCarry, from_first_step
-from tbptt_jax.gru.weights import Weights, initial_weights
-from tbptt_jax.gru.window import fused, scanned
-from tbptt_jax.layers import check_inputs, check_rates, dropped_weights, layered
+from tbptt_jax.cells.gru.weights import Weights, initial_weights
+from tbptt_jax.cells.gru.window import fused, scanned
+from tbptt_jax.cells.layers import check_inputs, check_rates, dropped_weights, layered
+from tbptt_jax.cells.zoneout import stays
 from tbptt_jax.modules import Part
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Draw, Recurrence, Segment
-from tbptt_jax.zoneout import stays
 
 
 def gru(
@@ -43,7 +43,7 @@ def gru(
 
         r, z = σ(x W_x + h W_h + b),   n = tanh(x W_x + b + r (h W_h + c)),   h ← (1 − z) n + z h
 
-    ``params["cell"]`` is a tuple of :class:`tbptt_jax.gru.weights.Weights`, one a layer; the carry is a tuple of ``h [lanes,
+    ``params["cell"]`` is a tuple of :class:`tbptt_jax.cells.gru.weights.Weights`, one a layer; the carry is a tuple of ``h [lanes,
     features]``, one a layer, zeros at first. The numbers are those of ``nn.GRUCell`` and of PyTorch's ``nn.GRU`` to rounding.
     At a step that is padding the output is the h that stands still.
 

@@ -1,7 +1,7 @@
 """The LSTM's loop over time on NVIDIA GPUs: cuDNN's, and kernels that keep the recurrent weights on the chip.
 
 :func:`cudnn` is a whole window, forward and backward, by the library. :data:`PALLAS` is only what recurs, in the place of
-the scans of :mod:`tbptt_jax.lstm.window`: one program runs through all steps of a few lanes, so that a step is no launch of
+the scans of :mod:`tbptt_jax.cells.lstm.window`: one program runs through all steps of a few lanes, so that a step is no launch of
 its own and the weights are fetched once a window (Diamos et al. 2016, *Persistent RNNs: stashing recurrent weights
 on-chip*).
 """
@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental import rnn
 from jax.experimental.pallas import triton as pltriton
 
-from tbptt_jax.lstm.weights import Weights
+from tbptt_jax.cells.lstm.weights import Weights
 
 LANES = 16  # of one program: the least that a tensor core's product takes
 
