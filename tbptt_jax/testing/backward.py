@@ -11,11 +11,11 @@ from tbptt_jax.cutting import split
 from tbptt_jax.gradient import gradient, of_real
 from tbptt_jax.influence import Influence, replay, rtrl
 from tbptt_jax.noise import window_keys
+from tbptt_jax.step_by_step import quickly
 from tbptt_jax.testing.comparing import agree, first_difference, on_host
 from tbptt_jax.testing.subject import (
     Subject,
     added,
-    compiled,
     filled,
     masked,
     numbers,
@@ -134,7 +134,7 @@ def _mean(*influences: Influence) -> Influence:
 def _summed(s: Subject, influence: Influence, windows: list[Window]) -> tuple[PyTree, list]:
     """The gradients of all windows, added up, and the keys that the model was given."""
     estimate = gradient(s.model, weighed, influence=influence, normaliser=1.0)
-    state, update = estimate.init(jax.random.key(0), s.params, windows[0]), compiled(estimate.update)
+    state, update = estimate.init(jax.random.key(0), s.params, windows[0]), quickly(estimate.update)
     total, keys = zeros(s.params), []
     for window in windows:
         keys.append(window_keys(s.model.unroll, state.key, s.shape[0]))

@@ -130,13 +130,11 @@ def padded(s: Subject) -> None:
         end, outputs = step_by_step(s, window)
         for name, rubbish in filled(window):
             for (last, y), how in _both(s, rubbish):
-                claim = (
-                    f"Padding: where it holds {name}{what}, {{}}{how} are not those of a model that stands still there"
-                )
+                claim = f"Padding: where it holds {name}{what}, lanes do not stand still{how}: {{}} differ"
                 agree(claim.format("outputs"), y, outputs, s.tolerance, "lanes, time", valid)
-                agree(claim.format("the carry's numbers"), last, end, s.tolerance, "lanes")
+                agree(claim.format("carries"), last, end, s.tolerance, "lanes")
 
 
 def _both(s: Subject, window: Any) -> list[tuple[tuple[PyTree, PyTree], str]]:
     """Read as a window and as it is streamed."""
-    return [(s.read(s.params, s.carry, window, None), ""), (step_by_step(s, window, told=True), " of `streaming`")]
+    return [(s.read(s.params, s.carry, window, None), ""), (step_by_step(s, window, told=True), " in `streaming`")]

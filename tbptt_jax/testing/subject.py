@@ -12,6 +12,7 @@ from tbptt_jax.arrays import PyTree, where_lanes
 from tbptt_jax.gradient import as_real, of_real
 from tbptt_jax.noise import is_key, lane_keys, takes_key
 from tbptt_jax.recurrence import Recurrence, begun_anew, unroll_window
+from tbptt_jax.step_by_step import quickly
 from tbptt_jax.streaming import streaming
 from tbptt_jax.testing.comparing import is_inexact, on_host, rows
 from tbptt_jax.window import Window
@@ -58,14 +59,8 @@ def subject(model: Recurrence, inputs: PyTree, params: PyTree, seed: int) -> Sub
         params = jax.tree.map(lambda p: p + 0.1 * like(rng, p), model.init(jax.random.key(seed), inputs))
     others = rows(inputs, slice(None, None, -1), slice(None, None, -1))
     keys = lane_keys(jax.random.key(seed), lanes) if takes_key(model.unroll) else None
-    read, back = compiled(functools.partial(unroll_window, model)), compiled(functools.partial(pull, model))
+    read, back = quickly(functools.partial(unroll_window, model)), quickly(functools.partial(pull, model))
     return Subject(model, params, inputs, others, model.initial_carry(params, lanes), keys, 0.0, rng, read, back)
-
-
-def compiled(f: Callable) -> Callable:
-    """``jax.jit(f)``, on a CPU without what makes a program fast: it is run a few times."""
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(f, compiler_options=quick if jax.default_backend() == "cpu" else None)
 
 
 def pull(
