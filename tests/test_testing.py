@@ -295,7 +295,7 @@ NO_TASK = {
     "windows that do not begin": (
         {"cut": lambda w, k, n: (c := tb.split(w, k, lanes=n))._replace(resets=0 * c.resets > 0)}, "Windows: the first one of train does not begin"
     ),
-    "nothing to score": ({"train": fixed()._replace(weights=np.zeros((6, 12)))}, "Windows: those of train have nothing to score"),
+    "nothing to score": ({"cut": lambda w, k, n: (c := tb.split(w, k, lanes=n))._replace(weights=np.zeros(c.resets.shape))}, "Windows: those of train have nothing to score"),
     "a loss that is a mean over time": (
         {"loss": lambda y, w: ((y - w.targets) ** 2).mean(1) + 0 * y[..., 0]}, "Loss: the loss of a step changes with the outputs and targets of others"
     ),
