@@ -18,9 +18,12 @@ from tbptt_jax.recurrence import Recurrence as Recurrence
 from tbptt_jax.recurrence import from_step as from_step
 from tbptt_jax.flax_models import from_linen as from_linen
 from tbptt_jax.flax_models import from_nnx as from_nnx
+from tbptt_jax.cells.linear import from_linear as from_linear
+from tbptt_jax.cells.linear_scan import KeyValue as KeyValue
 from tbptt_jax.recurrence import stack as stack
 from tbptt_jax.cells.lstm import lstm as lstm
 from tbptt_jax.cells.gru import gru as gru
+from tbptt_jax.cells.min_gru import min_gru as min_gru
 from tbptt_jax.penalties import with_activations as with_activations
 from tbptt_jax.penalties import activation_penalty as activation_penalty
 from tbptt_jax.forcing import scheduled_sampling as scheduled_sampling
