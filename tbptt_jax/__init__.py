@@ -20,6 +20,7 @@ from tbptt_jax.flax_models import from_linen as from_linen
 from tbptt_jax.flax_models import from_nnx as from_nnx
 from tbptt_jax.recurrence import stack as stack
 from tbptt_jax.blocks import residual as residual
+from tbptt_jax.blocks import repeat as repeat
 from tbptt_jax.blocks import pointwise as pointwise
 from tbptt_jax.blocks import gated_mlp as gated_mlp
 from tbptt_jax.cells.lstm import lstm as lstm

@@ -17,8 +17,8 @@ from jax import lax
 
 from tbptt_jax.arrays import PyTree, at_least_float32, check_whole, quoted, where_lanes
 from tbptt_jax.modules import Part, linen_parts, of_any_lanes
-from tbptt_jax.noise import Keys, drawing, takes_key
-from tbptt_jax.recurrence import Draw, Recurrence, Segment, recurrence, unroll_window
+from tbptt_jax.noise import Keys, check_key, drawing, fold_in, takes_key
+from tbptt_jax.recurrence import Draw, Recurrence, Segment, check_carry, recurrence, unroll_window
 from tbptt_jax.window import Window, time_shape
 
 EPSILON = 1e-6  # of norms
@@ -43,10 +43,7 @@ def residual(model: Recurrence, norm: Literal["rms", "layer"] | None = "rms") ->
     References: He et al. 2016, *Identity mappings in deep residual networks*; Xiong et al. 2020, *On layer normalization in
     the transformer architecture*, for the norm before.
     """
-    if not isinstance(model, Recurrence):
-        raise ValueError(
-            f"`model` is {quoted(model)}; it needs to be a Recurrence, as `tb.gru` and `tb.gated_mlp` make."
-        )
+    _check_model(model)
     if norm not in ("rms", "layer", None):
         raise ValueError(f"`norm` is {norm!r}; it needs to be 'rms', 'layer', or None for no norm.")
 
@@ -93,6 +90,68 @@ def residual(model: Recurrence, norm: Literal["rms", "layer"] | None = "rms") ->
                 "the model as many features as its inputs have, or bring these to as many by `tb.pointwise(nn.Dense(n))`."
             )
         return carry, x + y
+
+    return Recurrence(init, initial_carry, drawing(unroll, takes_key(model.unroll)))
+
+
+def repeat(model: Recurrence, layers: int, *, remat: bool = False) -> Recurrence:
+    """A model on top of itself so many times, each layer with parameters and a carry of its own: one loop over the layers.
+
+    The numbers are those of ``stack(*[model] * layers)``, and what is compiled is one layer. Every leaf of params is ``[layers,
+    ...]``, of the carry ``[lanes, layers, ...]``.
+
+    Args:
+      model: a recurrence whose outputs have the tree, shapes and dtypes of its inputs, such as a :func:`residual` or a stack
+        of some.
+      layers: how many.
+      remat: as for :func:`tbptt_jax.stack`.
+
+    Raises:
+      ValueError: now, if ``model`` is none or ``layers`` is not a whole number from 1; from ``init`` and ``unroll``, if the
+        outputs are not like the inputs, or the carry does not fit; and what the model raises.
+    """
+    _check_model(model)
+    check_whole("layers", layers)
+
+    def init(key: jax.Array, inputs: PyTree) -> PyTree:
+        lanes, _ = time_shape(Window(inputs))
+        params = lax.map(lambda key: model.init(key, inputs), jax.random.split(key, layers))
+        jax.eval_shape(lambda p, x: unroll(p, initial_carry(p, lanes), x), params, inputs)  # raises what it would
+        return params
+
+    def initial_carry(params: PyTree, lanes: int) -> PyTree:
+        return jax.vmap(lambda p: model.initial_carry(p, lanes), axis_size=layers, out_axes=1)(params)
+
+    def unroll(
+        params: PyTree,
+        carry: PyTree,
+        inputs: PyTree,
+        resets: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        edges: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        lanes, _ = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
+        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
+        check_key(key, lanes)
+
+        def layer(x: PyTree, of_layer: tuple) -> tuple[PyTree, PyTree]:
+            number, params, carry = of_layer
+            own = None if key is None or not takes_key(model.unroll) else fold_in(key, number)
+            window = Window(x, resets=resets, valid=valid, edges=edges)
+            carry, y = unroll_window(model, params, carry, window, own)
+            given, made = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (x, y))
+            if given != made:
+                raise ValueError(
+                    f"The model makes outputs {made} of inputs {given}; to be repeated it needs to make outputs like its "
+                    "inputs: bring these to it, by `tb.pointwise` under `tb.stack`, or put different models on each other by `tb.stack`."
+                )
+            return y, carry
+
+        by_layer = jnp.arange(layers), params, jax.tree.map(lambda h: jnp.swapaxes(h, 0, 1), carry)
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        outputs, carry = lax.scan(jax.checkpoint(layer, prevent_cse=False) if remat else layer, inputs, by_layer)
+        return jax.tree.map(lambda h: jnp.swapaxes(h, 0, 1), carry), outputs
 
     return Recurrence(init, initial_carry, drawing(unroll, takes_key(model.unroll)))
 
@@ -193,6 +252,13 @@ class _GatedMLP(nn.Module):
 
         h = self.activation(dense(self.hidden, "gate")(x)) * dense(self.hidden, "up")(x)
         return dense(x.shape[-1], "down")(nn.Dropout(self.dropout)(h))
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, Recurrence):
+        raise ValueError(
+            f"`model` is {quoted(model)}; it needs to be a Recurrence, as `tb.gru` and `tb.gated_mlp` make."
+        )
 
 
 def _check_features(x: Any) -> None:
