@@ -1,10 +1,13 @@
 """What deep stacks are made of: residual blocks with a norm before, and what is done at each step by itself.
 
-def block():
-    return tb.residual(tb.gru(256)), tb.residual(tb.gated_mlp(768))
+    block = tb.stack(tb.residual(tb.gru(256)), tb.residual(tb.gated_mlp(768)))
+    model = tb.stack(
+        tb.pointwise(nn.Embed(256, 256)),
+        tb.repeat(block, 12, remat=True),
+        tb.pointwise(nn.Sequential([nn.RMSNorm(), nn.Dense(256)])),
+    )
 
-blocks = [part for _ in range(12) for part in block()]
-model = tb.stack(tb.pointwise(nn.Embed(256, 256)), *blocks, tb.pointwise(nn.Dense(256)), remat=True)
+Params and carry are trees of the layers, in order.
 """
 
 from collections.abc import Callable, Sequence
@@ -98,13 +101,14 @@ def repeat(model: Recurrence, layers: int, *, remat: bool = False) -> Recurrence
     """A model on top of itself so many times, each layer with parameters and a carry of its own: one loop over the layers.
 
     The numbers are those of ``stack(*[model] * layers)``, and what is compiled is one layer. Every leaf of params is ``[layers,
-    ...]``, of the carry ``[lanes, layers, ...]``.
+    ...]``, of the carry ``[lanes, layers, ...]``, where a stack has tuples.
 
     Args:
       model: a recurrence whose outputs have the tree, shapes and dtypes of its inputs, such as a :func:`residual` or a stack
         of some.
       layers: how many.
-      remat: as for :func:`tbptt_jax.stack`.
+      remat: keep of each layer only its inputs and the carry that it begins with for the backward pass, and compute the rest
+        again: memory for one layer at a time, for one more forward pass.
 
     Raises:
       ValueError: now, if ``model`` is none or ``layers`` is not a whole number from 1; from ``init`` and ``unroll``, if the
@@ -200,7 +204,10 @@ def pointwise(
     ) -> tuple[PyTree, PyTree]:
         return carry, x
 
-    return recurrence(of_any_lanes(begin_all), nothing, drawing(scan, False), apply("module"), None, checkpoint, draw)
+    encoder = apply("module")
+    return recurrence(
+        of_any_lanes(begin_all), nothing, drawing(scan, False), encoder, None, checkpoint, draw, encoder_name="module"
+    )
 
 
 def gated_mlp(

@@ -119,12 +119,13 @@ def recurrence(
     checkpoint: Segment,
     draw: Draw = "window",
     begin: Callable[[PyTree, PyTree], PyTree] | None = None,
+    encoder_name: str = "encoder",
 ) -> Recurrence:
     """``encoder`` → ``scan`` → ``readout``, over a whole window at a time or in segments of it.
 
     ``scan`` is ``(params, carry, x, resets, valid, edges, starts=, keys=Keys) -> (carry, y)``, x and y ``[lanes, time, ...]``;
-    starts, a carry ``[lanes, time, ...]``, is what a reset at a step returns to, None: the initial carry. The others are as for
-    :func:`from_step`.
+    starts, a carry ``[lanes, time, ...]``, is what a reset at a step returns to, None: the initial carry; ``encoder_name``
+    is for sentences. The others are as for :func:`from_step`.
 
     Raises:
       ValueError: if ``draw`` is neither.
@@ -175,7 +176,7 @@ def recurrence(
         params, inputs = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
         x = inputs
         if encoder is not None:
-            x = check_step_by_step("encoder", encoder, params, x)
+            x = check_step_by_step(encoder_name, encoder, params, x)
         if readout is not None:
             lanes, _ = time_shape(Window(inputs))
             carry = jax.eval_shape(lambda p: initial_carry(p, lanes), params)
@@ -208,7 +209,8 @@ def stack(*layers: Recurrence, remat: bool = False) -> Recurrence:
     Args:
       *layers: the first, which is given the window's inputs ``[lanes, time, ...]``, to the last; at least one.
       remat: keep of each layer only its inputs and the carry that it begins with for the backward pass, and compute the rest
-        again: memory for one layer at a time, for one more forward pass.
+        again: memory for one layer at a time, for one more forward pass. A CPU's compiler may compute all layers again at once,
+        and save nothing; :func:`tbptt_jax.repeat` is a loop, where it cannot.
 
     Raises:
       ValueError: now, if there is no layer or one is no Recurrence; from ``init`` and ``unroll``, if the inputs are not
