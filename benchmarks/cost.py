@@ -84,13 +84,12 @@ def segments(seconds: float) -> str:
             f"`checkpoint={kept!r}`",
             f"{bytes_of(ONE_WINDOW, ONE_WINDOW, kept)[1] / 1e6:,.1f}",
             quartiles(timed.times[str(kept)]),
-            f"{np.median(timed.times[str(kept)] / timed.times['None']):.2f}",
         ]
         for kept in KEPT
     ]
-    return f"""One window of {ONE_WINDOW:,} steps in segments, and in segments within segments: an update of the same model.
+    return f"""One window of {ONE_WINDOW:,} steps in segments, and in segments within segments, of the same model.
 
-{table(["", "temporary memory, MB", "seconds, median (quartiles)", "of the time without"], rows)}"""
+{table(["", "temporary memory, MB", "seconds an update, median (quartiles)"], rows)}"""
 
 
 def stream(steps: int, lanes: int, hidden: int, window: int = WINDOW, checkpoint: Segment = None) -> Side:

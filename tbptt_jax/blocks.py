@@ -30,9 +30,9 @@ EPSILON = 1e-6  # of norms
 def residual(model: Recurrence, norm: Literal["rms", "layer"] | None = "rms") -> Recurrence:
     """A residual block, ``x + model(norm(x))``, its norm before the model.
 
-    ``params["model"]`` is the model's, ``params["norm"]`` the norm's gain, ones at first; the carry is the model's. A norm is over
-    the last axis of each step, its sums in at least float32, and hands on the inputs' dtype; the sum has that of inputs and
-    outputs together.
+    ``params["model"]`` is the model's, ``params["norm"]`` the norm's gain, ones at first; the carry is the model's. The norm is
+    over the last axis of each step, its sums in at least float32. All of it has the inputs' dtype, which is that of a whole stack
+    of blocks: what makes the first one's inputs decides.
 
     Args:
       model: a recurrence whose outputs have the shape of its inputs, ``[lanes, time, ...]``.
@@ -41,7 +41,8 @@ def residual(model: Recurrence, norm: Literal["rms", "layer"] | None = "rms") ->
 
     Raises:
       ValueError: now, if ``model`` or ``norm`` is not as described; from ``init`` and ``unroll``, if the inputs are no numbers
-        ``[lanes, time, features]``, or the outputs have another shape; and what the model raises.
+        ``[lanes, time, features]``, or the outputs have another shape or are complex and the inputs are not; and what the
+        model raises.
 
     References: He et al. 2016, *Identity mappings in deep residual networks*; Xiong et al. 2020, *On layer normalization in
     the transformer architecture*, for the norm before.
@@ -86,13 +87,14 @@ def residual(model: Recurrence, norm: Literal["rms", "layer"] | None = "rms") ->
             x = where_lanes(jnp.asarray(valid, bool), x, jnp.zeros_like(x))
         window = window._replace(inputs=normed(params, x))
         carry, y = unroll_window(model, params["model"], carry, window, key if takes_key(model.unroll) else None)
-        if jnp.shape(y) != x.shape:
-            made = jax.tree.map(lambda y: list(jnp.shape(y)), y)
+        if getattr(y, "shape", None) != x.shape or jnp.iscomplexobj(y) > jnp.iscomplexobj(x):
+            given, made = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (x, y))
             raise ValueError(
-                f"The model makes outputs {made} of inputs {list(x.shape)}; a residual adds them up and needs one shape: give "
-                "the model as many features as its inputs have, or bring these to as many by `tb.pointwise(nn.Dense(n))`."
+                f"The model makes outputs {made} of inputs {given}; a residual adds them up and needs one shape and one kind "
+                "of number: give the model as many features as its inputs have, or bring these to it by "
+                "`tb.pointwise(nn.Dense(n))`."
             )
-        return carry, x + y
+        return carry, x + y.astype(x.dtype)
 
     return Recurrence(init, initial_carry, drawing(unroll, takes_key(model.unroll)))
 

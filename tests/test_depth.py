@@ -143,10 +143,12 @@ def test_a_norm_adds_up_in_float32_and_hands_on_half_precision():
     exact = np.asarray(x, float)
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True)) + exact
     np.testing.assert_allclose(np.asarray(y, float), exact, rtol=1e-3)
-    stream = tb.stack(tb.pointwise(nn.Dense(3, dtype=jnp.bfloat16)), tb.residual(tb.gru(3)))  # a carry in float32
-    params = jax.tree.map(lambda p: p.astype(jnp.float32), stream.init(jax.random.key(0), x.astype(jnp.bfloat16)))
-    carry, y = stream.unroll(params, ((), (jnp.zeros((2, 3), jnp.float32),)), x.astype(jnp.bfloat16))
-    assert y.dtype == carry[1][0].dtype == jnp.float32
+    block = tb.stack(tb.residual(tb.gru(3)), tb.residual(tb.gated_mlp(4)))
+    model = tb.stack(tb.pointwise(nn.Dense(3, dtype=jnp.bfloat16)), tb.repeat(block, 2))
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), model.init(jax.random.key(0), x))
+    carry, y = model.unroll(params, model.initial_carry(params, 2), x)
+    assert y.dtype == jnp.bfloat16
+    assert {h.dtype for h in jax.tree.leaves(carry)} == {jnp.dtype("float32")}
 
 
 def test_a_gated_mlp_is_the_formula_of_each_step():
@@ -289,7 +291,11 @@ MISTAKES = {
     "a module in the place of a recurrence": (lambda: tb.residual(nn.Dense(3)), "it needs to be a Recurrence"),
     "a residual of other features": (
         lambda: tb.residual(tb.gru(4)).init(jax.random.key(0), X),
-        r"makes outputs \[2, 5, 4\] of inputs \[2, 5, 3\]; a residual adds them up",
+        r"makes outputs float64\[2, 5, 4\] of inputs float64\[2, 5, 3\]; a residual adds them up",
+    ),
+    "a complex branch of real numbers": (
+        lambda: tb.residual(tb.pointwise(lambda params, x: 1j * x)).init(jax.random.key(0), X),
+        r"makes outputs complex128.* one kind of number",
     ),
     "a residual of tokens": (
         lambda: tb.residual(tb.gru(4)).init(jax.random.key(0), np.zeros((2, 5), int)),
