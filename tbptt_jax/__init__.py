@@ -54,3 +54,4 @@ from tbptt_jax import horizon as horizon
 from tbptt_jax import sharding as sharding
 from tbptt_jax import checkpoint as checkpoint
 from tbptt_jax import weights as weights
+from tbptt_jax import testing as testing
