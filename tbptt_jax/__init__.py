@@ -28,6 +28,10 @@ from tbptt_jax.blocks import gated_mlp as gated_mlp
 from tbptt_jax.cells.lstm import lstm as lstm
 from tbptt_jax.cells.gru import gru as gru
 from tbptt_jax.cells.min_gru import min_gru as min_gru
+from tbptt_jax.cells.slstm import slstm as slstm
+from tbptt_jax.cells.mlstm import mlstm as mlstm
+from tbptt_jax.cells.gated_delta import gated_delta as gated_delta
+from tbptt_jax.cells.mamba2 import mamba2 as mamba2
 from tbptt_jax.penalties import with_activations as with_activations
 from tbptt_jax.penalties import activation_penalty as activation_penalty
 from tbptt_jax.forcing import scheduled_sampling as scheduled_sampling
