@@ -41,7 +41,7 @@ def from_linen(
       input_shape: shape of one lane's input to the cell at one step. Only cells whose carry has spatial axes, such as
         ``nn.ConvLSTMCell``, read it.
       init: ``(key, inputs) -> params`` of the functions among these, a dict beside what the modules have.
-      initial_carry: see :func:`tbptt_jax.lstm`.
+      initial_carry: see :class:`tbptt_jax.cells.layers.Options`.
       rngs: names that modules ask keys by.
       draw: how often, see :func:`tbptt_jax.from_step`.
       checkpoint: see :func:`tbptt_jax.from_step`.
@@ -111,7 +111,7 @@ def from_nnx(
       encoder: a module without state, called on ``[lanes, time, ...]``.
       readout: likewise, called on the cell's outputs.
       input_shape: as in :func:`from_linen`.
-      initial_carry: see :func:`tbptt_jax.lstm`.
+      initial_carry: see :class:`tbptt_jax.cells.layers.Options`.
       draw: how often, see :func:`tbptt_jax.from_step`.
       checkpoint: see :func:`tbptt_jax.from_step`.
 

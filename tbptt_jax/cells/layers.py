@@ -1,7 +1,7 @@
 """Layers of a recurrent cell as a recurrence: ``encoder`` → dropout → layers, with dropout between them → ``readout``."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,42 @@ from tbptt_jax.recurrence import Draw, Recurrence, Segment, recurrence
 from tbptt_jax.window import Window, time_shape
 
 
+class Options(TypedDict, total=False):
+    """What every cell's function takes besides its own arguments. Where parts are modules, they are Linen modules without state.
+
+    Attributes:
+      encoder: what comes before the layers: a Linen module without state, called on the inputs, ``[lanes, time, ...] -> [lanes,
+        time, inputs]``; ``params["encoder"]``. Or a function ``(params, inputs)`` of all parameters, which may take a ``key``.
+      readout: likewise what comes after them, called on ``[lanes, time, outputs]``; ``params["readout"]``. With an
+        ``encoder=nn.Embed(n, features)`` tied weights are ``readout=lambda params, y: y @
+        params["encoder"]["params"]["embedding"].T``.
+      layers: how many, each fed with the outputs of the one before.
+      dropout: the part of a layer's outputs that is left out of the next one's inputs, in training; the kept ones are 1 / (1 -
+        dropout) larger.
+      input_dropout: likewise of the first layer's inputs.
+      residual: add a layer's inputs to its outputs, where they are as many (He et al. 2016).
+      init: ``(key, inputs) -> params`` of the functions among these, a dict beside the others.
+      initial_carry: what a lane begins from, and after a reset. None: zeros. ``"learned"``: ``params["initial_carry"]``, zeros
+        at first. A function ``(params, x [lanes, ...]) -> carry`` of the inputs of its first step, for what is known of a
+        sequence; its parameters are of ``init``. The gradient reaches it in the window in which the lane begins.
+      rngs: names that modules ask keys by.
+      draw: ``"window"``: a mask is drawn once a window and held. ``"step"``: each step has its own.
+      checkpoint: see :func:`tbptt_jax.from_step`.
+    """
+
+    encoder: Part
+    readout: Part
+    layers: int
+    dropout: float
+    input_dropout: float
+    residual: bool
+    init: Callable[[jax.Array, PyTree], dict[str, PyTree]] | None
+    initial_carry: InitialCarry
+    rngs: Sequence[str]
+    draw: Draw
+    checkpoint: Segment
+
+
 def layered(
     name: str,
     weights: Callable[[jax.Array, int], PyTree],
@@ -21,18 +57,18 @@ def layered(
     run: Callable[..., tuple[PyTree, jax.Array]],
     outputs: int,
     *,
-    draws: bool,
-    layers: int,
-    encoder: Part,
-    readout: Part,
-    init: Callable[[jax.Array, PyTree], dict[str, PyTree]] | None,
-    initial_carry: InitialCarry,
-    dropout: float,
-    input_dropout: float,
-    residual: bool,
-    rngs: Sequence[str],
-    draw: Draw,
-    checkpoint: Segment,
+    draws: bool = False,
+    layers: int = 1,
+    encoder: Part = None,
+    readout: Part = None,
+    init: Callable[[jax.Array, PyTree], dict[str, PyTree]] | None = None,
+    initial_carry: InitialCarry = None,
+    dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    residual: bool = False,
+    rngs: Sequence[str] = ("dropout",),
+    draw: Draw = "window",
+    checkpoint: Segment = None,
 ) -> Recurrence:
     """A recurrence of layers of one cell; ``params["cell"]`` is a tuple of weights, the carry a tuple, one a layer.
 
@@ -40,13 +76,13 @@ def layered(
       name: of the cell, for sentences.
       weights: ``(key, inputs) -> weights`` of a layer fed with so many features.
       zeros: ``(weights, lanes) -> carry`` of a layer.
-      run: ``(weights, carry, x [lanes, time, inputs], resets, valid, edges, starts, keys) -> (carry, y [lanes, time,
+      run: ``(weights, carry, x [lanes, time, inputs], resets, valid, edges, *, starts, keys) -> (carry, y [lanes, time,
         outputs])``, a layer's window: starts, a carry ``[lanes, time, ...]``, is what a reset returns to, None: zeros; of
         ``keys``, a :class:`tbptt_jax.noise.Keys`, it draws.
       outputs: of a layer.
       draws: whether ``run`` draws anything.
 
-    The others are as for :func:`tbptt_jax.lstm`.
+    The others are :class:`Options`.
 
     Raises:
       ValueError: now, if a rate or ``layers`` is not as described; from ``init`` and ``unroll``, as :func:`tbptt_jax.lstm`.
@@ -93,7 +129,7 @@ def layered(
             own = of_part(keys, number)
             if number:
                 x = dropped(x, dropout, of_part(own, 1), draw)
-            state, y = run(of_layer, before, x, *masks, of_start, of_part(own, 0))
+            state, y = run(of_layer, before, x, *masks, starts=of_start, keys=of_part(own, 0))
             x = y + x if residual and x.shape == y.shape else y
             after.append(state)
         return tuple(after), x

@@ -1,43 +1,31 @@
 """The GRU (Cho et al. 2014, *Learning phrase representations using RNN encoder–decoder*) as a recurrence."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from tbptt_jax.arrays import PyTree, check_whole
-from tbptt_jax.begin import InitialCarry, from_first_step
+from tbptt_jax.arrays import check_whole
+from tbptt_jax.begin import from_first_step
 from tbptt_jax.cells.gru.weights import Weights, initial_weights
 from tbptt_jax.cells.gru.window import fused, scanned
-from tbptt_jax.cells.layers import check_inputs, check_rates, dropped_weights, layered
+from tbptt_jax.cells.layers import Options, check_inputs, check_rates, dropped_weights, layered
 from tbptt_jax.cells.zoneout import stays
-from tbptt_jax.modules import Part
 from tbptt_jax.noise import Keys
-from tbptt_jax.recurrence import Draw, Recurrence, Segment
+from tbptt_jax.recurrence import Recurrence
 
 
 def gru(
     features: int,
     *,
-    readout: Part = None,
-    encoder: Part = None,
-    layers: int = 1,
     reset_after: bool = True,
-    dropout: float = 0.0,
-    input_dropout: float = 0.0,
     weight_drop: float = 0.0,
     zoneout: float = 0.0,
     layer_norm: bool = False,
-    residual: bool = False,
-    init: Callable[[jax.Array, PyTree], dict[str, PyTree]] | None = None,
-    initial_carry: InitialCarry = None,
-    rngs: Sequence[str] = ("dropout",),
-    draw: Draw = "window",
     dtype: Any = None,
-    checkpoint: Segment = None,
     implementation: Literal["fused", "scan"] | None = None,
+    **options: Unpack[Options],
 ) -> Recurrence:
     """A recurrence of GRU layers, ``encoder`` → layers → ``readout``, each layer's window one fused operation.
 
@@ -49,13 +37,8 @@ def gru(
 
     Args:
       features: units of each layer.
-      readout: as for :func:`tbptt_jax.lstm`, as are all that are not described here.
-      encoder: what comes before the layers.
-      layers: how many, each fed with the outputs of the one before.
       reset_after: the reset gate comes after the recurrent matrix, as in cuDNN, PyTorch and Flax. False: before it, as in the
         paper, n = tanh(x W_x + b + (r h) W_h), at two products a step.
-      dropout: of what a layer is given by the one before, in training.
-      input_dropout: likewise of the first layer's inputs.
       weight_drop: the part of the recurrent weights that is left out in training, drawn once a window for all lanes, the kept
         ones 1 / (1 - weight_drop) larger (Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*).
         Taken to the nearest of 1/256, 2/256, ... 255/256.
@@ -63,16 +46,11 @@ def gru(
         draws of the step (Krueger et al. 2017, *Zoneout*, eq. 2 to 5). Taken to the nearest of 1/256, 2/256, ... 255/256.
       layer_norm: LN(x W_x) and LN(h W_h), each with its gains, in the place of these products; r and z are normalised
         together, n by itself (Ba et al. 2016, *Layer normalization*, eq. 26 to 28).
-      residual: add a layer's inputs to its outputs, where they are as many.
-      init: parameters of functions among these.
-      initial_carry: what a lane begins from, and after a reset.
-      rngs: names that modules ask keys by.
-      draw: whether masks of dropout are drawn once a ``"window"`` or each ``"step"``.
       dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; None: the parameters' dtype.
-      checkpoint: see :func:`tbptt_jax.from_step`.
       implementation: None and ``"fused"``: differentiated by hand, reverse mode and, as the transpose of what ``jax.vjp``
         returns, forward mode (which ``uoro`` needs). ``"scan"``: the same window left to JAX to differentiate, for
         ``jax.jvp`` and second derivatives.
+      **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`, ``encoder``, ``readout``, ``layers``, ``dropout`` ...
 
     Raises:
       ValueError: now, if a size is not positive, a rate not from 0 to below 1, the implementation unknown, or layer
@@ -124,15 +102,5 @@ def gru(
         run,
         features,
         draws=weight_drop > 0 or zoneout > 0,
-        layers=layers,
-        encoder=encoder,
-        readout=readout,
-        init=init,
-        initial_carry=initial_carry,
-        dropout=dropout,
-        input_dropout=input_dropout,
-        residual=residual,
-        rngs=rngs,
-        draw=draw,
-        checkpoint=checkpoint,
+        **options,
     )

@@ -1,44 +1,32 @@
 """The LSTM (Hochreiter & Schmidhuber 1997, *Long short-term memory*) as a recurrence, each layer's window one operation."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from tbptt_jax.arrays import PyTree, check_whole
-from tbptt_jax.begin import InitialCarry, from_first_step
-from tbptt_jax.cells.layers import check_inputs, check_rates, dropped_weights, layered
+from tbptt_jax.begin import from_first_step
+from tbptt_jax.cells.layers import Options, check_inputs, check_rates, dropped_weights, layered
 from tbptt_jax.cells.lstm.gpu import PALLAS
 from tbptt_jax.cells.lstm.weights import Weights, initial_weights
 from tbptt_jax.cells.lstm.window import SCANS, Zoneout, by_cudnn, fused, scanned
 from tbptt_jax.cells.zoneout import stays
-from tbptt_jax.modules import Part
 from tbptt_jax.noise import Keys
-from tbptt_jax.recurrence import Draw, Recurrence, Segment
+from tbptt_jax.recurrence import Recurrence
 
 
 def lstm(
     features: int,
     *,
-    readout: Part = None,
-    encoder: Part = None,
-    layers: int = 1,
     projection: int | None = None,
-    dropout: float = 0.0,
-    input_dropout: float = 0.0,
     weight_drop: float = 0.0,
     zoneout: float | tuple[float, float] = 0.0,
     layer_norm: bool = False,
-    residual: bool = False,
-    init: Callable[[jax.Array, PyTree], dict[str, PyTree]] | None = None,
-    initial_carry: InitialCarry = None,
-    rngs: Sequence[str] = ("dropout",),
-    draw: Draw = "window",
     dtype: Any = None,
-    checkpoint: Segment = None,
     implementation: Literal["fused", "scan", "cudnn", "pallas"] | None = None,
+    **options: Unpack[Options],
 ) -> Recurrence:
     """A recurrence of LSTM layers, ``encoder`` → layers → ``readout``, each layer's window one fused operation.
 
@@ -48,15 +36,7 @@ def lstm(
 
     Args:
       features: units of each layer.
-      readout: a Linen module without state, called on ``[lanes, time, outputs]``; ``params["readout"]``. Or a function
-        ``(params, y) -> outputs`` of all parameters, which may take a ``key``: with an ``encoder=nn.Embed(n, features)`` tied
-        weights are ``readout=lambda params, y: y @ params["encoder"]["params"]["embedding"].T``.
-      encoder: likewise, called on the inputs, ``[lanes, time, ...] -> [lanes, time, inputs]``; ``params["encoder"]``.
-      layers: how many, each fed with the outputs of the one before.
       projection: project h to this many outputs before it recurs (Sak, Senior & Beaufays 2014). None: no projection.
-      dropout: the part of a layer's outputs that is left out of the next one's inputs, in training; the kept ones are 1 / (1 -
-        dropout) larger.
-      input_dropout: likewise of the first layer's inputs.
       weight_drop: the part of the recurrent weights that is left out in training, drawn once a window for all lanes, the kept
         ones 1 / (1 - weight_drop) larger (Merity, Keskar & Socher 2018, *Regularizing and optimizing LSTM language models*).
         Taken to the nearest of 1/256, 2/256, ... 255/256.
@@ -66,31 +46,25 @@ def lstm(
       layer_norm: LN(x W_x) and LN(h W_h) in the place of these products, each over all four gates and with its gains, and
         o tanh(LN(c)) in that of o tanh(c), with gains and a bias; c itself recurs as it is (Ba, Kiros & Hinton 2016, *Layer
         normalization*, eq. 20 to 22).
-      residual: add a layer's inputs to its outputs, where they are as many (He et al. 2016).
-      init: ``(key, inputs) -> params`` of the functions among these, a dict beside the others.
-      initial_carry: what a lane begins from, and after a reset. None: zeros. ``"learned"``: ``params["initial_carry"]``, zeros
-        at first. A function ``(params, x [lanes, ...]) -> carry`` of the inputs of its first step, for what is known of a
-        sequence; its parameters are of ``init``. The gradient reaches it in the window in which the lane begins.
-      rngs: names that modules ask keys by.
-      draw: ``"window"``: a mask is drawn once a window and held. ``"step"``: each step has its own.
       dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; carry, gates and sums stay in the
         parameters' dtype. None: the parameters' dtype throughout.
-      checkpoint: see :func:`tbptt_jax.from_step`.
-      implementation: None: ``"cudnn"`` on a GPU where that can do it, else ``"fused"``.
+      implementation: None: ``"fused"``, which was the fastest on CPUs and GPUs alike (docs/speed.md).
 
         - ``"fused"``, differentiated by hand: reverse mode and, as the transpose of what ``jax.vjp`` returns, forward
           mode (which ``uoro`` needs).
         - ``"scan"``, the same window left to JAX to differentiate, for ``jax.jvp`` and second derivatives.
         - ``"cudnn"``, NVIDIA's own: float32, without projection and without padding; reverse mode. A window in which a
           lane is reset after its first step is done by the fused scan. No zoneout, no layer normalisation.
-        - ``"pallas"``, the fused window with its loops as kernels that keep the recurrent weights on the chip; without
-          projection, zoneout and layer normalisation; reverse mode. On a CPU the kernels are interpreted, which is for tests.
+        - ``"pallas"``, the fused window with its loops as kernels that keep the recurrent weights on the chip, which holds
+          those of some 64 units in float32: for narrow layers. Without projection, zoneout and layer normalisation;
+          reverse mode. On a CPU the kernels are interpreted, which is for tests.
+      **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`, ``encoder``, ``readout``, ``layers``, ``dropout`` ...
 
     Raises:
       ValueError: now, if a size is not positive, a rate not from 0 to below 1, or the implementation unknown or not for this;
         from ``init``, if the inputs have no axis of features, or a module has variables besides its parameters or looks along
         time or lanes; from ``unroll``, when it is traced, if what reaches the cell is not ``[lanes, time, inputs]`` of the
-        weights' inputs, the carry does not fit, or ``"cudnn"`` was asked for and cannot do it.
+        weights' inputs, the carry does not fit, or the implementation asked for cannot do it.
     """
     for name, size in {"features": features, "projection": projection}.items():
         if size is not None:
@@ -138,7 +112,7 @@ def lstm(
                 f"cuDNN's LSTM is float32, without `dtype`, projection, padding (`valid`) and edges; here are {kind} "
                 f"parameters, dtype={dtype}, {'padding' if valid is not None else 'no padding'}: leave `implementation` None."
             )
-        chosen = implementation or ("cudnn" if simple and jax.default_backend() == "gpu" else "fused")
+        chosen = implementation or "fused"
         x = x.astype(weights.input.dtype)
         weights = weights._replace(recurrent=dropped_weights(weights.recurrent, weight_drop, keys))
         still = Zoneout(*stays(rates, (features, outputs), x, keys.step))
@@ -160,15 +134,5 @@ def lstm(
         run,
         outputs,
         draws=weight_drop > 0 or max(rates) > 0,
-        layers=layers,
-        encoder=encoder,
-        readout=readout,
-        init=init,
-        initial_carry=initial_carry,
-        dropout=dropout,
-        input_dropout=input_dropout,
-        residual=residual,
-        rngs=rngs,
-        draw=draw,
-        checkpoint=checkpoint,
+        **options,
     )
