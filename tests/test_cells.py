@@ -10,6 +10,7 @@ from streams import F64
 
 import tbptt_jax as tb
 from tbptt_jax import testing
+from tbptt_jax.cells.mamba2 import Carry
 
 LANES, TIME, FEATURES, UNITS = 3, 8, 2, 3
 X = np.random.default_rng(0).normal(size=(LANES, TIME, FEATURES))
@@ -30,6 +31,12 @@ def of_nnx(cell, **options):
 def given(params, x):
     """What a lane begins from, of its first inputs."""
     return (jnp.tanh(x @ jnp.ones((FEATURES, UNITS))),)
+
+
+def short_memory(params, x):
+    """Likewise, inputs before the window and a memory."""
+    first = jnp.tanh(x.sum(1))[:, None, None]
+    return (Carry(first * jnp.ones((3, 12)), first[..., None] * jnp.ones((2, 2, 2))),)
 
 
 def linear_recurrent_unit():
@@ -73,6 +80,14 @@ CELLS = {
     "gru, normalised": (tb.gru(UNITS, layer_norm=True, initial_carry="learned"), X),
     "gru that draws": (tb.gru(UNITS, weight_drop=0.3, zoneout=0.2), X),
     "gru that begins from the data": (tb.gru(UNITS, initial_carry=given), X),
+    "slstm": (tb.slstm(4, heads=2, layers=2), X),
+    "slstm, normalised": (tb.slstm(4, heads=2, forget="exp", norm=True, initial_carry="learned"), X),
+    "mlstm": (tb.mlstm(4, heads=2, key_size=3, layers=2), X),
+    "mlstm, normalised": (tb.mlstm(4, norm=True, initial_carry="learned", checkpoint=3), X),
+    "gated_delta": (tb.gated_delta(4, heads=2, value_size=3, residual=True), X),
+    "gated_delta, without a convolution": (tb.gated_delta(3, convolution=None, initial_carry="learned"), X),
+    "mamba2": (tb.mamba2(3, heads=2, state=3), X),
+    "mamba2 that begins from the data": (tb.mamba2(2, heads=2, groups=2, state=2, initial_carry=short_memory), X),
     "nn.LSTMCell": (linen(nn.LSTMCell), X),
     "nn.OptimizedLSTMCell": (linen(nn.OptimizedLSTMCell, checkpoint="sqrt"), X),
     "nn.GRUCell": (linen(nn.GRUCell, initial_carry=lambda p, x: given(p, x)[0]), X),
