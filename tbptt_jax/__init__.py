@@ -24,6 +24,10 @@ from tbptt_jax.recurrence import stack as stack
 from tbptt_jax.cells.lstm import lstm as lstm
 from tbptt_jax.cells.gru import gru as gru
 from tbptt_jax.cells.min_gru import min_gru as min_gru
+from tbptt_jax.cells.min_lstm import min_lstm as min_lstm
+from tbptt_jax.cells.lru import lru as lru
+from tbptt_jax.cells.rg_lru import rg_lru as rg_lru
+from tbptt_jax.cells.rtu import rtu as rtu
 from tbptt_jax.penalties import with_activations as with_activations
 from tbptt_jax.penalties import activation_penalty as activation_penalty
 from tbptt_jax.forcing import scheduled_sampling as scheduled_sampling
