@@ -1,16 +1,13 @@
 """The kit tells: each law fails for the fault that it is there for, in a sentence that names it, and the first place."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from streams import F64
 
 import tbptt_jax as tb
-from tbptt_jax import study, testing
+from tbptt_jax import testing
 from tbptt_jax.noise import shared
 
 LANES, TIME, UNITS = 3, 8, 2
