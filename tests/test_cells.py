@@ -24,7 +24,7 @@ def linen(cell, **options):
 
 
 def of_nnx(cell, **options):
-    part = lambda make, *sizes: lambda rngs: make(*sizes, param_dtype=jnp.float64, rngs=rngs)  # noqa: E731
+    part = lambda make, *sizes: lambda rngs: make(*sizes, rngs=rngs, **F64)  # noqa: E731
     return tb.from_nnx(part(cell, FEATURES, UNITS), readout=part(nnx.Linear, UNITS, 2), **options)
 
 
@@ -78,7 +78,7 @@ CELLS = {
     "gru": (tb.gru(UNITS, encoder=nn.Embed(5, 4, **F64)), TOKENS),
     "gru, reset before": (tb.gru(UNITS, reset_after=False, checkpoint=3), X),
     "gru, normalised": (tb.gru(UNITS, layer_norm=True, initial_carry="learned"), X),
-    "gru that draws": (tb.gru(UNITS, **DROPS), X),
+    "gru that draws": (tb.gru(UNITS, weight_drop=0.3, zoneout=0.2), X),
     "gru that begins from the data": (tb.gru(UNITS, initial_carry=given), X),
     "slstm": (tb.slstm(4, heads=2, layers=2), X),
     "slstm, normalised": (tb.slstm(4, heads=2, forget="exp", norm=True, initial_carry="learned"), X),
