@@ -104,19 +104,6 @@ def test_cudnn_takes_trainings_side_by_side(reference):
     agree(*both, 1e-4)
 
 
-def test_cudnn_is_chosen_on_a_gpu_where_it_can_do_it_and_nowhere_else(reference, monkeypatch):
-    def chosen(*args, **options):
-        reference.clear()
-        jax.eval_shape(lambda: window_after_window(None, *args, **options))  # traced, not computed
-        return bool(reference)
-
-    assert not chosen(START, jnp.float32)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert chosen(START, jnp.float32)
-    assert not chosen(START, jnp.float64) and not chosen(VALID, jnp.float32)
-    assert not chosen(START, jnp.float32, projection=2)
-
-
 def test_what_cudnn_cannot_do_is_told():
     with pytest.raises(ValueError, match=r"float32, without `dtype`.*float64 parameters, dtype=None, no padding"):
         window_after_window("cudnn", {}, jnp.float64)
@@ -127,7 +114,7 @@ def test_what_cudnn_cannot_do_is_told():
             tb.lstm(FEATURES, projection=2, implementation=implementation)
 
 
-@pytest.mark.parametrize("features", [10, 128])
+@pytest.mark.parametrize("features", [10, 64])
 def test_for_a_gpu_the_loops_are_two_kernels(features, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     model = tb.lstm(features, implementation="pallas")
@@ -142,3 +129,11 @@ def test_the_flat_weights_are_unpacked_by_jax_as_they_were():
     (weights,) = tb.lstm(FEATURES).init(KEYS[3], jnp.zeros((1, 1, INPUTS)))["cell"]
     w_ih, w_hh, b_ih, b_hh = rnn.unpack_lstm_weights(gpu.flat_weights(weights), INPUTS, FEATURES, 1, False)
     agree((w_ih[0], w_hh[0], b_ih[0] + b_hh[0]), (weights.input.T, weights.recurrent.T, weights.bias), 0)
+
+
+def test_what_does_not_fit_on_the_chip_is_refused():
+    model = tb.lstm(128, implementation="pallas")
+    x = jnp.zeros((2, 3, INPUTS), jnp.float32)
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), model.init(KEYS[0], x))
+    with pytest.raises(ValueError, match=r"128 units take 264 KiB there, and it has 227\. Use"):
+        jax.grad(lambda p: model.unroll(p, model.initial_carry(p, 2), x)[1].sum())(params)

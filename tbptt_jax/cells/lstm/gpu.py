@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as pltriton
 from tbptt_jax.cells.lstm.weights import Weights
 
 LANES = 16  # of one program: the least that a tensor core's product takes
+ON_CHIP = 227 * 1024  # bytes of shared memory that one program can have, on Hopper
 
 
 class Loops(NamedTuple):
@@ -206,6 +207,13 @@ class _Layout(NamedTuple):
 
     def matrices(self, dtype: Any, recurrent: jax.Array, transposed: bool = False) -> jax.Array:
         """``[gate, from, to]``."""
+        width = self.features + self.more
+        needed = width * (4 * width * jnp.dtype(dtype or recurrent.dtype).itemsize + LANES * self.dtype.itemsize)
+        if needed > ON_CHIP:
+            raise ValueError(
+                f"`implementation` is 'pallas', whose kernels keep the recurrent weights on the chip: those of {self.features} units "
+                f"take {needed // 1024} KiB there, and it has {ON_CHIP // 1024}. Use 'fused', or None."
+            )
         each = recurrent.reshape(-1, 4, self.features).transpose((1, 2, 0) if transposed else (1, 0, 2))
         return self.fill(each if dtype is None else each.astype(dtype), {1: self.more, 2: self.more})
 

@@ -48,22 +48,23 @@ def lstm(
         normalization*, eq. 20 to 22).
       dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; carry, gates and sums stay in the
         parameters' dtype. None: the parameters' dtype throughout.
-      implementation: None: ``"cudnn"`` on a GPU where that can do it, else ``"fused"``.
+      implementation: None: ``"fused"``, which was the fastest on CPUs and GPUs alike (docs/speed.md).
 
         - ``"fused"``, differentiated by hand: reverse mode and, as the transpose of what ``jax.vjp`` returns, forward
           mode (which ``uoro`` needs).
         - ``"scan"``, the same window left to JAX to differentiate, for ``jax.jvp`` and second derivatives.
         - ``"cudnn"``, NVIDIA's own: float32, without projection and without padding; reverse mode. A window in which a
           lane is reset after its first step is done by the fused scan. No zoneout, no layer normalisation.
-        - ``"pallas"``, the fused window with its loops as kernels that keep the recurrent weights on the chip; without
-          projection, zoneout and layer normalisation; reverse mode. On a CPU the kernels are interpreted, which is for tests.
+        - ``"pallas"``, the fused window with its loops as kernels that keep the recurrent weights on the chip, which holds
+          those of some 64 units in float32: for narrow layers. Without projection, zoneout and layer normalisation;
+          reverse mode. On a CPU the kernels are interpreted, which is for tests.
       **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`, ``encoder``, ``readout``, ``layers``, ``dropout`` ...
 
     Raises:
       ValueError: now, if a size is not positive, a rate not from 0 to below 1, or the implementation unknown or not for this;
         from ``init``, if the inputs have no axis of features, or a module has variables besides its parameters or looks along
         time or lanes; from ``unroll``, when it is traced, if what reaches the cell is not ``[lanes, time, inputs]`` of the
-        weights' inputs, the carry does not fit, or ``"cudnn"`` was asked for and cannot do it.
+        weights' inputs, the carry does not fit, or the implementation asked for cannot do it.
     """
     for name, size in {"features": features, "projection": projection}.items():
         if size is not None:
@@ -111,7 +112,7 @@ def lstm(
                 f"cuDNN's LSTM is float32, without `dtype`, projection, padding (`valid`) and edges; here are {kind} "
                 f"parameters, dtype={dtype}, {'padding' if valid is not None else 'no padding'}: leave `implementation` None."
             )
-        chosen = implementation or ("cudnn" if simple and jax.default_backend() == "gpu" else "fused")
+        chosen = implementation or "fused"
         x = x.astype(weights.input.dtype)
         weights = weights._replace(recurrent=dropped_weights(weights.recurrent, weight_drop, keys))
         still = Zoneout(*stays(rates, (features, outputs), x, keys.step))
