@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tbptt_jax as tb
-from tbptt_jax import study, testing
+from tbptt_jax import testing
 from tbptt_jax.noise import shared
 
 LANES, TIME, UNITS = 3, 8, 2
