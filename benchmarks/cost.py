@@ -10,11 +10,13 @@ import optax
 from matplotlib.axes import Axes
 
 import tbptt_jax as tb
-from benchmarks.turns import Section, Side, quartiles, table, take_turns
+from benchmarks.turns import Maker, Section, Side, quartiles, table, take_turns
 from tbptt_jax.recurrence import Segment
 
 LENGTHS = (10**3, 10**4, 10**5, 10**6)
 LANES, WINDOW, HIDDEN, VOCABULARY = 32, 50, 128, 96
+ONE_WINDOW = 4096
+KEPT: tuple[Segment, ...] = (None, 64, "sqrt", (64, 8), (256, 32, 4))  # segments of one window
 STREAM_LANES, STREAM_HIDDEN = 4, 64  # small, for a million steps
 WIDTHS, BATCHES = (16, 32, 64, 128, 256, 512, 1024), (1, 4, 16, 64, 256)
 
@@ -39,7 +41,6 @@ def bytes_of(steps: int, window: int, checkpoint: Segment = None) -> tuple[int, 
 
 
 def memory(seconds: float) -> Section:
-    del seconds  # nothing is timed
     kinds = {
         f"windows of {WINDOW}": lambda steps: bytes_of(steps, WINDOW),
         "one window, checkpoint='sqrt'": lambda steps: bytes_of(steps, steps, "sqrt"),
@@ -56,7 +57,9 @@ def memory(seconds: float) -> Section:
 {HIDDEN} units that reads characters and tells a number at every step, Adam. The arguments are the parameters, Adam's moments and
 the stream itself, which need not be on the device at once.
 
-{table(["steps of a lane", "arguments", *used], rows)}"""
+{table(["steps of a lane", "arguments", *used], rows)}
+
+{segments(seconds)}"""
 
     def draw(axes: Axes) -> None:
         for name, each in used.items():
@@ -69,9 +72,29 @@ the stream itself, which need not be on the device at once.
     return Section("Memory", text, draw)
 
 
-def stream(steps: int, lanes: int, hidden: int) -> Side:
-    step = train_step(hidden)
-    ids = np.random.default_rng(0).integers(VOCABULARY, size=(steps // WINDOW, lanes, WINDOW), dtype=np.int32)
+def segments(seconds: float) -> str:
+    """What a window costs in segments, and in segments within segments."""
+    sides: dict[str, Maker] = {
+        str(kept): functools.partial(stream, ONE_WINDOW, LANES, HIDDEN, ONE_WINDOW, kept) for kept in KEPT
+    }
+    timed = take_turns(sides, seconds, least=3)
+    assert not timed.failed, timed.failed
+    rows = [
+        [
+            f"`checkpoint={kept!r}`",
+            f"{bytes_of(ONE_WINDOW, ONE_WINDOW, kept)[1] / 1e6:,.1f}",
+            quartiles(timed.times[str(kept)]),
+        ]
+        for kept in KEPT
+    ]
+    return f"""One window of {ONE_WINDOW:,} steps in segments, and in segments within segments, of the same model.
+
+{table(["", "temporary memory, MB", "seconds an update, median (quartiles)"], rows)}"""
+
+
+def stream(steps: int, lanes: int, hidden: int, window: int = WINDOW, checkpoint: Segment = None) -> Side:
+    step = train_step(hidden, checkpoint)
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=(steps // window, lanes, window), dtype=np.int32)
     windows = jax.device_put(tb.Window(ids, ids.astype(np.float32)))
     state = step.init(jax.random.key(0), jax.tree.map(lambda x: x[0], windows))
 

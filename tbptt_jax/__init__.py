@@ -21,9 +21,21 @@ from tbptt_jax.flax_models import from_nnx as from_nnx
 from tbptt_jax.cells.linear import from_linear as from_linear
 from tbptt_jax.cells.linear_scan import KeyValue as KeyValue
 from tbptt_jax.recurrence import stack as stack
+from tbptt_jax.blocks import residual as residual
+from tbptt_jax.blocks import repeat as repeat
+from tbptt_jax.blocks import pointwise as pointwise
+from tbptt_jax.blocks import gated_mlp as gated_mlp
 from tbptt_jax.cells.lstm import lstm as lstm
 from tbptt_jax.cells.gru import gru as gru
 from tbptt_jax.cells.min_gru import min_gru as min_gru
+from tbptt_jax.cells.min_lstm import min_lstm as min_lstm
+from tbptt_jax.cells.lru import lru as lru
+from tbptt_jax.cells.rg_lru import rg_lru as rg_lru
+from tbptt_jax.cells.rtu import rtu as rtu
+from tbptt_jax.cells.slstm import slstm as slstm
+from tbptt_jax.cells.mlstm import mlstm as mlstm
+from tbptt_jax.cells.gated_delta import gated_delta as gated_delta
+from tbptt_jax.cells.mamba2 import mamba2 as mamba2
 from tbptt_jax.penalties import with_activations as with_activations
 from tbptt_jax.penalties import activation_penalty as activation_penalty
 from tbptt_jax.forcing import scheduled_sampling as scheduled_sampling
@@ -50,3 +62,4 @@ from tbptt_jax import horizon as horizon
 from tbptt_jax import sharding as sharding
 from tbptt_jax import checkpoint as checkpoint
 from tbptt_jax import weights as weights
+from tbptt_jax import testing as testing

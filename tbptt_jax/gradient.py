@@ -18,7 +18,7 @@ from tbptt_jax.influence.influence import WindowVJP, window_vjp
 from tbptt_jax.noise import window_keys
 from tbptt_jax.ranges import check_ranges
 from tbptt_jax.recurrence import Recurrence, check_carry, unroll_window
-from tbptt_jax.step_by_step import some_numbers
+from tbptt_jax.step_by_step import quickly, some_numbers
 from tbptt_jax.window import Window, check, is_scored, step_weights, time_shape
 
 PyTree = Any
@@ -268,7 +268,7 @@ def _read_alone(model: Recurrence, tree: Any, shapes: tuple) -> bool:
     params, inputs = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
     resets = np.array([[False, False, False], [False, True, False]])
 
-    @jax.jit
+    @quickly
     def end(params: PyTree, carry: PyTree, inputs: PyTree, resets: jax.Array, keys: jax.Array | None) -> PyTree:
         return _moving(unroll_window(model, params, carry, Window(inputs, resets=resets), keys)[0])
 

@@ -10,7 +10,6 @@ nothing. With keys, as in training, a model may draw, such as dropout its masks;
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbptt_jax.arrays import PyTree, check_whole, where_lanes
+from tbptt_jax.arrays import PyTree, where_lanes
 from tbptt_jax.begin import Begun, first_steps, starts_of
 from tbptt_jax.noise import Keys, check_key, drawing, fold_in, is_key, of_part, step_keys, takes_key
+from tbptt_jax.rematerialise import Segment, in_segments
 from tbptt_jax.step_by_step import check_step_by_step
 from tbptt_jax.window import Window, time_shape
 
-Segment = int | Literal["sqrt"] | None
 Draw = Literal["window", "step"]
 
 
@@ -77,7 +76,8 @@ def from_step(
       checkpoint: keep only the carry at every so many steps for the backward pass and compute the rest again: the
         memory of T steps falls to that of T / checkpoint carries and one segment, for one more forward pass.
         ``"sqrt"`` takes ceil(sqrt(T)), the least memory (Chen et al. 2016, *Training deep nets with sublinear memory
-        cost*). None keeps everything.
+        cost*). A tuple, the longest first, has segments within segments: ``(64, 8)`` keeps T / 64 + 64 / 8 carries and one
+        segment of 8 steps, for two more forward passes. None keeps everything.
 
     Raises:
       ValueError: from ``init``, if the encoder or the readout does not read each step of each lane by itself; from
@@ -92,20 +92,13 @@ def from_step(
     ) -> tuple[PyTree, PyTree]:
         always = initial_carry(params, jax.tree.leaves(x)[0].shape[0])
 
-        def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, PyTree]:
-            x, reset, is_valid, edge, start, key = at_t
-            if edge is not None:
-                carry = scale_cotangent(edge, carry)
-            if reset is not None:
-                carry = begun_anew(reset, always if start is None else start, carry)
+        def one_step(carry: PyTree, x_and_key: tuple) -> tuple[PyTree, PyTree]:
+            x, key = x_and_key
             key = keys.window if draw == "window" else key
-            new, y = step(params, carry, x, key=key) if call else step(params, carry, x)
-            new = _as_given(new, carry)
-            return (new if is_valid is None else where_lanes(is_valid, new, carry)), y
+            return step(params, carry, x, key=key) if call else step(params, carry, x)
 
         each = keys.step if call and draw == "step" else None
-        carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, *masks, starts, each)))
-        return carry, jax.tree.map(_swap, y)
+        return over_steps(one_step, carry, (x, each), *masks, always=always, starts=starts)
 
     return recurrence(init, initial_carry, drawing(scan, call), encoder, readout, checkpoint, draw, begin)
 
@@ -119,12 +112,13 @@ def recurrence(
     checkpoint: Segment,
     draw: Draw = "window",
     begin: Callable[[PyTree, PyTree], PyTree] | None = None,
+    encoder_name: str = "encoder",
 ) -> Recurrence:
     """``encoder`` → ``scan`` → ``readout``, over a whole window at a time or in segments of it.
 
     ``scan`` is ``(params, carry, x, resets, valid, edges, starts=, keys=Keys) -> (carry, y)``, x and y ``[lanes, time, ...]``;
-    starts, a carry ``[lanes, time, ...]``, is what a reset at a step returns to, None: the initial carry. The others are as for
-    :func:`from_step`.
+    starts, a carry ``[lanes, time, ...]``, is what a reset at a step returns to, None: the initial carry; ``encoder_name``
+    is for sentences. The others are as for :func:`from_step`.
 
     Raises:
       ValueError: if ``draw`` is neither.
@@ -175,7 +169,7 @@ def recurrence(
         params, inputs = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
         x = inputs
         if encoder is not None:
-            x = check_step_by_step("encoder", encoder, params, x)
+            x = check_step_by_step(encoder_name, encoder, params, x)
         if readout is not None:
             lanes, _ = time_shape(Window(inputs))
             carry = jax.eval_shape(lambda p: initial_carry(p, lanes), params)
@@ -199,7 +193,7 @@ def recurrence(
     return Recurrence(checked_init, initial_carry if begin is None else first_carry, drawing(unroll, draws))
 
 
-def stack(*layers: Recurrence) -> Recurrence:
+def stack(*layers: Recurrence, remat: bool = False) -> Recurrence:
     """Layers on top of each other: the outputs of each are the inputs of the next.
 
     Params and carry are tuples, one entry a layer. Each layer runs over the whole window before the next begins; resets
@@ -207,6 +201,9 @@ def stack(*layers: Recurrence) -> Recurrence:
 
     Args:
       *layers: the first, which is given the window's inputs ``[lanes, time, ...]``, to the last; at least one.
+      remat: keep of each layer only its inputs and the carry that it begins with for the backward pass, and compute the rest
+        again: memory for one layer at a time, for one more forward pass. A CPU's compiler may compute all layers again at once,
+        and save nothing; :func:`tbptt_jax.repeat` is a loop, where it cannot.
 
     Raises:
       ValueError: now, if there is no layer or one is no Recurrence; from ``init`` and ``unroll``, if the inputs are not
@@ -246,11 +243,51 @@ def stack(*layers: Recurrence) -> Recurrence:
         carries = []
         for number, (layer, p, c) in enumerate(zip(layers, params, carry, strict=True)):
             own = None if key is None or not takes_key(layer.unroll) else fold_in(key, number)
-            c, inputs = unroll_window(layer, p, c, Window(inputs, resets=resets, valid=valid, edges=edges), own)
+            window = Window(inputs, resets=resets, valid=valid, edges=edges)
+            run = functools.partial(unroll_window, layer)
+            c, inputs = (jax.checkpoint(run) if remat else run)(p, c, window, own)
             carries.append(c)
         return tuple(carries), inputs
 
     return Recurrence(init, initial_carry, drawing(unroll, any(takes_key(layer.unroll) for layer in layers)))
+
+
+def over_steps(
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    x: PyTree,
+    resets: jax.Array | None,
+    valid: jax.Array | None,
+    edges: jax.Array | None,
+    *,
+    always: PyTree,
+    starts: PyTree = None,
+) -> tuple[PyTree, PyTree]:
+    """``step``, ``(carry, x [lanes, ...]) -> (carry, y [lanes, ...])``, over a window: ``(carry, y [lanes, time, ...])``.
+
+    Args:
+      step: of all lanes, whatever resets and padding there are.
+      carry: before the window, every leaf ``[lanes, ...]``.
+      x: ``[lanes, time, ...]``.
+      resets: ``[lanes, time]``, or None.
+      valid: ``[lanes, time]``, or None.
+      edges: ``[lanes, time]``, or None.
+      always: the carry that a reset returns to.
+      starts: that of each step, ``[lanes, time, ...]``, in the place of ``always``; or None.
+    """
+
+    def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, PyTree]:
+        x, reset, is_valid, edge, start = at_t
+        if edge is not None:
+            carry = scale_cotangent(edge, carry)
+        if reset is not None:
+            carry = begun_anew(reset, always if start is None else start, carry)
+        new, y = step(carry, x)
+        new = _as_given(new, carry)
+        return (new if is_valid is None else where_lanes(is_valid, new, carry)), y
+
+    carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, resets, valid, edges, starts)))
+    return carry, jax.tree.map(_swap, y)
 
 
 def begun_anew(reset: jax.Array, start: PyTree, carry: PyTree) -> PyTree:
@@ -318,35 +355,6 @@ def rematerialised(model: Recurrence, checkpoint: Segment) -> Recurrence:
         return in_segments(segment, carry, (inputs, masks, edges), time, checkpoint)
 
     return model._replace(unroll=unroll)
-
-
-def in_segments(segment: Callable, carry: PyTree, per_step: PyTree, time: int, checkpoint: Segment) -> tuple:
-    """Scans ``segment`` over stretches of time, keeping for the backward pass only the carry between them."""
-    if checkpoint is None:
-        return segment(carry, per_step)
-    length = math.isqrt(time - 1) + 1 if checkpoint == "sqrt" else checkpoint
-    if isinstance(length, str):
-        raise ValueError(f"`checkpoint` is {checkpoint!r}; it needs a segment's length in steps, or 'sqrt'.")
-    check_whole("checkpoint", length)
-    whole = time // length
-    rematerialised = jax.checkpoint(segment, prevent_cse=False)
-
-    def fold(x: jax.Array) -> jax.Array:
-        x = x[:, : whole * length]
-        return x.reshape(x.shape[0], whole, length, *x.shape[2:]).swapaxes(0, 1)
-
-    def unfold(y: jax.Array) -> jax.Array:
-        y = y.swapaxes(0, 1)
-        return y.reshape(y.shape[0], whole * length, *y.shape[3:])
-
-    parts = []
-    if whole:
-        carry, y = lax.scan(rematerialised, carry, jax.tree.map(fold, per_step))
-        parts.append(jax.tree.map(unfold, y))
-    if time % length:
-        carry, y = rematerialised(carry, jax.tree.map(lambda x: x[:, whole * length :], per_step))
-        parts.append(y)
-    return carry, jax.tree.map(lambda *y: jnp.concatenate(y, 1), *parts)
 
 
 def scale_cotangent(scale: jax.Array, tree: PyTree) -> PyTree:

@@ -85,6 +85,12 @@ def _read_by(module: Callable[[PyTree, PyTree], PyTree], params: PyTree, x: PyTr
     return jax.tree.unflatten(tree, numbers)
 
 
+def quickly(f: Callable) -> Callable:
+    """``jax.jit(f)`` of what is run a few times to find something out: on a CPU, without what makes a program fast."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(f, compiler_options=options if jax.default_backend() == "cpu" else None)
+
+
 def some_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Numbers to find out by what a model does: from -1 to 1, complex too; 0 and 1 of whole ones; keys all alike."""
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):

@@ -9,7 +9,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
-    "arrays": 0, "noise": 1, "begin": 1, "modules": 2, "window": 1, "per_sequence": 1, "class_weights": 2, "cutting": 2, "pack": 2, "files": 2, "streams": 3, "tasks": 3, "influence": 2, "step_by_step": 1, "recurrence": 2, "flax_models": 4, "penalties": 3, "forcing": 3, "cells": 5, "streaming": 3, "rollout": 4, "schedules": 2, "ranges": 3, "gradient": 4, "predicting": 4, "training": 5, "horizon": 5, "sharding": 5, "checkpoint_leaves": 4, "checkpoint": 5, "exporting": 5, "weights": 6, "study": 7,
+    "arrays": 0, "noise": 1, "begin": 1, "modules": 2, "window": 1, "per_sequence": 1, "class_weights": 2, "cutting": 2, "pack": 2, "files": 2, "streams": 3, "tasks": 3, "influence": 2, "step_by_step": 1, "rematerialise": 1, "recurrence": 2, "blocks": 4, "flax_models": 4, "penalties": 3, "forcing": 3, "cells": 5, "streaming": 3, "rollout": 4, "schedules": 2, "ranges": 3, "gradient": 4, "predicting": 4, "training": 5, "horizon": 5, "sharding": 5, "checkpoint_leaves": 4, "checkpoint": 5, "exporting": 5, "weights": 6, "study": 7, "testing": 8,
 }  # fmt: skip
 
 

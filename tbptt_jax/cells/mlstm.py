@@ -1,0 +1,155 @@
+"""The mLSTM (Beck et al. 2024, *xLSTM: extended long short-term memory*), section 2.3 and appendix A.3."""
+
+from typing import NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn import initializers
+
+from tbptt_jax.arrays import where_lanes
+from tbptt_jax.cells.heads import check_parts, head_norm, head_sizes, merge, remember, split
+from tbptt_jax.cells.layers import Options, check_inputs, layered
+from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation
+from tbptt_jax.noise import Keys
+from tbptt_jax.recurrence import Recurrence, scale_cotangent
+
+EPSILON = 1e-6  # added to the normaliser's denominator, as the authors do
+
+
+class Weights(NamedTuple):
+    """A layer's parameters.
+
+    Attributes:
+      input: ``[inputs, heads * (2 * keys + values)]``, to q, k and v.
+      gates: ``[inputs, 2 * heads]``, to the input and the forget gate.
+      gates_bias: ``[2 * heads]``.
+      output_gate: ``[inputs, features]``.
+      output_bias: ``[features]``.
+      norm: ``[features]``, the gain of the norm; None: there is none.
+    """
+
+    input: jax.Array
+    gates: jax.Array
+    gates_bias: jax.Array
+    output_gate: jax.Array
+    output_bias: jax.Array
+    norm: jax.Array | None
+
+
+class Carry(NamedTuple):
+    """A layer's carry.
+
+    Attributes:
+      c: ``[lanes, heads, keys, values]``, the memory, e^m times smaller than it is.
+      n: ``[lanes, heads, keys]``, the normaliser, likewise.
+      m: ``[lanes, heads]``, the stabiliser.
+    """
+
+    c: jax.Array
+    n: jax.Array
+    m: jax.Array
+
+
+def mlstm(
+    features: int,
+    *,
+    heads: int = 1,
+    key_size: int | None = None,
+    norm: bool = False,
+    implementation: Implementation = None,
+    **options: Unpack[Options],
+) -> Recurrence:
+    """A recurrence of mLSTM layers: memories that are matrices, with an exponential input gate.
+
+        i = exp(x w_i + b_i),   f = σ(x w_f + b_f),   o = σ(x W_o + b_o),   q, k, v = x W
+
+        C ← f C + i k ⊗ v / √keys,   n ← f n + i k / √keys,   h = o ∘ Cᵀ q / max(|nᵀ q|, 1)
+
+    of each head (eq. 19 to 27). All but the gates is kept e^m times smaller, m ← max(log f + m, log i), so that nothing
+    overflows (eq. 49 to 51). ``params["cell"]`` is a tuple of :class:`tbptt_jax.cells.mlstm.Weights`, one a layer; the carry is
+    a tuple of :class:`tbptt_jax.cells.mlstm.Carry`, zeros at first. The output is h.
+
+    Args:
+      features: outputs of each layer, the heads' values side by side.
+      heads: memories.
+      key_size: of a head's keys and queries; None: features / heads.
+      norm: normalise what each head reads, before the output gate, as in the paper's block.
+      implementation: how a window is run: see :func:`tbptt_jax.from_linear`.
+      **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`.
+
+    Raises:
+      ValueError: now, if a size is not as described; else as :func:`tbptt_jax.lstm`.
+    """
+    check_parts("heads", heads, features=features)
+    key_size, values = head_sizes(features, heads, key_size, None)
+    check_implementation(implementation)
+
+    def weights(key: jax.Array, inputs: int) -> Weights:
+        of_input, of_bias, of_output = jax.random.split(key, 3)
+        normal = initializers.lecun_normal()
+        return Weights(
+            input=normal(of_input, (inputs, heads * (2 * key_size + values))),
+            gates=jnp.zeros((inputs, 2 * heads)),
+            gates_bias=jnp.concatenate([0.1 * jax.random.normal(of_bias, (heads,)), jnp.linspace(3.0, 6.0, heads)]),
+            output_gate=normal(of_output, (inputs, features)),
+            output_bias=jnp.zeros(features),
+            norm=jnp.ones(features) if norm else None,
+        )
+
+    def zeros(weights: Weights, lanes: int) -> Carry:
+        dtype = weights.input.dtype
+        n = jnp.zeros((lanes, heads, key_size), dtype)
+        return Carry(jnp.zeros((*n.shape, values), dtype), n, jnp.zeros((lanes, heads), dtype))
+
+    def run(
+        weights: Weights, carry: Carry, x: jax.Array, *of_window: jax.Array | None, starts: Carry | None, keys: Keys
+    ) -> tuple[Carry, jax.Array]:
+        check_inputs("mLSTM", x, weights.input.shape[0])
+        masks, x = Masks(*of_window), x.astype(weights.input.dtype)
+        q, k, v = jnp.split(x @ weights.input, [heads * key_size, 2 * heads * key_size], -1)
+        q, k, v = split(q, heads), split(k, heads) / key_size**0.5, split(v, heads)
+        log_i, f = jnp.split(x @ weights.gates + weights.gates_bias, 2, -1)
+        last_m, m, log_decay, log_write = _stabilised(log_i, jax.nn.log_sigmoid(f), carry, starts, masks)
+        # The normaliser is the memory of a further value, which is always 1.
+        v = jnp.exp(log_write)[..., None] * jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+        begun = None if starts is None else _joined(starts)
+        memory, read = remember(KeyValue(log_decay, k, v, q), _joined(carry), begun, masks, implementation)
+        o = jax.nn.sigmoid(x @ weights.output_gate + weights.output_bias)
+        h = _normalised(read, m)
+        h = merge(h) if weights.norm is None else head_norm(h, weights.norm)
+        return Carry(memory[..., :-1], memory[..., -1], last_m), o * h
+
+    return layered("mLSTM", weights, zeros, run, features, **options)
+
+
+def _stabilised(
+    log_i: jax.Array, log_f: jax.Array, carry: Carry, starts: Carry | None, masks: Masks
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The last m, and of each step ``[lanes, time, heads]`` m and the logarithms of the stabilised gates, f and i, at most 0."""
+
+    def step(m: jax.Array, at_t: tuple) -> tuple[jax.Array, tuple]:
+        log_i, log_f, start, (reset, is_valid, edge) = at_t
+        m = m if edge is None else scale_cotangent(edge, m)
+        if reset is not None:
+            m = where_lanes(reset, jnp.zeros_like(m) if start is None else start, m)
+        kept = log_f + m
+        new = jnp.maximum(kept, log_i)
+        m = new if is_valid is None else where_lanes(is_valid, new, m)
+        return m, (new, kept - new, log_i - new)
+
+    per_step = jax.tree.map(lambda x: x.swapaxes(0, 1), (log_i, log_f, None if starts is None else starts.m, masks))
+    m, of_steps = lax.scan(step, carry.m, per_step)
+    return m, *(x.swapaxes(0, 1) for x in of_steps)
+
+
+def _joined(carry: Carry) -> jax.Array:
+    """The memory and its normaliser, one more column, ``[..., heads, keys, values + 1]``."""
+    return jnp.concatenate([carry.c, carry.n[..., None]], -1)
+
+
+def _normalised(read: jax.Array, m: jax.Array) -> jax.Array:
+    """Cᵀq / max(|nᵀq|, e^−m) of the stabilised C and n, their last column n; both are multiplied by e^m where that is below 1."""
+    below = jnp.exp(jnp.minimum(m, 0))[..., None]
+    size = jnp.maximum(jnp.abs(read[..., -1:]) * below, jnp.exp(-jnp.maximum(m, 0))[..., None])
+    return read[..., :-1] * below / (size + EPSILON * below)

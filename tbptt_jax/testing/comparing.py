@@ -1,0 +1,102 @@
+"""Two results, and the first place where they are not the same."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tbptt_jax.arrays import PyTree
+from tbptt_jax.noise import is_key
+
+TOLERANCES = {"float64": 1e-10, "float32": 5e-5, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+class Place(NamedTuple):
+    """Where two results are not the same.
+
+    Attributes:
+      where: in words.
+      lane: of it, -1 where there are no lanes.
+      step: of it, -1 where there are no steps.
+    """
+
+    where: str
+    lane: int = -1
+    step: int = -1
+
+
+def tolerance_of(*trees: PyTree) -> float:
+    """What two ways to the same number may differ by, for the coarsest kind of number in the trees."""
+    kinds = [jnp.finfo(jnp.result_type(x)).dtype.name for x in jax.tree.leaves(trees) if is_inexact(x)]
+    return max((TOLERANCES.get(kind, TOLERANCES["bfloat16"]) for kind in kinds), default=0.0)
+
+
+def is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def on_host(tree: PyTree) -> PyTree:
+    """NumPy's arrays; of typed keys, their words."""
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
+
+
+def rows(tree: PyTree, *index: Any) -> PyTree:
+    """``x[index]`` of every leaf, on the host but for typed keys."""
+    return jax.tree.map(lambda x: (x if is_key(x) else np.asarray(x))[index], tree)
+
+
+def shapes(tree: PyTree) -> str:
+    return str(jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree))
+
+
+def agree(claim: str, got: PyTree, expected: PyTree, tolerance: float, of: str = "", where: Any = None) -> None:
+    """Raises an ``AssertionError``, ``claim`` with the first place where ``got`` is not ``expected``."""
+    place = first_difference(got, expected, tolerance, of, where)
+    if place is not None:
+        raise AssertionError(f"{claim} ({place.where}).")
+
+
+def first_difference(got: PyTree, expected: PyTree, tolerance: float, of: str = "", where: Any = None) -> Place | None:
+    """The first place where two trees differ: of the earliest step, and there of the first lane.
+
+    Args:
+      got: a tree of arrays.
+      expected: what it needs to be.
+      tolerance: of numbers, relative to the largest of their array; others need to be the same.
+      of: what the first axes are: ``""``, ``"lanes"`` or ``"lanes, time"``.
+      where: which lanes, or lanes and steps, count. None: all.
+    """
+    if shapes(got) != shapes(expected):
+        return Place(f"they are {shapes(got)} against {shapes(expected)}")
+    axes = len(of.split(", ")) if of else 0
+    expected_leaves = jax.tree.leaves(on_host(expected))
+    largest = max((_largest(e) for e in expected_leaves if is_inexact(e)), default=0.0)
+    found = []
+    for (path, a), e in zip(jax.tree.leaves_with_path(on_host(got)), expected_leaves, strict=True):
+        if is_inexact(a):
+            a, e = (x.astype(np.promote_types(x.dtype, np.float32)) if x.dtype.kind == "V" else x for x in (a, e))
+            with np.errstate(invalid="ignore", over="ignore"):
+                bad = ~(np.abs(a - e) <= tolerance * (0.1 * min(largest, 1.0) + _largest(e)))
+        else:
+            bad = a != e
+        if where is not None:
+            bad &= np.reshape(where, (*np.shape(where), *[1] * (bad.ndim - np.ndim(where))))
+        if bad.any():
+            at = min(np.argwhere(bad).tolist(), key=lambda at: (at[1:2] if axes > 1 else [], at))
+            found.append((at, jax.tree_util.keystr(path), a[tuple(at)], e[tuple(at)]))
+    if not found:
+        return None
+    at, name, a, e = min(found, key=lambda each: (each[0][1:2] if axes > 1 else [], each[0][:axes]))
+    lane, step = (at[0] if axes else -1), (at[1] if axes > 1 else -1)
+    words = [f"in {name.lstrip('.')}"] * bool(name) + [f"at lane {lane}"] * (axes > 0) + [f"step {step}"] * (axes > 1)
+    return Place(
+        f"first difference {', '.join(words)}{', ' if words else ''}{a:.6g} against {e:.6g}".replace("in , ", ""),
+        lane,
+        step,
+    )
+
+
+def _largest(x: np.ndarray) -> float:
+    x = np.abs(x.astype(np.complex128 if np.iscomplexobj(x) else np.float64))
+    return float(np.max(x, where=np.isfinite(x), initial=0.0))
