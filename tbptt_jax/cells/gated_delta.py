@@ -12,13 +12,12 @@ from tbptt_jax.cells.heads import (
     initial_log_rate,
     initial_step_bias,
     merge,
-    remember,
     rms_norm,
     split,
     unit,
 )
 from tbptt_jax.cells.layers import Options, check_inputs, layered
-from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation
+from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value
 from tbptt_jax.cells.short_convolution import initial_kernel, short_convolution
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence
@@ -135,7 +134,7 @@ def gated_delta(
             q=unit(split(q, heads)) / key_size**0.5,
             beta=jax.nn.sigmoid(beta),
         )
-        memory, o = remember(coefficients, carry.memory, begun_memory, masks, implementation)
+        memory, o = key_value(coefficients, carry.memory, begun_memory, masks, implementation)
         gated = rms_norm(o, weights.norm, 1e-6) * jax.nn.silu(split(x @ weights.output_gate, heads))
         return Carry(inputs, memory), merge(gated) @ weights.output
 

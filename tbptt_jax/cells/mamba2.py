@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from tbptt_jax.arrays import check_whole
-from tbptt_jax.cells.heads import check_parts, initial_log_rate, initial_step_bias, merge, remember, rms_norm, split
+from tbptt_jax.cells.heads import check_parts, initial_log_rate, initial_step_bias, merge, rms_norm, split
 from tbptt_jax.cells.layers import Options, check_inputs, layered
-from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation
+from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value
 from tbptt_jax.cells.short_convolution import initial_kernel, short_convolution
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence
@@ -126,7 +126,7 @@ def mamba2(
         u, delta = split(u, heads), jax.nn.softplus(delta + weights.step_bias)
         b, c = (jnp.repeat(split(each, groups), heads // groups, -2) for each in (b, c))
         coefficients = KeyValue(-jnp.exp(weights.log_rate) * delta, k=b, v=delta[..., None] * u, q=c)
-        memory, o = remember(coefficients, carry.memory, begun_memory, masks, implementation)
+        memory, o = key_value(coefficients, carry.memory, begun_memory, masks, implementation)
         gated = merge(o + weights.skip[:, None] * u) * jax.nn.silu(z)
         normed = merge(rms_norm(split(gated, groups), weights.norm.reshape(groups, -1), 1e-5))
         return Carry(inputs, memory), normed @ weights.output
