@@ -245,6 +245,18 @@ def test_gradients_are_lowered_for_every_platform(cell, step):
             jax.export.export(of_params, platforms=[platform])(*args)
 
 
+@cells
+def test_half_precision_is_close(cell, step):
+    params = drawn(jax.eval_shape(cell(FEATURES).init, jax.random.key(1), inputs()), scale=0.3)
+    exact = cell(FEATURES).unroll(params, cell(FEATURES).initial_carry(params, LANES), inputs(), RESETS, VALID)
+    single, half = (jax.tree.map(lambda p, to=to: p.astype(to), (params, inputs())) for to in ("float32", "bfloat16"))
+    for model, (params, x) in ((cell(FEATURES, dtype=jnp.bfloat16), single), (cell(FEATURES), half)):
+        after, y = model.unroll(params, model.initial_carry(params, LANES), x, RESETS, VALID)
+        assert {leaf.dtype for leaf in jax.tree.leaves((after, y))} == {x.dtype}
+        if cell.func is not tb.mlstm:  # whose denominators may be small
+            assert_close(jnp.float32(y[VALID]), exact[1][VALID], rtol=0.2, atol=0.2)
+
+
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_a_convolution_reaches_back_over_what_is_there(width):
     """Brute force, a lane and a step at a time; windows may be shorter than the convolution."""
