@@ -28,6 +28,10 @@ from tbptt_jax.blocks import gated_mlp as gated_mlp
 from tbptt_jax.cells.lstm import lstm as lstm
 from tbptt_jax.cells.gru import gru as gru
 from tbptt_jax.cells.min_gru import min_gru as min_gru
+from tbptt_jax.cells.min_lstm import min_lstm as min_lstm
+from tbptt_jax.cells.lru import lru as lru
+from tbptt_jax.cells.rg_lru import rg_lru as rg_lru
+from tbptt_jax.cells.rtu import rtu as rtu
 from tbptt_jax.cells.slstm import slstm as slstm
 from tbptt_jax.cells.mlstm import mlstm as mlstm
 from tbptt_jax.cells.gated_delta import gated_delta as gated_delta

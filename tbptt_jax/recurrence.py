@@ -92,20 +92,13 @@ def from_step(
     ) -> tuple[PyTree, PyTree]:
         always = initial_carry(params, jax.tree.leaves(x)[0].shape[0])
 
-        def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, PyTree]:
-            x, reset, is_valid, edge, start, key = at_t
-            if edge is not None:
-                carry = scale_cotangent(edge, carry)
-            if reset is not None:
-                carry = begun_anew(reset, always if start is None else start, carry)
+        def one_step(carry: PyTree, x_and_key: tuple) -> tuple[PyTree, PyTree]:
+            x, key = x_and_key
             key = keys.window if draw == "window" else key
-            new, y = step(params, carry, x, key=key) if call else step(params, carry, x)
-            new = _as_given(new, carry)
-            return (new if is_valid is None else where_lanes(is_valid, new, carry)), y
+            return step(params, carry, x, key=key) if call else step(params, carry, x)
 
         each = keys.step if call and draw == "step" else None
-        carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, *masks, starts, each)))
-        return carry, jax.tree.map(_swap, y)
+        return over_steps(one_step, carry, (x, each), *masks, always=always, starts=starts)
 
     return recurrence(init, initial_carry, drawing(scan, call), encoder, readout, checkpoint, draw, begin)
 
@@ -257,6 +250,44 @@ def stack(*layers: Recurrence, remat: bool = False) -> Recurrence:
         return tuple(carries), inputs
 
     return Recurrence(init, initial_carry, drawing(unroll, any(takes_key(layer.unroll) for layer in layers)))
+
+
+def over_steps(
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    x: PyTree,
+    resets: jax.Array | None,
+    valid: jax.Array | None,
+    edges: jax.Array | None,
+    *,
+    always: PyTree,
+    starts: PyTree = None,
+) -> tuple[PyTree, PyTree]:
+    """``step``, ``(carry, x [lanes, ...]) -> (carry, y [lanes, ...])``, over a window: ``(carry, y [lanes, time, ...])``.
+
+    Args:
+      step: of all lanes, whatever resets and padding there are.
+      carry: before the window, every leaf ``[lanes, ...]``.
+      x: ``[lanes, time, ...]``.
+      resets: ``[lanes, time]``, or None.
+      valid: ``[lanes, time]``, or None.
+      edges: ``[lanes, time]``, or None.
+      always: the carry that a reset returns to.
+      starts: that of each step, ``[lanes, time, ...]``, in the place of ``always``; or None.
+    """
+
+    def one_step(carry: PyTree, at_t: tuple) -> tuple[PyTree, PyTree]:
+        x, reset, is_valid, edge, start = at_t
+        if edge is not None:
+            carry = scale_cotangent(edge, carry)
+        if reset is not None:
+            carry = begun_anew(reset, always if start is None else start, carry)
+        new, y = step(carry, x)
+        new = _as_given(new, carry)
+        return (new if is_valid is None else where_lanes(is_valid, new, carry)), y
+
+    carry, y = lax.scan(one_step, carry, jax.tree.map(_swap, (x, resets, valid, edges, starts)))
+    return carry, jax.tree.map(_swap, y)
 
 
 def begun_anew(reset: jax.Array, start: PyTree, carry: PyTree) -> PyTree:

@@ -29,6 +29,7 @@ from tbptt_jax.checkpoint_leaves import kinds_of, on_this_host, write_whole
 _DTYPES = {
     "bool": "BOOL", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "U16",
     "uint32": "U32", "uint64": "U64", "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64",
+    "complex64": "C64",
 }  # fmt: skip
 
 
@@ -37,11 +38,11 @@ def save(path: str | pathlib.Path, params: PyTree) -> None:
 
     Args:
       path: the file, such as ``"model.safetensors"``.
-      params: a tree of arrays, bool, integers or floats down to float16 and bfloat16. Each is written under its path, joined
+      params: a tree of arrays, bool, integers, floats down to float16 and bfloat16, or complex64. Each is written under its path, joined
         with dots: ``cell.0.recurrent``, ``readout.params.kernel``; a tree that is one array, as ``params``.
 
     Raises:
-      ValueError: if a leaf is no such array (complex numbers are two arrays, ``x.real`` and ``x.imag``; typed keys are
+      ValueError: if a leaf is no such array (complex128 is two arrays, ``x.real`` and ``x.imag``; typed keys are
         ``jax.random.key_data``), or two have one name.
       ImportError: without safetensors (``pip install 'tbptt_jax[serve]'``).
       OSError: if the file cannot be written.
@@ -50,8 +51,8 @@ def save(path: str | pathlib.Path, params: PyTree) -> None:
     for name, kind in names.items():
         if kind.partition("[")[0] not in _DTYPES:
             raise ValueError(
-                f"`{name}` is {kind}, which safetensors has no name for: give arrays of bool, integers or floats, such as "
-                "`x.real` and `x.imag` of complex numbers, `jax.random.key_data(x)` of keys, `np.float32(x)` of a Python "
+                f"`{name}` is {kind}, which safetensors has no name for: give arrays of bool, integers, floats or complex64, such as "
+                "`x.real` and `x.imag` of complex128, `jax.random.key_data(x)` of keys, `np.float32(x)` of a Python "
                 "number; or keep it with `tb.checkpoint.save`."
             )
     arrays = {}

@@ -10,6 +10,7 @@ from streams import F64
 
 import tbptt_jax as tb
 from tbptt_jax import testing
+from tbptt_jax.cells.mamba2 import Carry
 
 LANES, TIME, FEATURES, UNITS = 3, 8, 2, 3
 X = np.random.default_rng(0).normal(size=(LANES, TIME, FEATURES))
@@ -23,13 +24,19 @@ def linen(cell, **options):
 
 
 def of_nnx(cell, **options):
-    part = lambda make, *sizes: lambda rngs: make(*sizes, param_dtype=jnp.float64, rngs=rngs)  # noqa: E731
+    part = lambda make, *sizes: lambda rngs: make(*sizes, rngs=rngs, **F64)  # noqa: E731
     return tb.from_nnx(part(cell, FEATURES, UNITS), readout=part(nnx.Linear, UNITS, 2), **options)
 
 
 def given(params, x):
     """What a lane begins from, of its first inputs."""
     return (jnp.tanh(x @ jnp.ones((FEATURES, UNITS))),)
+
+
+def short_memory(params, x):
+    """Likewise, inputs before the window and a memory."""
+    first = jnp.tanh(x.sum(1))[:, None, None]
+    return (Carry(first * jnp.ones((3, 12)), first[..., None] * jnp.ones((2, 2, 2))),)
 
 
 def linear_recurrent_unit():
@@ -62,6 +69,12 @@ def keyed():
     return tb.from_step(step, lambda key, x: jnp.full(UNITS, 0.7), start)
 
 
+def several():
+    return tb.from_step(
+        lambda params, h, x: (0.5 * h + params * x["a"], (h, x["b"])), lambda key, x: jnp.float64(0.7), lambda params, lanes: jnp.zeros((lanes, FEATURES))
+    )  # fmt: skip
+
+
 CELLS = {
     "lstm": (tb.lstm(UNITS, layers=2, readout=nn.Dense(2, **F64)), X),
     "lstm, projected and normalised": (tb.lstm(UNITS, projection=2, layer_norm=True), X),
@@ -71,8 +84,16 @@ CELLS = {
     "gru": (tb.gru(UNITS, encoder=nn.Embed(5, 4, **F64)), TOKENS),
     "gru, reset before": (tb.gru(UNITS, reset_after=False, checkpoint=3), X),
     "gru, normalised": (tb.gru(UNITS, layer_norm=True, initial_carry="learned"), X),
-    "gru that draws": (tb.gru(UNITS, **DROPS), X),
+    "gru that draws": (tb.gru(UNITS, weight_drop=0.3, zoneout=0.2), X),
     "gru that begins from the data": (tb.gru(UNITS, initial_carry=given), X),
+    "slstm": (tb.slstm(4, heads=2, layers=2), X),
+    "slstm, normalised": (tb.slstm(4, heads=2, forget="exp", norm=True, initial_carry="learned"), X),
+    "mlstm": (tb.mlstm(4, heads=2, key_size=3, layers=2), X),
+    "mlstm, normalised": (tb.mlstm(4, norm=True, initial_carry="learned", checkpoint=3), X),
+    "gated_delta": (tb.gated_delta(4, heads=2, value_size=3, residual=True), X),
+    "gated_delta, without a convolution": (tb.gated_delta(3, convolution=None, initial_carry="learned"), X),
+    "mamba2": (tb.mamba2(3, heads=2, state=3), X),
+    "mamba2 that begins from the data": (tb.mamba2(2, heads=2, groups=2, state=2, initial_carry=short_memory), X),
     "nn.LSTMCell": (linen(nn.LSTMCell), X),
     "nn.OptimizedLSTMCell": (linen(nn.OptimizedLSTMCell, checkpoint="sqrt"), X),
     "nn.GRUCell": (linen(nn.GRUCell, initial_carry=lambda p, x: given(p, x)[0]), X),
@@ -83,8 +104,14 @@ CELLS = {
     "nnx.OptimizedLSTMCell": (of_nnx(nnx.OptimizedLSTMCell), X),
     "nnx.GRUCell": (of_nnx(nnx.GRUCell), X),
     "nnx.SimpleCell": (of_nnx(nnx.SimpleCell), X),
+    "min_gru": (tb.min_gru(UNITS), X),
+    "slstm": (tb.slstm(4, heads=2), X),
+    "mlstm": (tb.mlstm(4, heads=2), X),
+    "gated_delta": (tb.gated_delta(4, heads=2, convolution=3), X),
+    "mamba2": (tb.mamba2(2, state=3, convolution=3), X),
     "a step, complex": (linear_recurrent_unit(), X),
     "a step with keys and a counter": (keyed(), X),
+    "a step of several inputs": (several(), {"a": X, "b": TOKENS}),
     "a stack": (tb.stack(tb.gru(2, weight_drop=0.5), linen(nn.SimpleCell)), X),
 }
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from streams import assert_close, loss, stream, summed_gradient
+from streams import assert_close
 
 import tbptt_jax as tb
 from tbptt_jax import noise
@@ -139,75 +139,6 @@ def test_hand_written_backward_pass_and_its_transpose_are_the_derivatives_of_the
         close(derivatives(masks), expected(masks))
 
 
-@forms
-def test_cut_anywhere_and_in_segments_nothing_changes(form):
-    fused, params, carry = model(layers=2, **form)
-    segments = tb.gru(FEATURES, layers=2, checkpoint=3, **form)
-
-    def cut(params, carry, x, resets, valid):
-        parts = []
-        for part in (slice(4), slice(4, None)):
-            carry, y = fused.unroll(params, carry, x[:, part], resets[:, part], valid[:, part])
-            parts.append(y)
-        return carry, jnp.concatenate(parts, 1)
-
-    masks = {"resets": RESETS, "valid": VALID}
-    whole, *others = (
-        jax.jit(functools.partial(pullback, unroll))(params, carry, window(), **masks)
-        for unroll in (fused.unroll, cut, segments.unroll)
-    )
-    for other in others:
-        close(other, whole)
-
-
-@forms
-def test_padding_may_hold_nan_and_stands_still(form):
-    fused, params, carry = model(**form)
-    valid = jnp.arange(TIME) < jnp.array([TIME, 2, 0])[:, None]
-    poisoned = jnp.where(valid[..., None], window(), jnp.nan)
-    found = (after, _), _ = pullback(fused.unroll, params, carry, poisoned, valid=valid)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-    close(after[0][2], carry[0][2])
-    close(after[0][1:2], fused.unroll(params, (carry[0][1:2],), window()[1:2, :2])[0][0])
-
-
-def test_a_learned_beginning_is_returned_to_and_has_its_gradient():
-    fused, params, carry = model(initial_carry="learned")
-    plain, first = tb.gru(FEATURES), jnp.zeros((LANES, TIME), bool).at[:, 0].set(True)
-
-    def by_hand(params, carry, x, resets):
-        ys = []
-        for t in range(TIME):
-            carry = (jnp.where(resets[:, t, None], params["initial_carry"][0], carry[0]),)
-            carry, y = plain.unroll(params, carry, x[:, t : t + 1])
-            ys.append(y)
-        return carry, jnp.concatenate(ys, 1)
-
-    ours, expected = (jax.jit(functools.partial(pullback, unroll)) for unroll in (fused.unroll, by_hand))
-    for resets in (RESETS, first):
-        close(ours(params, carry, window(), resets=resets), expected(params, carry, window(), resets=resets))
-
-
-def test_every_influence_and_reweighted_edges_agree_with_the_window_left_to_jax():
-    readout = nn.Dense(2, dtype=jnp.float64, param_dtype=jnp.float64)
-    options = {"readout": readout, "weight_drop": 0.3, "zoneout": 0.2}
-    fused, scanned = (tb.gru(3, implementation=how, **options) for how in ("fused", "scan"))
-    window = stream(rubbish=np.nan, lanes=4, time=12)
-    params = jax.tree.map(lambda p: p.astype(jnp.float64), fused.init(jax.random.key(0), window.inputs))
-    plain = tb.split(window, 4)
-    reweighted = tb.split(window._replace(edges=np.random.default_rng(0).random(window.valid.shape) * 2), 4)
-
-    def total(m, windows, influence):
-        return summed_gradient(tb.gradient(m, loss, influence=influence), params, windows)[0]
-
-    for windows, influence in [(plain, tb.uoro()), (reweighted, tb.truncate())]:
-        assert_close(total(fused, windows, influence), total(scanned, windows, influence), rtol=1e-9)
-    full = total(fused, plain, tb.replay(3))
-    assert_close(total(fused, plain, tb.rtrl()), full, rtol=1e-10, atol=1e-10)
-    truncated = total(fused, plain, tb.truncate())
-    assert np.abs(full["cell"][0].recurrent - truncated["cell"][0].recurrent).max() > 1e-6
-
-
 def test_weights_are_left_out_for_a_window_and_zoneout_keeps_units_for_a_step():
     fused, params, carry = model(weight_drop=0.5)
     keys = noise.lane_keys(jax.random.key(0), LANES)
@@ -246,13 +177,6 @@ def test_half_precision_is_close(form, dtype, tolerance):
     after, y = fused.unroll(*half)
     assert {after[0].dtype, y.dtype} == {jnp.dtype(dtype)}
     assert_close(jnp.float32(y), exact[0][1], rtol=tolerance, atol=tolerance)
-
-
-@forms
-def test_one_lane_and_one_step_are_a_window(form):
-    fused, params, carry = model(**form)
-    whole = fused.unroll(params, carry, window())[1]
-    close(fused.unroll(params, (carry[0][:1],), window()[:1, :1])[1], whole[:1, :1])
 
 
 @pytest.mark.parametrize(

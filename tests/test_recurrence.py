@@ -80,26 +80,6 @@ def test_any_cutting_gives_the_same_outputs_and_final_carry(k):
     np.testing.assert_allclose(outputs[window.valid], expected[window.valid], atol=1e-12)
 
 
-def test_a_reset_in_the_middle_equals_two_separate_sequences(params):
-    window = tb.Window(
-        *[np.random.default_rng(0).normal(size=(2, 10, 2))] * 2, resets=np.arange(10) == np.array([[4], [4]])
-    )
-    model = lstm()
-    start = model.initial_carry(params, 2)
-    carry, outputs = model.unroll(params, start, window.inputs, window.resets)
-    _, before = model.unroll(params, start, window.inputs[:, :4])
-    end, after = model.unroll(params, start, window.inputs[:, 4:])
-    assert_close(carry, end)
-    np.testing.assert_allclose(outputs, np.concatenate([before, after], 1), atol=1e-14)
-
-
-def test_a_lane_of_length_zero_keeps_the_carry_it_came_with(params):
-    window, model = stream(rubbish=np.nan), lstm()
-    carry = jax.tree.map(lambda h: h + 0.3, model.initial_carry(params, LANES))
-    end, _ = model.unroll(params, carry, window.inputs, None, window.valid)
-    assert_close(jax.tree.map(lambda h: h[-1], end), jax.tree.map(lambda h: h[-1], carry))
-
-
 @pytest.mark.parametrize("model", [lstm(), tb.lstm(UNITS)], ids=["linen", "fused"])
 def test_padding_at_the_start_does_not_hide_the_reset_that_stands_there(model):
     x = np.random.default_rng(1).normal(size=(4, 9, FEATURES))

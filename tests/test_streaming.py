@@ -21,33 +21,6 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_its_outputs_are_those_of_windows(name):
-    model = MODELS[name]
-    x = np.random.default_rng(0).normal(size=(LANES, STEPS, 2))
-    inputs = {"a": x, "b": x[..., 0]} if name == "step" else x
-    params = model.init(jax.random.key(0), inputs)
-    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
-    start = model.initial_carry(params, LANES)
-
-    by_windows, outputs = start, []
-    for first in range(0, STEPS, 5):  # windows of 5, 5 and 2
-        window = jax.tree.map(lambda x, first=first: x[:, first : first + 5], inputs)
-        by_windows, y = model.unroll(params, by_windows, window, None, None)
-        outputs.append(y)
-    wanted = jax.tree.map(lambda *y: np.concatenate(y, 1), *outputs)
-
-    predict, carry, told = tb.streaming(model, params), start, []
-    for t in range(STEPS):
-        carry, y = predict(carry, jax.tree.map(lambda x, t=t: x[:, t], inputs))
-        told.append(y)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14),
-        (jax.tree.map(lambda *y: np.stack(y, 1), *told), carry),
-        (wanted, by_windows),
-    )
-
-
 def test_it_is_compiled_once_for_all_parameters_and_a_carry_can_be_gone_back_to():
     traced = []
 

@@ -1,39 +1,38 @@
 """The minGRU (Feng, Tung, Ahmed, Bengio & Hajimirsadeghi 2024, *Were RNNs all we needed?*), section 3.1."""
 
-from typing import NamedTuple, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from tbptt_jax.arrays import check_whole
 from tbptt_jax.cells.layers import Options, check_inputs, layered
-from tbptt_jax.cells.linear_scan import Implementation, Masks, check_implementation, diagonal
+from tbptt_jax.cells.linear_parts import Weights, gates, initial_weights, positive, recur
+from tbptt_jax.cells.linear_scan import Implementation, Masks, check_implementation
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence
 
 
-class Weights(NamedTuple):
-    """A layer's parameters.
-
-    Attributes:
-      input: ``[inputs, 2 * features]``, to z and to the candidate.
-      bias: ``[2 * features]``.
-    """
-
-    input: jax.Array
-    bias: jax.Array
-
-
-def min_gru(features: int, *, implementation: Implementation = None, **options: Unpack[Options]) -> Recurrence:
+def min_gru(
+    features: int,
+    *,
+    positive_candidates: bool = False,
+    dtype: Any = None,
+    implementation: Implementation = None,
+    **options: Unpack[Options],
+) -> Recurrence:
     """A recurrence of minGRU layers: gates that see the inputs alone, so that all steps' coefficients are computed at once.
 
         z = σ(x W_z + b_z),   n = x W_n + b_n,   h ← (1 − z) ∘ h + z ∘ n
 
-    ``params["cell"]`` is a tuple of :class:`Weights`, one a layer; the carry is a tuple of ``h [lanes, features]``, one a
-    layer, zeros at first. The output is h.
+    ``params["cell"]`` is a tuple of :class:`tbptt_jax.cells.linear_parts.Weights` (z, n), one a layer; the carry is a tuple of
+    ``h [lanes, features]``, one a layer, zeros at first. The output is h.
 
     Args:
       features: units of each layer.
+      positive_candidates: n = g(x W_n + b_n) with g(x) = x + 1/2 where x ≥ 0, else σ(x), as in the paper's version in logarithms
+        (appendix B.3), whose numbers these then are.
+      dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; None: the parameters' dtype.
       implementation: how a window is run: see :func:`tbptt_jax.from_linear`.
       **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`.
 
@@ -44,7 +43,7 @@ def min_gru(features: int, *, implementation: Implementation = None, **options: 
     check_implementation(implementation)
 
     def weights(key: jax.Array, inputs: int) -> Weights:
-        return Weights(jax.nn.initializers.lecun_normal()(key, (inputs, 2 * features)), jnp.zeros(2 * features))
+        return initial_weights(key, inputs, 2 * features)
 
     def zeros(weights: Weights, lanes: int) -> jax.Array:
         return jnp.zeros((lanes, features), weights.input.dtype)
@@ -53,10 +52,9 @@ def min_gru(features: int, *, implementation: Implementation = None, **options: 
         weights: Weights, h: jax.Array, x: jax.Array, *masks: jax.Array | None, starts: jax.Array | None, keys: Keys
     ) -> tuple[jax.Array, jax.Array]:
         check_inputs("minGRU", x, weights.input.shape[0])
-        z, n = jnp.split(x @ weights.input + weights.bias, 2, -1)
+        z, n = gates(dtype, weights, x, 2)
         z = jax.nn.sigmoid(z)
-        start = jnp.zeros_like(h) if starts is None else starts
-        hs = diagonal(1 - z, z * n, h, start, Masks(*masks), implementation)
-        return hs[:, -1], hs
+        n = positive(n) if positive_candidates else n
+        return recur(1 - z, z * n, h, starts, Masks(*masks), implementation)
 
     return layered("minGRU", weights, zeros, run, features, **options)

@@ -17,7 +17,7 @@ from tbptt_jax.influence import Influence
 from tbptt_jax.noise import drawing
 from tbptt_jax.recurrence import Recurrence, unroll_window
 from tbptt_jax.testing.comparing import agree, on_host, tolerance_of
-from tbptt_jax.testing.subject import padding, subject, weighed, weights_of, window_of
+from tbptt_jax.testing.subject import subject, weighed, weights_of, window_of
 from tbptt_jax.window import Window, check, time_shape
 
 ERRORS = 5  # standard errors that a mean may be off
@@ -75,7 +75,7 @@ def check_influence(
 ) -> None:
     """Holds an influence to what it promises of the gradient of each window, Σ w(s, t) · G[s, t]; for unit tests.
 
-    G are the :func:`lag_gradients` of a stream with resets, padding and weights that are drawn; s are the steps of the window, t all up
+    G are the :func:`lag_gradients` of a stream with a reset, padding and weights; s are the steps of the window, t all up
     to s. Parameters stand still, and the model draws nothing.
 
     Args:
@@ -100,10 +100,12 @@ def check_influence(
     _, time = s.shape
     if length >= time:
         raise ValueError(f"`length` is {length}, and the stream has {time} steps: there is no window with a past.")
-    resets = s.rng.random(s.shape) < 0.5 / time
-    resets[:, 0] = True
-    stream = window_of(s, resets, padding(s))
+    resets, valid = np.zeros(s.shape, bool), np.ones(s.shape, bool)
+    resets[:, 0] = resets[-1, time // 2] = True  # the first lane goes on to the end: the past is long
+    valid[0, time // 2] = valid[-1, -1] = False
     scored = s.rng.choice([0.0, 0.5, 1.0, 2.0], s.shape)
+    scored[0, -1] = 1
+    stream = window_of(s, resets, valid)
     stream = stream._replace(targets=weights_of(s, stream)[0], weights=scored.astype(np.float32))
     estimate = gradient(model, weighed, influence=influence, normaliser=1.0)
     keys = jax.random.split(jax.random.key(seed), draws)

@@ -1,0 +1,91 @@
+"""What linear cells are made of: gates of the inputs alone, eigenvalues on a ring, and the window that recurs."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tbptt_jax.arrays import at_least_float32
+from tbptt_jax.cells.linear_scan import Implementation, Masks, diagonal
+from tbptt_jax.cells.products import dot
+
+
+class Weights(NamedTuple):
+    """A layer's parameters, of gates that see the inputs alone, side by side in the order in which the cell names them.
+
+    Attributes:
+      input: ``[inputs, gates * features]``.
+      bias: ``[gates * features]``.
+    """
+
+    input: jax.Array
+    bias: jax.Array
+
+
+def initial_weights(key: jax.Array, inputs: int, columns: int) -> Weights:
+    """LeCun normal matrices and zero biases."""
+    return Weights(jax.nn.initializers.lecun_normal()(key, (inputs, columns)), jnp.zeros(columns))
+
+
+def gates(dtype: Any, weights: Weights, x: jax.Array, number: int) -> list[jax.Array]:
+    """``x @ input + bias`` in that many parts, operands of the product in ``dtype``."""
+    return jnp.split(dot(dtype, x.astype(weights.input.dtype), weights.input) + weights.bias, number, -1)
+
+
+def positive(x: jax.Array) -> jax.Array:
+    """g(x) = x + 1/2 where x ≥ 0, else σ(x) (Feng et al. 2024, appendix B.3)."""
+    return jnp.where(x >= 0, x + 0.5, jax.nn.sigmoid(x))
+
+
+def recur(
+    a: jax.Array, b: jax.Array, h: jax.Array, starts: jax.Array | None, masks: Masks, implementation: Implementation
+) -> tuple[jax.Array, jax.Array]:
+    """A layer's window of h ← a ∘ h + b: ``(h after it, h [lanes, time, ...])``; ``starts`` None: a reset returns to zeros."""
+    hs = diagonal(a, b, h, jnp.zeros_like(h) if starts is None else starts, masks, implementation)
+    return hs[:, -1], hs
+
+
+def ring(key: jax.Array, units: int, r_min: float, r_max: float, max_phase: float) -> tuple[jax.Array, jax.Array]:
+    """``(log ν, log θ)`` of eigenvalues uniform on a ring from ``r_min`` to ``r_max``, with phases up to ``max_phase``.
+
+    Reference: Orvieto et al. 2023, lemma 3.2.
+    """
+    radius, phase = jax.random.uniform(key, (2, units))
+    least = jnp.finfo(radius.dtype).eps  # from 0 and from 1, whose logarithms are not finite
+    square = jnp.clip(radius * (r_max**2 - r_min**2) + r_min**2, least, 1 - least)
+    return jnp.log(-0.5 * jnp.log(square)), jnp.log(max_phase * jnp.maximum(phase, least))
+
+
+def eigenvalues(nu_log: jax.Array, theta_log: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(λ, 1 − |λ|²)`` with λ = r (cos θ + i sin θ), r = exp(−exp(log ν)), θ = exp(log θ): |λ| is below 1, whatever is learned."""
+    nu_log, theta_log = (x.astype(at_least_float32(x.dtype)) for x in (nu_log, theta_log))
+    nu, theta = jnp.exp(nu_log), jnp.exp(theta_log)
+    r = jnp.exp(-nu)
+    return lax.complex(r * jnp.cos(theta), r * jnp.sin(theta)), -jnp.expm1(-2 * nu)
+
+
+def as_complex(parts: jax.Array) -> jax.Array:
+    """``[..., 2 * units]``, real parts and then imaginary ones, as complex numbers ``[..., units]``."""
+    return lax.complex(*jnp.split(parts.astype(at_least_float32(parts.dtype)), 2, -1))
+
+
+def check_ring(r_min: float, r_max: float, max_phase: float) -> None:
+    """Raises a ``ValueError`` unless eigenvalues can be drawn there."""
+    if not 0 <= r_min < r_max <= 1:
+        raise ValueError(
+            f"`r_min` is {r_min!r} and `r_max` {r_max!r}; eigenvalues are drawn between them: 0 <= r_min < r_max <= 1."
+        )
+    if not max_phase > 0:
+        raise ValueError(
+            f"`max_phase` is {max_phase!r}; it is the largest angle, in radians, and needs to be positive."
+        )
+
+
+def check_width(name: str, inputs: int, features: int) -> None:
+    """Raises a ``ValueError`` unless a layer whose units each have an input of their own is fed with as many."""
+    if inputs != features:
+        raise ValueError(
+            f"The {name} has {features} units, each with an input of its own, and {inputs} features reach it: give "
+            f"`encoder=nn.Dense({features})`, which brings them there, or `features={inputs}`."
+        )

@@ -1,0 +1,199 @@
+"""A state that is a matrix, written to by keys and read by queries: step by step, or chunk by chunk in matrix products.
+
+Within a chunk every step sees what was before the chunk, what a reset in it returned to, or nothing, by the last of these; and
+what the chunk's own steps have written since. With Γ[i, j] the decay from after step j to step i, and g[i] that from before the
+chunk, the written values of all steps are the solution of a triangular system (the WY form), and the rest is products:
+
+    (I + A) U = β ∘ (V − g ∘ K S),  A[i, j] = β_i Γ[i, j] k_iᵀk_j  for j < i;   U = V without the delta rule
+    S ← g_last S + Kᵀ (Γ_last ∘ U),    O = g ∘ Q S + (Γ ∘ Q Kᵀ) U
+
+References: Yang, Wang, Zhang, Shen & Kim 2024, *Parallelizing linear transformers with the delta rule over sequence length*;
+Yang, Kautz & Hatamizadeh 2025, *Gated delta networks*; without the delta rule Dao & Gu 2024, *Transformers are SSMs*.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tbptt_jax.arrays import pad, where_lanes
+from tbptt_jax.cells.linear_scan.choice import Implementation, Masks
+from tbptt_jax.cells.linear_scan.diagonal import later, times
+from tbptt_jax.recurrence import scale_cotangent
+
+CHUNK = 32
+
+
+class KeyValue(NamedTuple):
+    """Coefficients of a state that is a matrix S ``[lanes, heads, keys, values]``, written to by keys and read by queries:
+
+        S ← decay · S,    S ← S + k ⊗ u,    o = Sᵀ q,    u = v, or β (v − Sᵀ k) with the delta rule.
+
+    Attributes:
+      log_decay: ``[lanes, time, heads]``, the logarithm of the decay; at most 0, -inf to forget all.
+      k: keys ``[lanes, time, heads, keys]``.
+      v: values ``[lanes, time, heads, values]``.
+      q: queries ``[lanes, time, heads, keys]``.
+      beta: ``[lanes, time, heads]``, how much of what stands at the key is replaced; None: values are added.
+    """
+
+    log_decay: jax.Array
+    k: jax.Array
+    v: jax.Array
+    q: jax.Array
+    beta: jax.Array | None = None
+
+
+def key_value(
+    coefficients: KeyValue,
+    s: jax.Array,
+    start: jax.Array | None,
+    masks: Masks,
+    implementation: Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """``(S after the window, o [lanes, time, heads, values])`` of :class:`KeyValue`, in the dtype of S.
+
+    Args:
+      coefficients: of the window.
+      s: ``[lanes, heads, keys, values]``, before the window.
+      start: what a reset returns to, ``[lanes, heads, keys, values]``, or of each step ``[lanes, time, heads, keys, values]``.
+        None: zeros.
+      masks: of the window.
+      implementation: how the window is run. ``"associative"`` has the chunks of ``"chunked"`` at once too. Where the gradient
+        is scaled at edges, or lanes begin from the data, it is step by step, which those need.
+    """
+    coefficients = jax.tree.map(lambda x: x.astype(s.dtype), coefficients)
+    time = coefficients.k.shape[1]
+    begins_from_data = masks.resets is not None and start is not None and start.ndim > s.ndim
+    if implementation == "step" or masks.edges is not None or begins_from_data or time < 2:
+        return _steps(coefficients, s, start, masks)
+    return _chunks(coefficients, s, start, masks, "associative" if implementation == "associative" else "step")
+
+
+def _steps(coefficients: KeyValue, s: jax.Array, start: jax.Array | None, masks: Masks) -> tuple[jax.Array, jax.Array]:
+    log_decay, k, v, q, beta = coefficients
+    start = jnp.zeros_like(s) if start is None else start
+    each = start.swapaxes(0, 1) if start.ndim > s.ndim else None
+    per_step = jax.tree.map(lambda x: x.swapaxes(0, 1), (jnp.exp(log_decay), k, v, q, beta, masks))
+
+    def step(s: jax.Array, at_t: tuple) -> tuple[jax.Array, jax.Array]:
+        (decay, k, v, q, beta, (reset, is_valid, edge)), of_t = at_t
+        if edge is not None:
+            s = scale_cotangent(edge, s)
+        if reset is not None:
+            s = where_lanes(reset, start if of_t is None else of_t, s)
+        new = decay[..., None, None] * s
+        u = v if beta is None else beta[..., None] * (v - jnp.einsum("lhkv,lhk->lhv", new, k))
+        new = new + k[..., None] * u[..., None, :]
+        s = new if is_valid is None else where_lanes(is_valid, new, s)
+        return s, jnp.einsum("lhkv,lhk->lhv", s, q)
+
+    s, o = lax.scan(step, s, (per_step, each))
+    return s, o.swapaxes(0, 1)
+
+
+class _Decays(NamedTuple):
+    """Of chunks, ``[chunks, lanes, heads, steps]``.
+
+    Attributes:
+      between: Γ ``[chunks, lanes, heads, steps, steps]``, from after step j to after step i; 0 where i is before j, or
+        something was forgotten between them.
+      before: to after step i, of what was before the chunk.
+      start: of what a reset returned to; None: there are no resets.
+    """
+
+    between: jax.Array
+    before: jax.Array
+    start: jax.Array | None
+
+
+def _chunks(
+    coefficients: KeyValue, s: jax.Array, start: jax.Array | None, masks: Masks, join: Implementation
+) -> tuple[jax.Array, jax.Array]:
+    lanes, time, heads = coefficients.log_decay.shape
+    c = min(CHUNK, time)
+    resets, valid, _ = masks
+    log_decay, k, v, q, beta = coefficients
+    if valid is not None:  # a step that is padding neither decays nor writes
+        log_decay, k = where_lanes(valid, (log_decay, k), (jnp.zeros_like(log_decay), jnp.zeros_like(k)))
+
+    def fold(x: jax.Array) -> jax.Array:
+        """``[lanes, time, heads, ...]`` → ``[chunks, lanes, heads, steps, ...]``, filled up with zeros: that is padding."""
+        x = jnp.asarray(pad(x, 1, -time % c)).reshape(lanes, -1, c, *x.shape[2:])
+        return jnp.moveaxis(x, (1, 3), (0, 2)) if x.ndim > 3 else x.swapaxes(0, 1)[:, :, None]
+
+    k, v, q = fold(k), fold(v), fold(q)
+    decays = _decays(fold(log_decay), None if resets is None else fold(resets))
+
+    def of_start(x: jax.Array) -> jax.Array | float:
+        return 0.0 if start is None or decays.start is None else decays.start[..., None] * (x @ start)
+
+    u, reads = v, None
+    if beta is not None:
+        beta = fold(beta)[..., None]
+        among = jnp.tril(beta * decays.between * (k @ k.mT), -1)
+        both = beta * jnp.concatenate([v - of_start(k), decays.before[..., None] * k], -1)
+        both = lax.linalg.triangular_solve(among, both, left_side=True, lower=True, unit_diagonal=True)
+        u, reads = jnp.split(both, [v.shape[-1]], -1)
+
+    into = (decays.between[..., -1, :, None] * k).mT  # what a chunk's steps write that stands at its end
+    kept, written = decays.before[..., -1, None, None], into @ u
+    if start is not None and decays.start is not None:
+        written += decays.start[..., -1, None, None] * start
+    if reads is not None:
+        kept = kept * jnp.eye(k.shape[-1], dtype=k.dtype) - into @ reads
+    states = _over_chunks(join, jnp.multiply if reads is None else jnp.matmul, kept, written, s)
+    before = jnp.concatenate([s[None], states[:-1]])
+    before = jnp.where(decays.before[..., :1, None] == 0, 0, before)  # what no step sees may be anything
+    if reads is not None:
+        u = u - jnp.where(decays.before[..., None] == 0, 0, reads @ before)
+    o = (decays.between * (q @ k.mT)) @ u + times(decays.before[..., None], q @ before) + of_start(q)
+    o = jnp.moveaxis(o, (0, 2), (1, 3)).reshape(lanes, -1, heads, v.shape[-1])
+    return states[-1], o[:, :time]
+
+
+def _decays(log_decay: jax.Array, resets: jax.Array | None) -> _Decays:
+    """Every decay is the exponential of a sum of the logarithms that belong to it, and no difference of longer sums."""
+    c = log_decay.shape[-1]
+    i, j = jnp.arange(c)[:, None], jnp.arange(c)
+
+    def latest(where: jax.Array) -> jax.Array:
+        """The last such step up to each; -1: there is none."""
+        return jnp.where(where[..., None, :] & (j <= i), j, -1).max(-1)
+
+    forgets = jnp.isneginf(log_decay)
+    logs = jnp.where(forgets, 0, log_decay)
+    began = forgotten = latest(forgets)
+    if resets is not None:
+        reset = latest(resets)
+        began = jnp.maximum(reset, forgotten)
+    together = (i >= j) & (began[..., None] <= j)
+    since = jnp.tril(jnp.ones((c, c), logs.dtype))
+    between = jnp.matmul(since, jnp.where(i > j, logs[..., None], 0), precision=lax.Precision.HIGHEST)
+    between = jnp.where(together, jnp.exp(jnp.where(together, between, 0)), 0)
+    whole = jnp.where(together, logs[..., None, :], 0).sum(-1)  # since it began
+    from_before = jnp.where(began < 0, jnp.exp(whole), 0)
+    from_start = None if resets is None else jnp.where(reset > forgotten, jnp.exp(whole), 0)
+    return _Decays(between, from_before, from_start)
+
+
+def _over_chunks(join: Implementation, product: Callable, m: jax.Array, b: jax.Array, s: jax.Array) -> jax.Array:
+    """S_n = M_n S_{n−1} + B_n, ``[chunks, lanes, heads, keys, values]``; M a number of each head, or a matrix."""
+
+    def of(m: jax.Array, s: jax.Array) -> jax.Array:
+        return product(m, jnp.where((m == 0).all((-2, -1), keepdims=True), 0, s))
+
+    if join == "associative":
+        b, d = jnp.concatenate([b[:1] + of(m[:1], s), b[1:]]), 1
+        while d < len(b):
+            b, m = b + of(m, later(b, d, 0)), product(m, later(m, d, 0))
+            d *= 2
+        return b
+
+    def step(s: jax.Array, mb: tuple) -> tuple[jax.Array, jax.Array]:
+        s = of(mb[0], s) + mb[1]
+        return s, s
+
+    return lax.scan(step, s, (m, b))[1]
