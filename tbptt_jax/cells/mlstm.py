@@ -8,13 +8,8 @@ from jax.nn import initializers
 
 from tbptt_jax.cells.heads import check_parts, head_norm, head_sizes, merge, split
 from tbptt_jax.cells.layers import Options, check_inputs, layered
-<<<<<<< HEAD
-from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value
-=======
 from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value, maximum
->>>>>>> main
 from tbptt_jax.cells.products import dot
-from tbptt_jax.cells.stabiliser import stabilised
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence
 
@@ -116,12 +111,7 @@ def mlstm(
         q, k, v = jnp.split(dot(dtype, x, weights.input), [heads * key_size, 2 * heads * key_size], -1)
         q, k, v = split(q, heads), split(k, heads) / key_size**0.5, split(v, heads)
         log_i, f = jnp.split(dot(dtype, x, weights.gates) + weights.gates_bias, 2, -1)
-<<<<<<< HEAD
-        of_m = carry.m, None if starts is None else starts.m, masks, implementation
-        m, log_decay, log_write = stabilised(log_i, jax.nn.log_sigmoid(f), *of_m)
-=======
         m, log_decay, log_write = _stabilised(log_i, jax.nn.log_sigmoid(f), carry, starts, masks, implementation)
->>>>>>> main
         # The normaliser is the memory of a further value, which is always 1.
         v = jnp.exp(log_write)[..., None] * jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
         begun = None if starts is None else _joined(starts)
@@ -134,8 +124,6 @@ def mlstm(
     return layered("mLSTM", weights, zeros, run, features, **options)
 
 
-<<<<<<< HEAD
-=======
 def _stabilised(
     log_i: jax.Array,
     log_f: jax.Array,
@@ -150,7 +138,6 @@ def _stabilised(
     return m, log_f + before - m, log_i - m
 
 
->>>>>>> main
 def _joined(carry: Carry) -> jax.Array:
     """The memory and its normaliser, one more column, ``[..., heads, keys, values + 1]``."""
     return jnp.concatenate([carry.c, carry.n[..., None]], -1)
