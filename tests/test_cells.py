@@ -69,6 +69,12 @@ def keyed():
     return tb.from_step(step, lambda key, x: jnp.full(UNITS, 0.7), start)
 
 
+def several():
+    return tb.from_step(
+        lambda params, h, x: (0.5 * h + params * x["a"], (h, x["b"])), lambda key, x: jnp.float64(0.7), lambda params, lanes: jnp.zeros((lanes, FEATURES))
+    )  # fmt: skip
+
+
 CELLS = {
     "lstm": (tb.lstm(UNITS, layers=2, readout=nn.Dense(2, **F64)), X),
     "lstm, projected and normalised": (tb.lstm(UNITS, projection=2, layer_norm=True), X),
@@ -98,8 +104,14 @@ CELLS = {
     "nnx.OptimizedLSTMCell": (of_nnx(nnx.OptimizedLSTMCell), X),
     "nnx.GRUCell": (of_nnx(nnx.GRUCell), X),
     "nnx.SimpleCell": (of_nnx(nnx.SimpleCell), X),
+    "min_gru": (tb.min_gru(UNITS), X),
+    "slstm": (tb.slstm(4, heads=2), X),
+    "mlstm": (tb.mlstm(4, heads=2), X),
+    "gated_delta": (tb.gated_delta(4, heads=2, convolution=3), X),
+    "mamba2": (tb.mamba2(2, state=3, convolution=3), X),
     "a step, complex": (linear_recurrent_unit(), X),
     "a step with keys and a counter": (keyed(), X),
+    "a step of several inputs": (several(), {"a": X, "b": TOKENS}),
     "a stack": (tb.stack(tb.gru(2, weight_drop=0.5), linen(nn.SimpleCell)), X),
 }
 

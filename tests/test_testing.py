@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tbptt_jax as tb
-from tbptt_jax import study, testing
+from tbptt_jax import testing
 from tbptt_jax.noise import shared
 
 LANES, TIME, UNITS = 3, 8, 2
@@ -143,7 +143,7 @@ FAULTS = {
         unrolled(lambda f, *args: (f(*args)[0].astype(jnp.float32), f(*args)[1])),
         r"Carry: it is float64\[3, 2\] at first, and float32\[3, 2\] after a window",
     ),
-    "a carry without lanes": (model(start=lambda p, n: jnp.zeros(UNITS)), "."),
+    "a carry without lanes": (model(start=lambda p, n: jnp.zeros(UNITS)), r"Carry: of 3 lanes it has an array \[2\]"),
     "outputs without lanes": (outputs(lambda y, x: y.sum(0)), r"Carry: outputs are \[8, 2\]"),
     "other numbers where there are no masks": (
         unrolled(lambda f, p, h, x, r, v, e: f(p, h, x if r is not None else 2 * x, r, v, e)), "Lanes|Masks: with no `resets`"
@@ -178,9 +178,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_seeded_fault_is_caught_and_named(fault):
     faulty, sentence = FAULTS[fault]
-    with pytest.raises((AssertionError, ValueError), match=sentence) as raised:
+    with pytest.raises(AssertionError, match=sentence) as raised:
         testing.check_recurrence(faulty, X)
-    assert str(raised.value).count("\n") == 0 and (raised.type is AssertionError or fault == "a carry without lanes")
+    assert "\n" not in str(raised.value)
 
 
 RIGHT = {

@@ -111,7 +111,7 @@ def slstm(
         weights: Weights, carry: Carry, x: jax.Array, *of_window: jax.Array | None, starts: Carry | None, keys: Keys
     ) -> tuple[Carry, jax.Array]:
         check_inputs("sLSTM", x, weights.input.shape[0])
-        begin = zeros(weights, len(x))
+        begin = jax.tree.map(jnp.zeros_like, carry)
 
         def step(carry: Carry, at_t: tuple) -> tuple[Carry, jax.Array]:
             from_input, start, reset, is_valid, edge = at_t

@@ -19,9 +19,14 @@ def carry(s: Subject) -> None:
         return jax.tree.map(lambda h: None if is_key(h) else h, s.model.initial_carry(s.params, lanes))
 
     all_, one = start(lanes), start(1)
+    for h in jax.tree.leaves(all_):
+        if h.shape[:1] != (lanes,):
+            raise AssertionError(
+                f"Carry: of {lanes} lanes it has an array {list(h.shape)}, and needs all [lanes, ...]."
+            )
     agree("Lanes: the initial carry depends on a lane's number", all_, rows(all_, np.zeros(lanes, int)), 0.0, "lanes")
     agree(
-        f"Carry: that of one lane is not that of one of {lanes}, every array [lanes, ...]",
+        f"Carry: that of one lane is not that of one of {lanes}",
         one,
         rows(all_, slice(1)),
         0.0,

@@ -1,0 +1,330 @@
+"""Linear recurrences: how a window is best run, on this platform, and a train window of each cell beside others'.
+
+    python -m benchmarks.cells --parts=ways            # each implementation at each shape: on a CPU or a GPU
+    python -m benchmarks.cells --parts=peers           # a train window of each cell (extra `peers`)
+
+Both print Markdown tables; `docs/speed.md` has those of a CPU.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+import tbptt_jax as tb
+from benchmarks.turns import Maker, Side, could_not_run, prepare, table, take_turns
+from experiments import launch
+from tbptt_jax import sharding
+from tbptt_jax.cells.linear_scan import Masks, diagonal, key_value
+
+SHAPES = ((8, 64, 128), (16, 128, 256), (32, 64, 64), (4, 256, 512), (64, 32, 128))  # lanes, time, units
+WAYS = ("step", "associative", "chunked", None)
+HEAD = 64  # keys and values of a head
+RUN = 4  # windows in one compiled run
+RATE = 1e-4
+Shape = tuple[int, int, int]
+
+_PARTS = flags.DEFINE_list("parts", ["ways", "peers"], "What to measure: ways, peers.")
+_SECONDS = flags.DEFINE_float("seconds", 2.0, "Time for each comparison, besides what it takes to compile.")
+_CELLS = flags.DEFINE_list("cells", [], "Which cells to measure beside their peers; all by default.")
+_LONGER = flags.DEFINE_integer("longer", 1, "Windows so many times as long, and as many lanes: shapes of an accelerator.")
+
+
+def shapes() -> list[Shape]:
+    return [(lanes * _LONGER.value, time * _LONGER.value, units) for lanes, time, units in SHAPES]
+
+
+# How a window is run
+
+
+def vectors(dtype: Any, shape: Shape, way: Any) -> Side:
+    rng = np.random.default_rng(0)
+    a, b, given = (jnp.asarray(rng.uniform(size=shape), dtype) for _ in range(3))
+    resets = jnp.asarray(rng.uniform(size=shape[:2]) < 0.01)
+    h = jnp.zeros_like(a[:, 0])
+
+    def window(a: jax.Array, b: jax.Array, h: jax.Array) -> tuple:
+        hs, back = jax.vjp(lambda a, b, h: diagonal(a, b, h, None, Masks(resets), way), a, b, h)
+        return hs, back(given)
+
+    return ready(window, a, b, h)
+
+
+def matrices(delta: bool, shape: Shape, way: Any) -> Side:
+    lanes, time, units = shape
+    heads, rng = max(1, units // HEAD), np.random.default_rng(0)
+    k, v, q, given = (jnp.asarray(rng.normal(size=(lanes, time, heads, HEAD)), jnp.float32) / 8 for _ in range(4))
+    decay, beta = (jnp.asarray(rng.uniform(size=(lanes, time, heads)), jnp.float32) for _ in range(2))
+    of = tb.KeyValue(-decay, k, v, q, beta if delta else None)
+    resets = jnp.asarray(rng.uniform(size=(lanes, time)) < 0.01)
+    s = jnp.zeros((lanes, heads, HEAD, HEAD))
+
+    def window(of: tb.KeyValue, s: jax.Array) -> tuple:
+        (s, o), back = jax.vjp(lambda of, s: key_value(of, s, None, Masks(resets), way), of, s)
+        return o, back((s, given))
+
+    return ready(window, of, s)
+
+
+def ready(window: Callable, *args: Any) -> Side:
+    window = jax.jit(window)
+    return lambda: jax.block_until_ready(window(*args)) and None
+
+
+KINDS = {
+    "vectors": functools.partial(vectors, jnp.float32),
+    "complex vectors": functools.partial(vectors, jnp.complex64),
+    "matrices": functools.partial(matrices, False),
+    "matrices, delta rule": functools.partial(matrices, True),
+}
+
+
+def ways(seconds: float) -> str:
+    rows = []
+    for name, make in KINDS.items():
+        for shape in shapes():
+            makers: dict[str, Maker] = {str(way): functools.partial(functools.partial, make, shape, way)() for way in WAYS}  # type: ignore[misc]
+            makers = {str(way): functools.partial(make, shape, way) for way in WAYS}
+            timed = take_turns(makers, seconds)
+            best = {way: f"{1e3 * np.median(each):.2f}" for way, each in timed.times.items()}
+            rows.append([name, shape, *(best.get(str(way), "–") for way in WAYS)])
+            print(rows[-1], timed.failed or "", flush=True)
+            jax.clear_caches()
+    head = "ms, forward and backward"
+    return table([head, "lanes, time, units", "step", "associative", "chunked", "default"], rows)
+
+
+# A train window, beside others
+
+
+def jax_window(model: tb.Recurrence, shape: Shape, devices: int = 1) -> Side:
+    """Our loop around a model, ours or a peer's."""
+    rng = np.random.default_rng(0)
+    x, cotangents = (rng.normal(size=(RUN, *shape)).astype(np.float32) for _ in range(2))
+    cut = tb.Window(x, cotangents)
+    estimate = tb.gradient(model, lambda y, window: (y * window.targets).sum(-1), normaliser=1)
+    if devices > 1:
+        mesh = sharding.mesh(lane=devices)
+        estimate, cut = sharding.over_lanes(estimate, mesh), sharding.place(cut, mesh)
+    cut = jax.device_put(cut)
+    step = tb.train_step(estimate, optax.adam(RATE))
+    state = step.init(jax.random.key(0), jax.tree.map(lambda x: x[0], cut))
+
+    def call() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(tb.train_windows(step, state, cut))
+
+    return call
+
+
+def ours(cell: str, shape: Shape) -> Side:
+    """With the lanes over the devices that the launches choose."""
+    lanes, time, units = shape
+    heads = {"heads": units // HEAD} if cell in ("gated_delta", "mlstm") else {}
+    model = getattr(tb, cell)(units, **heads, **({"convolution": None} if cell == "gated_delta" else {}))
+    return jax_window(model, shape, sharding.lane_devices(lanes, time, units))
+
+
+def memax(layer: str, shape: Shape) -> Side:
+    """Of Morad's `memax`: an associative scan."""
+    import equinox as eqx
+    from memax.equinox import semigroups
+
+    lanes, _, units = shape
+    module = __import__(f"{semigroups.__name__}.{layer.lower()}", fromlist=[layer])
+    params, rest = eqx.partition(getattr(module, layer)(recurrent_size=units, hidden_size=units, key=jax.random.key(0)), eqx.is_inexact_array)
+
+    def unroll(params: Any, carry: Any, x: jax.Array, *_: Any) -> tuple:
+        layer: Any = eqx.combine(params, rest)
+        start = jnp.zeros(x.shape[1], bool)
+        states, y = jax.vmap(lambda h, x: layer(h, (x, start)))(carry, x)
+        return jax.tree.map(lambda h: h[:, -1], states), y
+
+    def initial_carry(params: Any, lanes: int) -> Any:
+        begin: Any = eqx.combine(params, rest).initialize_carry()
+        return jax.tree.map(lambda h: jnp.broadcast_to(h, (lanes, *jnp.shape(h))), begin)
+
+    return jax_window(tb.Recurrence(lambda key, x: params, initial_carry, unroll), shape)
+
+
+def recurrentgemma(scan: str, shape: Shape) -> Side:
+    from recurrentgemma import common
+    from recurrentgemma.jax import layers
+
+    layer: Any = layers.RGLRU(width=shape[-1], num_heads=1, scan_type=getattr(common.ScanType, scan))
+
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        return layer.init(key, x, jnp.ones(x.shape[:2], jnp.int32))
+
+    def unroll(params: Any, h: jax.Array, x: jax.Array, *_: Any) -> tuple:
+        y, h = layer.apply(params, x, jnp.ones(x.shape[:2], jnp.int32), h)
+        return h, y
+
+    return jax_window(tb.Recurrence(init, lambda params, lanes: jnp.zeros((lanes, shape[-1])), unroll), shape)
+
+
+def by_hand(shape: Shape) -> Side:
+    """A minGRU of a few lines, as its paper has it, by JAX's own associative scan."""
+
+    def unroll(params: Any, h: jax.Array, x: jax.Array, *_: Any) -> tuple:
+        z, n = jnp.split(x @ params[0] + params[1], 2, -1)
+        z = jax.nn.sigmoid(z)
+        b = (z * n).at[:, 0].add((1 - z[:, 0]) * h)
+        hs = jax.lax.associative_scan(lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1]), (1 - z, b), axis=1)[1]
+        return hs[:, -1], hs
+
+    units = shape[-1]
+    init = lambda key, x: (jax.random.normal(key, (units, 2 * units)) / units**0.5, jnp.zeros(2 * units))  # noqa: E731
+    return jax_window(tb.Recurrence(init, lambda params, lanes: jnp.zeros((lanes, units)), unroll), shape)
+
+
+def in_torch(name: str, shape: Shape) -> Side:
+    """By hand in PyTorch, compiled; the products of a cell, and what recurs by whoever has it fastest."""
+    import torch
+
+    lanes, time, units = shape
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.compiler.reset()  # or it would compile the second shape for any shape
+    with torch.device(device):
+        module = _torch_cell(name, units)
+        x, cotangents, h = torch.randn(shape), torch.randn(shape), torch.zeros(lanes, units)
+    run = torch.compile(module, dynamic=False)
+    optimiser = torch.optim.Adam(module.parameters(), RATE, fused=True)
+
+    def call() -> None:
+        optimiser.zero_grad()
+        run(x, h).backward(cotangents)
+        optimiser.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return call
+
+
+def _torch_cell(name: str, units: int):  # type: ignore[no-untyped-def]
+    import torch
+    from torch.nn import functional as F
+
+    heads = max(1, units // HEAD)
+
+    class Cell(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into = torch.nn.Linear(units, (2 if "min_gru" in name else 3) * units)
+            self.gates = torch.nn.Linear(units, 2 * heads)
+            self.output_gate, self.output = torch.nn.Linear(units, units), torch.nn.Linear(units, units)
+            self.rate, self.gain = torch.nn.Parameter(torch.zeros(heads)), torch.nn.Parameter(torch.ones(HEAD))
+
+    class MinGRU(Cell):
+        def forward(self, x, h):  # type: ignore[no-untyped-def]
+            z, n = self.into(x).chunk(2, -1)
+            z = torch.sigmoid(z)
+            if name == "min_gru, loop":
+                a, b, hs = 1 - z, z * n, []
+                for t in range(x.shape[1]):
+                    h = a[:, t] * h + b[:, t]
+                    hs.append(h)
+                return torch.stack(hs, 1)
+            # In chunks, whose cumulated products are matrices: no steps one after another in a chunk.
+            c = 16
+            a, b = ((y).unflatten(1, (-1, c)) for y in (1 - z, z * n))
+            log = a.log().cumsum(2)
+            i = torch.arange(c, device=x.device)
+            decay = torch.where(
+                (i[:, None] >= i)[..., None], (log[:, :, :, None] - log[:, :, None]).clamp(max=0).exp(), 0.0
+            )
+            local, products, before = (decay * b[:, :, None]).sum(3), log.exp(), []
+            for n_th in range(a.shape[1]):
+                before.append(h)
+                h = products[:, n_th, -1] * h + local[:, n_th, -1]
+            return (local + products * torch.stack(before, 1)[:, :, None]).flatten(1, 2)
+
+    class GatedDelta(Cell):
+        def forward(self, x, h):  # type: ignore[no-untyped-def]
+            from transformers.models.qwen3_next import modeling_qwen3_next
+
+            rule = modeling_qwen3_next.torch_chunk_gated_delta_rule
+            q, k, v = (y.unflatten(-1, (heads, HEAD)) for y in F.silu(self.into(x)).chunk(3, -1))
+            alpha, beta = self.gates(x).chunk(2, -1)
+            s = h.new_zeros(len(x), heads, HEAD, HEAD)
+            decay = -self.rate.exp() * F.softplus(alpha)
+            o, _ = rule(q, k, v, decay, beta.sigmoid(), initial_state=s, output_final_state=True, use_qk_l2norm_in_kernel=True)
+            o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * self.gain
+            return self.output((o * F.silu(self.output_gate(x)).unflatten(-1, (heads, HEAD))).flatten(-2))
+
+    class MLSTM(Cell):
+        def forward(self, x, h):  # type: ignore[no-untyped-def]
+            from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_autograd
+            from mlstm_kernels.torch.parallel.native_stablef import mlstm_parallel__native_stablef_autograd
+
+            q, k, v = (y.unflatten(-1, (heads, HEAD)).transpose(1, 2) for y in self.into(x).chunk(3, -1))
+            i, f = (y.transpose(1, 2) for y in self.gates(x).chunk(2, -1))
+            if name == "mlstm, chunkwise":
+                o = mlstm_chunkwise__native_autograd(q, k, v, i, f, chunk_size=min(64, x.shape[1]))
+            else:
+                o = mlstm_parallel__native_stablef_autograd(q, k, v, i, f)
+            return o.transpose(1, 2).flatten(-2) * self.output_gate(x).sigmoid()
+
+    return {"gated_delta": GatedDelta, "mlstm": MLSTM}.get(name.split(",")[0], MinGRU)()
+
+
+PEERS: dict[str, dict[str, Callable[[Shape], Side]]] = {
+    "min_gru": {
+        "JAX, associative_scan": by_hand,
+        "PyTorch, loop, compiled": functools.partial(in_torch, "min_gru, loop"),
+        "PyTorch, chunks, compiled": functools.partial(in_torch, "min_gru, chunks"),
+    },
+    "lru": {"memax": functools.partial(memax, "LRU")},
+    "rg_lru": {
+        "recurrentgemma": functools.partial(recurrentgemma, "AUTO"),
+        "recurrentgemma, associative": functools.partial(recurrentgemma, "ASSOCIATIVE_NATIVE"),
+    },
+    "gated_delta": {
+        "memax": functools.partial(memax, "GDN"),
+        "transformers, compiled": functools.partial(in_torch, "gated_delta"),
+    },
+    "mlstm": {
+        "mlstm_kernels, chunkwise, compiled": functools.partial(in_torch, "mlstm, chunkwise"),
+        "mlstm_kernels, parallel, compiled": functools.partial(in_torch, "mlstm, parallel"),
+    },
+}
+
+
+def peers(seconds: float) -> str:
+    rows, failed = [], {}
+    for cell, others in PEERS.items():
+        if not hasattr(tb, cell) or (_CELLS.value and cell not in _CELLS.value):
+            continue
+        ratios = []
+        for shape in shapes():
+            makers: dict[str, Maker] = {"tb": functools.partial(ours, cell, shape)}
+            for name, make in others.items():
+                if not (name == "PyTorch, loop, compiled" and shape[1] > 64):  # minutes to compile
+                    makers[name] = functools.partial(make, shape)
+            timed = take_turns(makers, seconds)
+            failed |= {f"{cell}, {name}": why for name, why in timed.failed.items()}
+            a_window = {n: 1e3 * np.median(each) / (1 if "compiled" in n else RUN) for n, each in timed.times.items()}
+            own = a_window.pop("tb")
+            name, fastest = min(a_window.items(), key=lambda item: item[1])
+            ratios.append(fastest / own)
+            rows.append([f"`{cell}`", shape, f"{own:.2f}", f"{fastest:.2f}", name, f"{fastest / own:.2f}"])
+            print(rows[-1], {n: f"{ms:.2f}" for n, ms in a_window.items()}, timed.failed or "", flush=True)
+            jax.clear_caches()
+        rows.append([f"`{cell}`", "geometric mean", "", "", "", f"{np.exp(np.mean(np.log(ratios))):.2f}"])
+    head = ["cell", "lanes, time, units", "ours, ms a window", "the fastest peer, ms", "", "peer / ours"]
+    return table(head, rows) + could_not_run(failed)
+
+
+def main() -> None:
+    for part in _PARTS.value:
+        print("\n" + {"ways": ways, "peers": peers}[part](_SECONDS.value), flush=True)
+
+
+if __name__ == "__main__":
+    prepare()
+    launch.run(main)
