@@ -32,7 +32,9 @@ Shape = tuple[int, int, int]
 _PARTS = flags.DEFINE_list("parts", ["ways", "peers"], "What to measure: ways, peers.")
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "Time for each comparison, besides what it takes to compile.")
 _CELLS = flags.DEFINE_list("cells", [], "Which cells to measure beside their peers; all by default.")
-_LONGER = flags.DEFINE_integer("longer", 1, "Windows so many times as long, and as many lanes: shapes of an accelerator.")
+_LONGER = flags.DEFINE_integer(
+    "longer", 1, "Windows so many times as long, and as many lanes: shapes of an accelerator."
+)
 
 
 def shapes() -> list[Shape]:
@@ -88,7 +90,9 @@ def ways(seconds: float) -> str:
     rows = []
     for name, make in KINDS.items():
         for shape in shapes():
-            makers: dict[str, Maker] = {str(way): functools.partial(functools.partial, make, shape, way)() for way in WAYS}  # type: ignore[misc]
+            makers: dict[str, Maker] = {
+                str(way): functools.partial(functools.partial, make, shape, way)() for way in WAYS
+            }  # type: ignore[misc]
             makers = {str(way): functools.partial(make, shape, way) for way in WAYS}
             timed = take_turns(makers, seconds)
             best = {way: f"{1e3 * np.median(each):.2f}" for way, each in timed.times.items()}
@@ -137,7 +141,9 @@ def memax(layer: str, shape: Shape) -> Side:
 
     lanes, _, units = shape
     module = __import__(f"{semigroups.__name__}.{layer.lower()}", fromlist=[layer])
-    params, rest = eqx.partition(getattr(module, layer)(recurrent_size=units, hidden_size=units, key=jax.random.key(0)), eqx.is_inexact_array)
+    params, rest = eqx.partition(
+        getattr(module, layer)(recurrent_size=units, hidden_size=units, key=jax.random.key(0)), eqx.is_inexact_array
+    )
 
     def unroll(params: Any, carry: Any, x: jax.Array, *_: Any) -> tuple:
         layer: Any = eqx.combine(params, rest)
@@ -253,7 +259,9 @@ def _torch_cell(name: str, units: int):  # type: ignore[no-untyped-def]
             alpha, beta = self.gates(x).chunk(2, -1)
             s = h.new_zeros(len(x), heads, HEAD, HEAD)
             decay = -self.rate.exp() * F.softplus(alpha)
-            o, _ = rule(q, k, v, decay, beta.sigmoid(), initial_state=s, output_final_state=True, use_qk_l2norm_in_kernel=True)
+            o, _ = rule(
+                q, k, v, decay, beta.sigmoid(), initial_state=s, output_final_state=True, use_qk_l2norm_in_kernel=True
+            )
             o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * self.gain
             return self.output((o * F.silu(self.output_gate(x)).unflatten(-1, (heads, HEAD))).flatten(-2))
 

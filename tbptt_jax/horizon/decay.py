@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tbptt_jax.arrays import at_least_float32, check_whole, where_lanes
+from tbptt_jax.arrays import at_least_float32, check_whole, pad, where_lanes
 from tbptt_jax.gradient import Loss, differentiable, objective, of_real, step_losses, weighted_mean
 from tbptt_jax.recurrence import Recurrence, scale_cotangent, unroll_window
 from tbptt_jax.window import Window, check, is_scored, step_weights, time_shape
@@ -23,11 +23,12 @@ class Decay(NamedTuple):
       norms: φ_k = E‖∂l_s/∂h_{s-k}‖ for k = 1 … lags, ``[lags]``; the mean over probes.
       rate: β̂, the factor by which φ shrinks from one lag to the next, fitted to its tail; 1 or more: it does not.
       probes: how many losses l_s were traced back.
-      kept: ‖ĝ_K‖ for K = 0 … lags, ``[lags + 1]``: of the mean gradient by the parameters, where every loss sees K steps back.
+      kept: ‖ĝ_K‖ for K = 0 … lags, ``[lags + 1]``: of the probes' mean gradient by the parameters, where each sees K steps back.
       left_out: ‖ĝ_lags − ĝ_K‖, ``[lags + 1]``.
       beyond: a bound on what is further back than ``lags``, if φ goes on shrinking by β̂; 0 where nothing is.
+      whole: ‖ĝ‖ of all the window's losses, where each sees ``lags`` steps back or more.
       lengths: of windows, ``[n]``, from short to long.
-      windows: ‖ĝ_lags − ĝ‖ of the gradient ĝ by windows of that length with ``truncate()``, ``[n]``.
+      windows: how far from that the gradient by windows of each length with ``truncate()`` is, ``[n]``.
     """
 
     norms: np.ndarray
@@ -36,6 +37,7 @@ class Decay(NamedTuple):
     kept: np.ndarray
     left_out: np.ndarray
     beyond: float
+    whole: float
     lengths: np.ndarray
     windows: np.ndarray
 
@@ -72,8 +74,8 @@ def decay(
 ) -> Decay:
     """How the gradient of a step's loss fades with the lag, and what of the parameters' gradient is kept up to each.
 
-    Losses are traced back together, a lag at a time: it takes ``2 * lags`` steps, forward and backward, of as many lanes as there
-    are probes, and the memory of one and of the window's carries.
+    Probes are traced back together, a lag at a time: that takes ``2 * lags`` steps, forward and backward, of as many lanes as there
+    are probes. Then windows of some lengths, four an octave, are tried on all losses. Memory is that of the window's carries.
 
     Args:
       model: the recurrence.
@@ -84,8 +86,8 @@ def decay(
       tail: the lag from which β̂ is fitted, the τ of the paper; default half of ``lags``.
       carry: what the lanes have before the window, as in the middle of a stream; None: the initial carry.
       burn_in: steps at the window's beginning whose losses are not traced back.
-      probes: steps, spread evenly, whose losses are traced back. None: all, and what is measured then holds of this window
-        and not of a sample.
+      probes: steps, spread evenly, whose losses are traced back. None: all, or so many that there are 1024 with those of all
+        lanes.
 
     Raises:
       ValueError: if the window or the loss's shape is not as for :func:`tbptt_jax.gradient`, ``lags`` is not from 2 to the
@@ -95,7 +97,7 @@ def decay(
     section 3.
     """
     check(window)
-    _, time = time_shape(window)
+    lanes, time = time_shape(window)
     if not 2 <= lags <= time:
         raise ValueError(f"`lags` is {lags}; this probe window has {time} steps, so choose from 2 to {time}.")
     tail = lags // 2 if tail is None else tail
@@ -105,11 +107,13 @@ def decay(
         )
     if not 0 <= burn_in < time:
         raise ValueError(f"`burn_in` is {burn_in}; this probe window has {time} steps, so choose from 0 to {time - 1}.")
-    if probes is not None:
-        check_whole("probes", probes)
+    probes = max(1, 1024 // lanes) if probes is None else probes
+    check_whole("probes", probes)
     steps = np.arange(burn_in, time)
-    if probes is not None and probes < len(steps):  # the last of so many stretches
+    if probes < len(steps):  # the last of so many stretches
         steps = burn_in - 1 + np.arange(1, probes + 1) * (time - burn_in) // probes
+    burnt = jax.tree.map(lambda w: w.at[:, :burn_in].set(0), step_weights(window))
+    window = window._replace(weights=burnt)
     scored = is_scored(window)[:, steps]
     if not bool(scored.any()):
         raise ValueError(
@@ -117,7 +121,7 @@ def decay(
         )
     lengths = np.unique(np.geomspace(1, time, 2 + int(4 * np.log2(time))).round().astype(int))  # four an octave
     found = _traced(model, loss, lags, params, carry, window, jnp.asarray(steps), jnp.asarray(lengths))
-    phi, added, kept, left_out, windows = (np.asarray(x, np.float64) for x in found)
+    phi, added, kept, left_out, whole, windows = (np.asarray(x, np.float64) for x in found)
     if not np.isfinite(phi).all():
         raise ValueError(
             f"The gradient is not finite from lag {np.flatnonzero(~np.isfinite(phi))[0] + 1} on: it explodes at these "
@@ -128,7 +132,7 @@ def decay(
     if time > lags + 1 or carry is not None:  # a lag adds at most so much for what it has of φ
         most = np.max(added[1:] / np.where(phi > 0, phi, np.inf), initial=0.0)
         beyond = float(most * phi[-1] * rate / (1 - rate)) if rate < 1 else float("inf")
-    return Decay(phi, rate, int(scored.sum()), kept, left_out, beyond, lengths, windows)
+    return Decay(phi, rate, int(scored.sum()), kept, left_out, beyond, float(whole), lengths, windows)
 
 
 def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Suggestion:
@@ -139,8 +143,8 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
 
         δ(K) = E(K) / max_{K' ≤ K} (‖ĝ_K'‖ − E(K')).
 
-    So much is true of a window too, with what it leaves out in the place of ‖ĝ_lags − ĝ_K‖, and all lags in that of K' ≤ K.
-    The bound is of the losses that were traced back, and rests on φ fading on beyond ``lags`` as it does before.
+    So much is true of windows too, with what they were seen to leave out in the place of ‖ĝ_lags − ĝ_K‖ and ``whole`` in that of
+    ‖ĝ_K'‖. The bound is of the losses of the window that was looked at, and rests on φ fading on beyond ``lags`` as before.
 
     Args:
       fading: from :func:`decay`.
@@ -173,7 +177,7 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
     kept = np.append(fading.kept[1:], np.full(len(further), fading.kept[-1]))[:largest]
     horizon, _ = _first_below(left_out, np.maximum.accumulate(kept - left_out), tolerance)
     allowed = fading.lengths <= largest
-    at_least = np.full(allowed.sum(), np.max(fading.kept - fading.left_out) - fading.beyond)
+    at_least = np.full(allowed.sum(), fading.whole - fading.beyond)
     index, delta = _first_below(fading.windows[allowed] + fading.beyond, at_least, tolerance)
     window = int(fading.lengths[allowed][index - 1])
     rests = (
@@ -183,7 +187,7 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
     )
     fits = f"β̂ is {fading.rate:.4f}; every loss should see {horizon} steps back."
     if delta < tolerance:
-        reason = f"Windows of {window} have a relative bias of at most {delta:.2g} on these {fading.probes} losses, {rests}. {fits}"
+        reason = f"Windows of {window} have a relative bias of at most {delta:.2g} on these losses, {rests}. {fits}"
         return Suggestion(window, horizon, delta, True, reason)
     reason = f"No window up to {largest} is known to keep the relative bias below {tolerance:g}; for {window} the bound is {delta:.2g}. {fits}"
     return Suggestion(min(largest, max(window, largest)), horizon, delta, False, reason)
@@ -201,11 +205,11 @@ def _traced(
     lengths: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """φ ``[lags]``; norms of gradients by the parameters: of what each lag adds and of what is kept up to it, ``[lags + 1]``; of
-    what that leaves out, and of what windows of ``lengths`` do."""
+    what that leaves out; of the whole, and of what windows of ``lengths`` leave out of it."""
     lanes, time = time_shape(window)
     fresh = carry is None
     along = jax.tree.map(lambda x: x.swapaxes(0, 1), window)
-    weights = functools.reduce(jnp.add, jax.tree.leaves(step_weights(window)))
+    weights = functools.reduce(jnp.add, jax.tree.leaves(window.weights))
     total = weights[:, probes].sum()
 
     def start(params: PyTree) -> PyTree:
@@ -217,22 +221,19 @@ def _traced(
         carry, outputs = unroll_window(model, params, carry, step)
         return carry, objective(weighted_mean(step_losses(loss, outputs, step), step), 1.0) / total
 
-    def by_windows(length: jax.Array) -> PyTree:
-        """The gradient by ``truncate()`` and windows of a length: carries are cut where they begin."""
-        scored = jnp.zeros(time, bool).at[probes].set(True)
-        uncut = (jnp.arange(time) % length > 0) | (jnp.arange(time) == 0)
+    def total_loss(params: PyTree, carry: PyTree, steps: Window, uncut: jax.Array) -> jax.Array:
+        """Of steps ``[time, lanes, ...]``; gradients go back through the carry into a step where it is not cut."""
 
         @jax.checkpoint
-        def step(params: PyTree, carry: PyTree, at_t: tuple) -> tuple[PyTree, jax.Array]:
-            step, edge, is_scored = at_t
-            carry = scale_cotangent(jnp.full(lanes, edge, jnp.float32), carry)
-            carry, losses = read(params, carry, step)
-            return carry, jnp.where(is_scored, losses, 0)
+        def one(carry: PyTree, at_t: tuple) -> tuple[PyTree, jax.Array]:
+            step, edge = at_t
+            return read(params, scale_cotangent(edge.astype(jnp.float32), carry), step)
 
-        def losses(params: PyTree) -> jax.Array:
-            return lax.scan(functools.partial(step, params), start(params), (along, uncut, scored))[1].sum()
+        return lax.scan(one, carry, (steps, uncut))[1].sum()
 
-        return jax.grad(losses)(params)
+    def by_windows(length: jax.Array) -> PyTree:
+        uncut = (jnp.arange(time) % length > 0) | (jnp.arange(time) == 0)
+        return jax.grad(lambda p: total_loss(p, start(p), along, uncut))(params)
 
     before = lax.scan(lambda h, step: (read(params, h, step)[0], h), start(params), along)[1]
 
@@ -269,10 +270,33 @@ def _traced(
         (_, kept), norms = lax.scan(functools.partial(lag, reference), begin, jnp.arange(lags + 1))
         return kept, norms
 
+    def far_seeing() -> PyTree:
+        """The gradient of all losses, each of which sees ``lags`` steps back: stretches, each with the one before it."""
+        if time <= 2 * lags:
+            return by_windows(jnp.array(time))
+        steps = jax.tree.map(lambda x: pad(x, 0, -time % lags), along)
+        stretches = jax.tree.map(lambda x: x.reshape(-1, lags, *x.shape[1:]), steps)
+
+        def with_the_one_before(x: jax.Array) -> jax.Array:
+            """``[2 * lags, stretches - 1 · lanes, ...]``."""
+            both = jnp.concatenate([x[:-1], x[1:]], 1).swapaxes(0, 1)
+            return both.reshape(2 * lags, -1, *both.shape[3:])
+
+        later = jax.tree.map(with_the_one_before, stretches)
+        later = later._replace(weights=jax.tree.map(lambda w: w.at[:lags].set(0), later.weights))
+        carries = merged(before, jnp.arange(len(jax.tree.leaves(stretches)[0]) - 1) * lags)
+
+        def both(params: PyTree) -> jax.Array:
+            first = total_loss(params, start(params), jax.tree.map(lambda x: x[:lags], along), jnp.ones(lags, bool))
+            return first + total_loss(params, carries, later, jnp.ones(2 * lags, bool))
+
+        return jax.grad(both)(params)
+
     reference, (phi, added, kept, _) = all_lags(jax.tree.map(jnp.zeros_like, params))
     left_out = all_lags(reference)[1][-1]
-    windows = lax.map(lambda n: _norm(jax.tree.map(jnp.subtract, reference, by_windows(n))), lengths)
-    return phi[:-1], added, kept, left_out, windows
+    whole = far_seeing()
+    windows = lax.map(lambda n: _norm(jax.tree.map(jnp.subtract, whole, by_windows(n))), lengths)
+    return phi[:-1], added, kept, left_out, _norm(whole), windows
 
 
 def _dot(one: PyTree, other: PyTree) -> jax.Array:
