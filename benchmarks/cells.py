@@ -90,10 +90,7 @@ def ways(seconds: float) -> str:
     rows = []
     for name, make in KINDS.items():
         for shape in shapes():
-            makers: dict[str, Maker] = {
-                str(way): functools.partial(functools.partial, make, shape, way)() for way in WAYS
-            }  # type: ignore[misc]
-            makers = {str(way): functools.partial(make, shape, way) for way in WAYS}
+            makers: dict[str, Maker] = {str(way): functools.partial(make, shape, way) for way in WAYS}
             timed = take_turns(makers, seconds)
             best = {way: f"{1e3 * np.median(each):.2f}" for way, each in timed.times.items()}
             rows.append([name, shape, *(best.get(str(way), "–") for way in WAYS)])
@@ -139,7 +136,7 @@ def memax(layer: str, shape: Shape) -> Side:
     import equinox as eqx
     from memax.equinox import semigroups
 
-    lanes, _, units = shape
+    units = shape[-1]
     module = __import__(f"{semigroups.__name__}.{layer.lower()}", fromlist=[layer])
     params, rest = eqx.partition(
         getattr(module, layer)(recurrent_size=units, hidden_size=units, key=jax.random.key(0)), eqx.is_inexact_array
@@ -193,7 +190,7 @@ def in_torch(name: str, shape: Shape) -> Side:
     """By hand in PyTorch, compiled; the products of a cell, and what recurs by whoever has it fastest."""
     import torch
 
-    lanes, time, units = shape
+    lanes, _, units = shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.compiler.reset()  # or it would compile the second shape for any shape
     with torch.device(device):
@@ -304,7 +301,8 @@ PEERS: dict[str, dict[str, Callable[[Shape], Side]]] = {
 
 
 def peers(seconds: float) -> str:
-    rows, failed = [], {}
+    rows: list = []
+    failed: dict[str, str] = {}
     for cell, others in PEERS.items():
         if not hasattr(tb, cell) or (_CELLS.value and cell not in _CELLS.value):
             continue

@@ -10,7 +10,7 @@ import pytest
 
 import tbptt_jax as tb
 from tbptt_jax import sharding
-from tbptt_jax.cells.linear_scan import Masks, diagonal, key_value
+from tbptt_jax.cells.linear_scan import Masks, diagonal, key_value, maximum
 from tbptt_jax.cells.linear_scan.key_value import CHUNK
 
 WAYS = ("step", "associative", "chunked", None)
@@ -278,3 +278,26 @@ def test_what_from_linear_is_given_has_to_fit_the_carry():
         model(lambda p, x: (x, x.cumsum(1))).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="`implementation` is 'parallel'; it needs to be one of"):
         model(lambda p, x: (x, x), implementation="parallel")
+
+
+def test_the_largest_of_sums_is_that_of_a_loop_with_its_gradient_however_it_is_run():
+    rng = np.random.default_rng(0)
+    a, b, m, start, at = (jnp.asarray(numbers(rng, LANES, *shape)) for shape in ((9, 2), (9, 2), (2,), (9, 2), (9, 2)))
+    of = masks(rng, 9)
+    loop = np.zeros((2, LANES, 9, 2))
+    for lane in range(LANES):
+        h = m[lane]
+        for t in range(9):
+            loop[0, lane, t] = h = start[lane, t] if of.resets[lane, t] else h
+            loop[1, lane, t] = h = jnp.maximum(h + a[lane, t], b[lane, t]) if of.valid[lane, t] else h
+
+    def total(numbers, way):
+        before, after = maximum(*numbers, of, way)
+        return (before * at).sum() + (after * at * at).sum(), (before, after)
+
+    (_, found), grads = jax.value_and_grad(total, has_aux=True)((a, b, m, start), "associative")
+    close(found, tuple(loop))
+    (_, found), by_step = jax.value_and_grad(total, has_aux=True)((a, b, m, start), "step")
+    close((found, grads), (tuple(loop), by_step))
+    with_nan = maximum(a, b, m * jnp.nan, start, of._replace(resets=of.resets | (np.arange(9) == 0)), None)[1]
+    assert np.isfinite(with_nan).all()

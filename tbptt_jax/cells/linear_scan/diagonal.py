@@ -159,6 +159,7 @@ def times(a: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(a == 0, 0, a * x)
 
 
-def later(x: jax.Array, steps: int, axis: int = 1) -> jax.Array:
-    """``x`` so many steps later along its axis of time, zeros before it."""
-    return lax.pad(x, jnp.zeros((), x.dtype), [(steps * (n == axis), -steps * (n == axis), 0) for n in range(x.ndim)])
+def later(x: jax.Array, steps: int, axis: int = 1, value: float = 0.0) -> jax.Array:
+    """``x`` so many steps later along its axis of time, ``value`` before it."""
+    there = [(steps * (n == axis), -steps * (n == axis), 0) for n in range(x.ndim)]
+    return lax.pad(x, jnp.asarray(value, x.dtype), there)
