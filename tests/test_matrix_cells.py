@@ -15,7 +15,7 @@ from tbptt_jax.cells.linear_scan import Masks
 from tbptt_jax.cells.short_convolution import short_convolution
 
 LANES, TIME, INPUTS, FEATURES = 3, 9, 3, 4
-close = functools.partial(assert_close, rtol=1e-9, atol=1e-9)
+close = functools.partial(assert_close, rtol=1e-10, atol=1e-10)
 sigmoid, softplus, silu = jax.nn.sigmoid, jax.nn.softplus, jax.nn.silu
 
 

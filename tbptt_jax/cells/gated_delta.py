@@ -7,15 +7,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from tbptt_jax.arrays import check_whole
-from tbptt_jax.cells.heads import (
-    head_sizes,
-    initial_log_rate,
-    initial_step_bias,
-    merge,
-    rms_norm,
-    split,
-    unit,
-)
+from tbptt_jax.cells.heads import head_sizes, initial_log_rate, initial_step_bias, merge, rms_norm, split, unit
 from tbptt_jax.cells.layers import Options, check_inputs, layered
 from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value
 from tbptt_jax.cells.products import dot
