@@ -18,6 +18,7 @@ from tbptt_jax.cells.heads import (
 )
 from tbptt_jax.cells.layers import Options, check_inputs, layered
 from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value
+from tbptt_jax.cells.products import dot
 from tbptt_jax.cells.short_convolution import initial_kernel, short_convolution
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence
@@ -122,11 +123,11 @@ def gated_delta(
         check_inputs("Gated DeltaNet", x, weights.input.shape[0])
         masks, x = Masks(*of_window), x.astype(weights.input.dtype)
         begun_inputs, begun_memory = (None, None) if starts is None else starts
-        qkv, inputs = x @ weights.input, carry.inputs
+        qkv, inputs = dot(None, x, weights.input), carry.inputs
         if weights.kernel is not None and inputs is not None:
             inputs, qkv = short_convolution(weights.kernel, qkv, inputs, begun_inputs, masks)
         q, k, v = jnp.split(jax.nn.silu(qkv), [heads * key_size, 2 * heads * key_size], -1)
-        alpha, beta = jnp.split(x @ weights.gates, 2, -1)
+        alpha, beta = jnp.split(dot(None, x, weights.gates), 2, -1)
         coefficients = KeyValue(
             log_decay=-jnp.exp(weights.log_rate) * jax.nn.softplus(alpha + weights.step_bias),
             k=unit(split(k, heads)),
@@ -135,7 +136,7 @@ def gated_delta(
             beta=jax.nn.sigmoid(beta),
         )
         memory, o = key_value(coefficients, carry.memory, begun_memory, masks, implementation)
-        gated = rms_norm(o, weights.norm, 1e-6) * jax.nn.silu(split(x @ weights.output_gate, heads))
-        return Carry(inputs, memory), merge(gated) @ weights.output
+        gated = rms_norm(o, weights.norm, 1e-6) * jax.nn.silu(split(dot(None, x, weights.output_gate), heads))
+        return Carry(inputs, memory), dot(None, merge(gated), weights.output)
 
     return layered("Gated DeltaNet", weights, zeros, run, features, **options)

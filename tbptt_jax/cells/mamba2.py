@@ -11,6 +11,7 @@ from tbptt_jax.arrays import check_whole
 from tbptt_jax.cells.heads import check_parts, initial_log_rate, initial_step_bias, merge, rms_norm, split
 from tbptt_jax.cells.layers import Options, check_inputs, layered
 from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value
+from tbptt_jax.cells.products import dot
 from tbptt_jax.cells.short_convolution import initial_kernel, short_convolution
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence
@@ -120,7 +121,9 @@ def mamba2(
         check_inputs("Mamba-2", x, weights.input.shape[0])
         masks = Masks(*of_window)
         begun_inputs, begun_memory = (None, None) if starts is None else starts
-        z, ubc, delta = jnp.split(x.astype(weights.input.dtype) @ weights.input, [inner, inner + channels], -1)
+        z, ubc, delta = jnp.split(
+            dot(None, x.astype(weights.input.dtype), weights.input), [inner, inner + channels], -1
+        )
         inputs, ubc = short_convolution(weights.kernel, ubc, carry.inputs, begun_inputs, masks)
         u, b, c = jnp.split(jax.nn.silu(ubc + weights.bias), [inner, inner + groups * state], -1)
         u, delta = split(u, heads), jax.nn.softplus(delta + weights.step_bias)
@@ -129,6 +132,6 @@ def mamba2(
         memory, o = key_value(coefficients, carry.memory, begun_memory, masks, implementation)
         gated = merge(o + weights.skip[:, None] * u) * jax.nn.silu(z)
         normed = merge(rms_norm(split(gated, groups), weights.norm.reshape(groups, -1), 1e-5))
-        return Carry(inputs, memory), normed @ weights.output
+        return Carry(inputs, memory), dot(None, normed, weights.output)
 
     return layered("Mamba-2", weights, zeros, run, features, **options)

@@ -9,6 +9,7 @@ from jax.nn import initializers
 from tbptt_jax.cells.heads import check_parts, head_norm, head_sizes, merge, split
 from tbptt_jax.cells.layers import Options, check_inputs, layered
 from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value, maximum
+from tbptt_jax.cells.products import dot
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence
 
@@ -105,15 +106,15 @@ def mlstm(
     ) -> tuple[Carry, jax.Array]:
         check_inputs("mLSTM", x, weights.input.shape[0])
         masks, x = Masks(*of_window), x.astype(weights.input.dtype)
-        q, k, v = jnp.split(x @ weights.input, [heads * key_size, 2 * heads * key_size], -1)
+        q, k, v = jnp.split(dot(None, x, weights.input), [heads * key_size, 2 * heads * key_size], -1)
         q, k, v = split(q, heads), split(k, heads) / key_size**0.5, split(v, heads)
-        log_i, f = jnp.split(x @ weights.gates + weights.gates_bias, 2, -1)
+        log_i, f = jnp.split(dot(None, x, weights.gates) + weights.gates_bias, 2, -1)
         m, log_decay, log_write = _stabilised(log_i, jax.nn.log_sigmoid(f), carry, starts, masks, implementation)
         # The normaliser is the memory of a further value, which is always 1.
         v = jnp.exp(log_write)[..., None] * jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
         begun = None if starts is None else _joined(starts)
         memory, read = key_value(KeyValue(log_decay, k, v, q), _joined(carry), begun, masks, implementation)
-        o = jax.nn.sigmoid(x @ weights.output_gate + weights.output_bias)
+        o = jax.nn.sigmoid(dot(None, x, weights.output_gate) + weights.output_bias)
         h = _normalised(read, m)
         h = merge(h) if weights.norm is None else head_norm(h, weights.norm)
         return Carry(memory[..., :-1], memory[..., -1], m[:, -1]), o * h

@@ -10,6 +10,7 @@ from jax.nn import initializers
 from tbptt_jax.arrays import where_lanes
 from tbptt_jax.cells.heads import check_parts, head_norm, merge, split
 from tbptt_jax.cells.layers import Options, check_inputs, layered
+from tbptt_jax.cells.products import dot
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence, scale_cotangent
 
@@ -122,7 +123,7 @@ def slstm(
             carry = new if is_valid is None else where_lanes(is_valid, new, carry)
             return carry, carry.h
 
-        from_input = x.astype(weights.input.dtype) @ weights.input + weights.bias
+        from_input = dot(None, x.astype(weights.input.dtype), weights.input) + weights.bias
         carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), (from_input, starts, *of_window)))
         h = h.swapaxes(0, 1)
         return carry, h if weights.norm is None else head_norm(split(h, heads), weights.norm)
