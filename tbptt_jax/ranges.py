@@ -75,7 +75,8 @@ def _check_tokens(kind: _Kind, window: Window, axes: tuple[str, ...]) -> None:
 
 
 def _check_labels(kind: _Kind, loss: Any, window: Window, axes: tuple[str, ...]) -> None:
-    labelled = [(i, x) for i, x in enumerate(jax.tree.leaves(window.targets)) if jnp.issubdtype(x.dtype, jnp.integer)]
+    targets = enumerate(jax.tree.leaves(window.targets))
+    labelled = [(i, np.asarray(x)) for i, x in targets if jnp.issubdtype(x.dtype, jnp.integer)]
     classes = _classes(kind) if labelled else ()
     labelled = [(i, x) for i, x in labelled if classes and x.size and not 0 <= x.min() <= x.max() < classes[0]]
     if not labelled:
@@ -83,8 +84,7 @@ def _check_labels(kind: _Kind, loss: Any, window: Window, axes: tuple[str, ...])
     masks = Window(jax.tree.leaves(window.inputs)[0], weights=window.weights, valid=window.valid)
     by_lane = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(axes) - 1 :]), masks)
     scored = np.asarray(is_scored(by_lane)).reshape(masks.inputs.shape[: len(axes)])
-    for i, x in labelled:
-        labels = np.asarray(x)
+    for i, labels in labelled:
         for n in classes:
             bad = ((labels < 0) | (labels >= n)) & _like(scored, labels)
             values, first = np.unique(labels[bad], return_index=True)

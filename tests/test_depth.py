@@ -196,7 +196,7 @@ def test_uoro_goes_forward_through_layers_computed_again():
         params, estimate = params_of(model), tb.gradient(model, loss, influence=tb.uoro(), normaliser=1.0)
         return summed_gradient(estimate, params, tb.split(stream(rubbish=np.nan), 6))[0]
 
-    assert_close(estimated(deep(remat=True, checkpoint=(4, 2))), estimated(deep()), rtol=1e-10)
+    assert_close(estimated(deep(1, remat=True, checkpoint=(4, 2))), estimated(deep(1)), rtol=1e-10)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(estimated(looped(remat=True))))
 
 

@@ -41,7 +41,7 @@ def mlstm(w, x, parallel=True):
     norms = pytest.importorskip("xlstm.components.ln")
     torch = pytest.importorskip("torch")
     q, k, v = ((x @ part).view(LANES, TIME, 2, -1).transpose(1, 2) for part in w.input.split((6, 6, 4), 1))
-    i, f = ((x @ w.gates + w.gates_bias).transpose(1, 2)[..., None].split(2, 1))
+    i, f = (x @ w.gates + w.gates_bias).transpose(1, 2)[..., None].split(2, 1)
     if parallel:
         h = backends.parallel_stabilized_simple(q, k, v, i, f)
     else:

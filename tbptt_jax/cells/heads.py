@@ -1,4 +1,4 @@
-"""What cells with heads share: their sizes, their norms."""
+"""What cells with heads share: their sizes, their norms, and where some of their parameters begin."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """Mamba-2 (Dao & Gu 2024, *Transformers are SSMs: generalized models and efficient algorithms through structured state space
 duality*), the block of section 7."""
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,7 @@ def mamba2(
     groups: int = 1,
     expand: int = 2,
     convolution: int = 4,
+    dtype: Any = None,
     implementation: Implementation = None,
     **options: Unpack[Options],
 ) -> Recurrence:
@@ -81,6 +82,7 @@ def mamba2(
       groups: of heads that share B and C.
       expand: inner features for each output.
       convolution: steps that the convolution reaches over.
+      dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; None: the parameters' dtype.
       implementation: how a window is run: see :func:`tbptt_jax.from_linear`.
       **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`.
 
@@ -122,7 +124,7 @@ def mamba2(
         masks = Masks(*of_window)
         begun_inputs, begun_memory = (None, None) if starts is None else starts
         z, ubc, delta = jnp.split(
-            dot(None, x.astype(weights.input.dtype), weights.input), [inner, inner + channels], -1
+            dot(dtype, x.astype(weights.input.dtype), weights.input), [inner, inner + channels], -1
         )
         inputs, ubc = short_convolution(weights.kernel, ubc, carry.inputs, begun_inputs, masks)
         u, b, c = jnp.split(jax.nn.silu(ubc + weights.bias), [inner, inner + groups * state], -1)
@@ -132,6 +134,6 @@ def mamba2(
         memory, o = key_value(coefficients, carry.memory, begun_memory, masks, implementation)
         gated = merge(o + weights.skip[:, None] * u) * jax.nn.silu(z)
         normed = merge(rms_norm(split(gated, groups), weights.norm.reshape(groups, -1), 1e-5))
-        return Carry(inputs, memory), dot(None, normed, weights.output)
+        return Carry(inputs, memory), dot(dtype, normed, weights.output)
 
     return layered("Mamba-2", weights, zeros, run, features, **options)

@@ -1,6 +1,6 @@
 """The mLSTM (Beck et al. 2024, *xLSTM: extended long short-term memory*), section 2.3 and appendix A.3."""
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ def mlstm(
     heads: int = 1,
     key_size: int | None = None,
     norm: bool = False,
+    dtype: Any = None,
     implementation: Implementation = None,
     **options: Unpack[Options],
 ) -> Recurrence:
@@ -74,6 +75,7 @@ def mlstm(
       heads: memories.
       key_size: of a head's keys and queries; None: features / heads.
       norm: normalise what each head reads, before the output gate, as in the paper's block.
+      dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; None: the parameters' dtype.
       implementation: how a window is run: see :func:`tbptt_jax.from_linear`.
       **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`.
 
@@ -106,15 +108,15 @@ def mlstm(
     ) -> tuple[Carry, jax.Array]:
         check_inputs("mLSTM", x, weights.input.shape[0])
         masks, x = Masks(*of_window), x.astype(weights.input.dtype)
-        q, k, v = jnp.split(dot(None, x, weights.input), [heads * key_size, 2 * heads * key_size], -1)
+        q, k, v = jnp.split(dot(dtype, x, weights.input), [heads * key_size, 2 * heads * key_size], -1)
         q, k, v = split(q, heads), split(k, heads) / key_size**0.5, split(v, heads)
-        log_i, f = jnp.split(dot(None, x, weights.gates) + weights.gates_bias, 2, -1)
+        log_i, f = jnp.split(dot(dtype, x, weights.gates) + weights.gates_bias, 2, -1)
         m, log_decay, log_write = _stabilised(log_i, jax.nn.log_sigmoid(f), carry, starts, masks, implementation)
         # The normaliser is the memory of a further value, which is always 1.
         v = jnp.exp(log_write)[..., None] * jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
         begun = None if starts is None else _joined(starts)
         memory, read = key_value(KeyValue(log_decay, k, v, q), _joined(carry), begun, masks, implementation)
-        o = jax.nn.sigmoid(dot(None, x, weights.output_gate) + weights.output_bias)
+        o = jax.nn.sigmoid(dot(dtype, x, weights.output_gate) + weights.output_bias)
         h = _normalised(read, m)
         h = merge(h) if weights.norm is None else head_norm(h, weights.norm)
         return Carry(memory[..., :-1], memory[..., -1], m[:, -1]), o * h

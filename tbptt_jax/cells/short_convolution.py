@@ -57,11 +57,11 @@ def _taps(
         shifted = [jnp.pad(known, ((0, 0), (0, 1), (0, 0)))[:, back - d : back - d + time + 1] for d in range(width)]
         at = [jnp.arange(back - d, back - d + time + 1)[None] for d in range(width)]
     else:
-        present = jnp.concatenate([jnp.ones((len(valid), back), bool), valid], 1)
+        present = jnp.concatenate([jnp.ones((valid.shape[0], back), bool), valid], 1)
         steps = jnp.arange(present.shape[1])
         latest = lax.cummax(jnp.where(present, steps, -1), axis=1)
         before = jnp.pad(latest, ((0, 0), (1, 0)), constant_values=-1)  # the latest step before each that is there
-        at = [jnp.broadcast_to(jnp.arange(back, back + time + 1), (len(valid), time + 1))]
+        at = [jnp.broadcast_to(jnp.arange(back, back + time + 1), (valid.shape[0], time + 1))]
         for _ in range(back):
             at.append(jnp.take_along_axis(before, at[-1], 1))
         shifted = [jnp.take_along_axis(known, index[..., None], 1, mode="clip") for index in at]

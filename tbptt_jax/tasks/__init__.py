@@ -12,3 +12,5 @@ from tbptt_jax.tasks.influence_balancing import influence_balancing_optimum as i
 from tbptt_jax.tasks.lag import lag as lag
 from tbptt_jax.tasks.lag import lag_floor as lag_floor
 from tbptt_jax.tasks.t_maze import t_maze as t_maze
+from tbptt_jax.tasks.hidden_regime import hidden_regime as hidden_regime
+from tbptt_jax.tasks.hidden_regime import hidden_regime_floor as hidden_regime_floor

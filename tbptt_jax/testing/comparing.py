@@ -50,14 +50,18 @@ def shapes(tree: PyTree) -> str:
     return str(jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree))
 
 
-def agree(claim: str, got: PyTree, expected: PyTree, tolerance: float, of: str = "", where: Any = None) -> None:
+def agree(
+    claim: str, got: PyTree, expected: PyTree, tolerance: float, of: str = "", where: np.ndarray | None = None
+) -> None:
     """Raises an ``AssertionError``, ``claim`` with the first place where ``got`` is not ``expected``."""
     place = first_difference(got, expected, tolerance, of, where)
     if place is not None:
         raise AssertionError(f"{claim} ({place.where}).")
 
 
-def first_difference(got: PyTree, expected: PyTree, tolerance: float, of: str = "", where: Any = None) -> Place | None:
+def first_difference(
+    got: PyTree, expected: PyTree, tolerance: float, of: str = "", where: np.ndarray | None = None
+) -> Place | None:
     """The first place where two trees differ: of the earliest step, and there of the first lane.
 
     Args:
@@ -70,31 +74,33 @@ def first_difference(got: PyTree, expected: PyTree, tolerance: float, of: str = 
     if shapes(got) != shapes(expected):
         return Place(f"they are {shapes(got)} against {shapes(expected)}")
     axes = len(of.split(", ")) if of else 0
-    expected_leaves = jax.tree.leaves(on_host(expected))
-    largest = max((_largest(e) for e in expected_leaves if is_inexact(e)), default=0.0)
-    found = []
-    for (path, a), e in zip(jax.tree.leaves_with_path(on_host(got)), expected_leaves, strict=True):
+    leaves = jax.tree.leaves(on_host(expected))
+    largest = max((_largest(e) for e in leaves if is_inexact(e)), default=0.0)
+    found = []  # of each array
+    for (path, a), e in zip(jax.tree.leaves_with_path(on_host(got)), leaves, strict=True):
         if is_inexact(a):
-            a, e = (x.astype(np.promote_types(x.dtype, np.float32)) if x.dtype.kind == "V" else x for x in (a, e))
+            a, e = (x.astype(np.promote_types(x.dtype, np.float32)) for x in (a, e))
             with np.errstate(invalid="ignore", over="ignore"):
-                bad = ~(np.abs(a - e) <= tolerance * (0.1 * min(largest, 1.0) + _largest(e)))
+                bad = ~(np.abs(a - e) <= tolerance * (_largest(e) + 0.1 * min(largest, 1.0)))
         else:
             bad = a != e
         if where is not None:
-            bad &= np.reshape(where, (*np.shape(where), *[1] * (bad.ndim - np.ndim(where))))
+            bad &= where.reshape(*where.shape, *[1] * (bad.ndim - where.ndim))
         if bad.any():
-            at = min(np.argwhere(bad).tolist(), key=lambda at: (at[1:2] if axes > 1 else [], at))
-            found.append((at, jax.tree_util.keystr(path), a[tuple(at)], e[tuple(at)]))
+            at = min(np.argwhere(bad).tolist(), key=lambda at: (at[1:axes], at))
+            found.append((at[1:axes], at[:axes], jax.tree_util.keystr(path), a[tuple(at)], e[tuple(at)]))
     if not found:
         return None
-    at, name, a, e = min(found, key=lambda each: (each[0][1:2] if axes > 1 else [], each[0][:axes]))
-    lane, step = (at[0] if axes else -1), (at[1] if axes > 1 else -1)
-    words = [f"in {name.lstrip('.')}"] * bool(name) + [f"at lane {lane}"] * (axes > 0) + [f"step {step}"] * (axes > 1)
-    return Place(
-        f"first difference {', '.join(words)}{', ' if words else ''}{a:.6g} against {e:.6g}".replace("in , ", ""),
-        lane,
-        step,
+    _, at, name, a, e = min(found, key=lambda each: each[:2])
+    names = [f"{axis} {i}" for axis, i in zip(("lane", "step"), at, strict=False)]
+    words = (
+        [f"in {name}"] * bool(name) + [f"at {', '.join(names)}"] * bool(names) + [f"{_shown(a)} against {_shown(e)}"]
     )
+    return Place(f"first difference {', '.join(words)}", *at)
+
+
+def _shown(x: Any) -> str:
+    return f"{x:.6g}" if is_inexact(x) else str(x)
 
 
 def _largest(x: np.ndarray) -> float:

@@ -19,13 +19,13 @@ def carry(s: Subject) -> None:
         return jax.tree.map(lambda h: None if is_key(h) else h, s.model.initial_carry(s.params, lanes))
 
     all_, one = start(lanes), start(1)
+    for h in jax.tree.leaves(all_):
+        if h.shape[:1] != (lanes,):
+            raise AssertionError(
+                f"Carry: of {lanes} lanes it has an array {list(h.shape)}, and needs all [lanes, ...]."
+            )
     agree("Lanes: the initial carry depends on a lane's number", all_, rows(all_, np.zeros(lanes, int)), 0.0, "lanes")
-    agree(
-        f"Carry: that of one lane is not that of one of {lanes}, every array [lanes, ...]",
-        one,
-        rows(all_, slice(1)),
-        0.0,
-    )
+    agree(f"Carry: that of one lane is not that of one of {lanes}", one, rows(all_, slice(1)), 0.0, "lanes")
     end, outputs = s.read(s.params, s.carry, window_of(s), None)
     if shapes(end) != shapes(s.carry) or not same_tree(end, s.carry):
         raise AssertionError(f"Carry: it is {shapes(s.carry)} at first, and {shapes(end)} after a window.")

@@ -54,6 +54,7 @@ class Subject(NamedTuple):
 def subject(model: Recurrence, inputs: PyTree, params: PyTree, seed: int) -> Subject:
     """A model at its initial carry; its parameters, if none are given, those of ``init`` and a little noise."""
     rng = np.random.default_rng(seed)
+    inputs = jax.tree.map(lambda x: x if is_key(x) else np.asarray(jnp.asarray(x)), inputs)  # in the kinds that JAX has
     lanes, _ = jax.tree.leaves(inputs)[0].shape[:2]
     if params is None:
         params = jax.tree.map(lambda p: p + 0.1 * like(rng, p), model.init(jax.random.key(seed), inputs))
