@@ -3,7 +3,7 @@
     python -m benchmarks.cells --parts=ways            # each implementation at each shape: on a CPU or a GPU
     python -m benchmarks.cells --parts=peers           # a train window of each cell (extra `peers`)
 
-Both print Markdown tables; `docs/speed.md` has those of a CPU.
+Both print Markdown tables; `docs/cells.md` says what follows from them.
 """
 
 import functools
