@@ -7,7 +7,6 @@ python -m experiments.length_generalisation --cells=min_gru,gru --workdir=runs/o
 """
 
 import functools
-import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -28,47 +27,36 @@ from tbptt_jax.training import TrainStep
 
 CELLS: dict[str, Any] = {
     "lru": functools.partial(tb.lru, r_min=0.9, r_max=0.999, max_phase=np.pi / 10),
-    "mamba2": functools.partial(tb.mamba2, heads=2, state=16),
-    "lstm": tb.lstm,
-    "gated_delta": functools.partial(tb.gated_delta, heads=2),
-    "gru": tb.gru,
-    "min_gru": tb.min_gru,
-    "mlstm": functools.partial(tb.mlstm, heads=2),
     "rg_lru": tb.rg_lru,
+    "min_gru": tb.min_gru,
+    "mamba2": functools.partial(tb.mamba2, heads=2, state=16),
+    "mlstm": functools.partial(tb.mlstm, heads=2),
+    "lstm": tb.lstm,
+    "gru": tb.gru,
 }
 CARRIES = "reset", "carried", "swapped"
+SYMBOLS = 4
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("cells", ["lru", "rg_lru", "mamba2", "lstm"], f"Any of {', '.join(CELLS)}.")
 flags.DEFINE_integer("window", 64, "Steps of a window in training.", lower_bound=1)
 flags.DEFINE_integer("test_steps", 4096, "Steps of each test stream.", lower_bound=1)
-flags.DEFINE_integer("symbols", 4, "How many symbols, and regimes, there are.", lower_bound=2)
 flags.DEFINE_integer("lasts", 2000, "Steps that a regime lasts, in the mean.", lower_bound=1)
 flags.DEFINE_integer("hidden", 16, "Features of the cell, even.", lower_bound=2)
 flags.DEFINE_integer("lanes", 16, "Streams to train on, side by side.", lower_bound=2)
 flags.DEFINE_integer("test_lanes", 128, "Streams to test on.", lower_bound=1)
 flags.DEFINE_integer("updates", 3000, "Updates, one a window.", lower_bound=1)
-flags.DEFINE_float(
-    "learning_rate", 0.01, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0
-)
+flags.DEFINE_float("learning_rate", 0.01, "Adam's rate at the start; it falls to zero.", lower_bound=0.0)
 flags.DEFINE_integer("seeds", 5, "Trainings of each kind, side by side.", lower_bound=1)
-flags.DEFINE_string("workdir", "runs/length_generalisation", "Where results.json, figure.png, figure.svg and flags.txt go.")  # fmt: skip
+flags.DEFINE_string("workdir", "runs/length_generalisation", "Where results.json, the figure and flags.txt go.")
 
 LOWER = "--seeds, --updates, --window, --lanes, --test_lanes, --test_steps or --hidden"
 
 
-def streams(key: jax.Array, lanes: int, steps: int) -> tb.Window:
-    return hidden_regime(key, lanes, steps, FLAGS.symbols, lasts=FLAGS.lasts)
-
-
-def floor(window: tb.Window) -> jax.Array:
-    return hidden_regime_floor(window, FLAGS.symbols, lasts=FLAGS.lasts)
-
-
 def train_step(cell: str) -> tuple[tb.Recurrence, TrainStep]:
     """The model, and how it is trained."""
-    readout = nn.Sequential([nn.Dense(2 * FLAGS.hidden), nn.gelu, nn.Dense(FLAGS.symbols)])
-    model = CELLS[cell](FLAGS.hidden, encoder=nn.Embed(FLAGS.symbols, FLAGS.hidden), readout=readout)
+    readout = nn.Sequential([nn.Dense(2 * FLAGS.hidden), nn.gelu, nn.Dense(SYMBOLS)])
+    model = CELLS[cell](FLAGS.hidden, encoder=nn.Embed(SYMBOLS, FLAGS.hidden), readout=readout)
     rate = optax.cosine_decay_schedule(FLAGS.learning_rate, FLAGS.updates)
     return model, tb.train_step(tb.gradient(model, loss), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)))
 
@@ -77,7 +65,8 @@ def laid(windows: tb.Window, carry: jax.Array) -> tb.Window:
     """Windows for one of ``CARRIES``: with resets, or as they are, or each one lane further, so that lanes swap their carries."""
     further = jnp.where(carry == 2, jnp.arange(FLAGS.updates), 0)
     windows = jax.vmap(lambda window, n: jax.tree.map(lambda x: jnp.roll(x, n, 0), window))(windows, further)
-    return windows._replace(resets=jnp.where(carry == 0, tb.stateless(windows).resets, windows.resets))
+    anew, as_cut = (jnp.asarray(w.resets) for w in (tb.stateless(windows), windows))
+    return windows._replace(resets=jnp.where(carry == 0, anew, as_cut))
 
 
 def read(model: tb.Recurrence, params: Any, test: tb.Window) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -108,7 +97,8 @@ def train(cell: str, test: tb.Window) -> tuple[Any, float]:
 
     def one_seed(key: jax.Array) -> Any:
         keys = jax.random.split(key, 2)
-        windows = tb.split(streams(keys[0], FLAGS.lanes, FLAGS.updates * FLAGS.window), FLAGS.window)
+        stream = hidden_regime(keys[0], FLAGS.lanes, FLAGS.updates * FLAGS.window, lasts=FLAGS.lasts)
+        windows = tb.split(stream, FLAGS.window)
 
         def one_carry(carry: jax.Array) -> Any:
             mine = laid(windows, carry)
@@ -121,21 +111,11 @@ def train(cell: str, test: tb.Window) -> tuple[Any, float]:
     return launch.train_seeds(one_seed, FLAGS.seeds, LOWER)
 
 
-def edges() -> list[int]:
-    """Of the bins, 0, 1, 2, 4, 8 and so on to the test's end: steps 1, 2, 3 to 4, 5 to 8."""
-    return [0, *(2**i for i in range(32) if 2**i < FLAGS.test_steps), FLAGS.test_steps]
-
-
-def binned(x: Any) -> np.ndarray:
-    """Means over the bins of ``[..., test_steps]``."""
-    return np.stack([np.asarray(x)[..., first:end].mean(-1) for first, end in itertools.pairwise(edges())], -1)
-
-
-def last_window_alone(test: tb.Window) -> float:
-    """What knowing no more than a window's steps costs, in nats a step: Bayes' filter of these less that of all, late in the test."""
+def last_window_alone(test: tb.Window, best: np.ndarray) -> float:
+    """What knowing a window's steps alone costs, in nats a step: Bayes' filter of these less that of all, late in the test."""
     cuts = tb.slide(test, FLAGS.window, stride=4)
-    short = np.asarray(floor(cuts))[:, -1].reshape(FLAGS.test_lanes, -1)
-    more = short - np.asarray(floor(test))[:, FLAGS.window - 1 :: 4]
+    short = np.asarray(hidden_regime_floor(cuts, lasts=FLAGS.lasts))[:, -1].reshape(FLAGS.test_lanes, -1)
+    more = short - best[:, FLAGS.window - 1 :: 4]
     return float(more[:, more.shape[1] // 2 :].mean())
 
 
@@ -143,30 +123,26 @@ def main() -> None:
     if unknown := [cell for cell in FLAGS.cells if cell not in CELLS]:
         raise ValueError(f"--cells has {short(unknown[0])!r}: choose of {', '.join(CELLS)}.")
     if FLAGS.test_steps < FLAGS.window:
-        raise ValueError(
-            f"--test_steps={FLAGS.test_steps} is less than --window={FLAGS.window}: give at least as many."
-        )
+        raise ValueError(f"--test_steps={FLAGS.test_steps} is less than --window={FLAGS.window}: give as many.")
     steps = len(CARRIES) * FLAGS.seeds * FLAGS.lanes * FLAGS.window * FLAGS.updates
     launch.check_fits("The streams", 9 * steps + 2 * FLAGS.test_lanes * FLAGS.test_steps * FLAGS.window, LOWER)
     directory = launch.workdir(FLAGS.workdir)
-    test = streams(jax.random.key(1), FLAGS.test_lanes, FLAGS.test_steps)
-    best, alone = np.asarray(floor(test).mean(0)), last_window_alone(test)
-    rows = []
+    test = hidden_regime(jax.random.key(1), FLAGS.test_lanes, FLAGS.test_steps, lasts=FLAGS.lasts)
+    best = np.asarray(hidden_regime_floor(test, lasts=FLAGS.lasts))
+    alone, edges, rows = last_window_alone(test, best), report.edges(FLAGS.test_steps), []
     with launch.progress(len(FLAGS.cells), "cells") as told:
         for done, cell in enumerate(FLAGS.cells, 1):
             (losses, *sizes), seconds = train(cell, test)
             for i, carry in enumerate(CARRIES):
-                excess, norm, growth = (binned(x[:, i]).tolist() for x in (losses - best, *sizes))
-                rows.append(
-                    {"cell": cell, "carry": carry, "excess": excess, "norm": norm, "growth": growth, "seconds": seconds}
-                )
+                curves = (report.binned(x[:, i], edges).tolist() for x in (losses - best.mean(0), *sizes))
+                measured = dict(zip(("excess", "norm", "growth"), curves, strict=True))
+                rows.append({"cell": cell, "carry": carry, **measured, "seconds": seconds})
             told(done, f"{cell}: {seconds:.0f} s")
-    launch.console.print(report.table(rows, edges(), FLAGS.window))
+    launch.console.print(report.table(rows, edges, FLAGS.window))
     launch.say(f"Who knows the last {FLAGS.window} steps alone is {1000 * alone:.1f} thousandths above the filter.")
-    figure = report.figure(rows, edges(), FLAGS.window, alone)
+    figure = report.figure(rows, edges, FLAGS.window, alone)
     write_files(directory, {"figure.svg": report.themed(figure)})
-    results = {"edges": edges(), "rows": rows, "last_window_alone": alone, "exact_loss": binned(best).tolist()}
-    launch.write_results(directory, results, figure)
+    launch.write_results(directory, {"edges": edges, "rows": rows, "last_window_alone": alone}, figure)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,23 @@ from experiments import launch
 
 PALETTE = resources.files("tbptt_jax.study.report").joinpath("palette.css").read_text()
 LIGHT = dict(re.findall(r"--(\w+): (#\w{6})", PALETTE.partition("@media")[0]))
-COLOURS = {
+COLOURS: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), LIGHT["ink"]),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), LIGHT["page"]),
     "axes.edgecolor": LIGHT["muted"],
     "grid.color": LIGHT["rule"],
     "grid.alpha": 1,
 }
+
+
+def edges(steps: int) -> list[int]:
+    """Of the bins, 0, 1, 2, 4, 8 and so on to the last step: steps 1, 2, 3 to 4, 5 to 8."""
+    return [0, *(2**i for i in range(32) if 2**i < steps), steps]
+
+
+def binned(x: np.ndarray, edges: list[int]) -> np.ndarray:
+    """Means over the bins of ``[..., steps]``."""
+    return np.stack([x[..., first:end].mean(-1) for first, end in itertools.pairwise(edges)], -1)
 
 
 def table(rows: list[dict[str, Any]], edges: list[int], window: int) -> Table:
