@@ -68,10 +68,12 @@ def figure(rows: list[dict[str, Any]], edges: list[int], window: int, alone: flo
                     panel.fill_between(middle, low, high, color=LIGHT[f"s{i}"], alpha=0.2, linewidth=0)
             label = f"knowing the last {window} steps alone"
             left.hlines(1000 * alone, window, edges[-1], LIGHT["muted"], "dashed", label=label)
-            left.set(title=f"{cell}: loss", ylabel="nats above Bayes, × 1000", ylim=(-3, 30))
-            right.set(title=f"{cell}: carry", ylabel="largest growth of a number", xscale="log", yscale="log")
+            left.set(title=f"{cell}: loss", ylabel="nats above Bayes, × 1000", ylim=(-5, None))
+            right.set(title=f"{cell}: carry", ylabel="largest growth of a number", xscale="log")
             for panel in (left, right):
                 panel.axvline(window, color=LIGHT["muted"], linestyle=":")
+        ticks = [edge for edge in edges if edge.bit_length() % 2]  # powers of 4
+        axes[0, 0].set_xticks(ticks, map(str, ticks))
         for panel in axes[-1]:
             panel.set_xlabel(f"test step (dotted: {window}, where training windows end)")
         out.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -86,4 +88,4 @@ def themed(drawn: Figure) -> bytes:
     head, tag, body = to.getvalue().partition("<defs>")
     for name, colour in LIGHT.items():
         body = body.replace(colour, f"var(--{name})")
-    return f"{head}<style>{PALETTE}</style>{tag}{body}".encode()
+    return f"{head}<style><![CDATA[{PALETTE}]]></style>{tag}{body}".encode()

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_length_generalisation_reads_far_beyond_its_windows_in_light_and_dark(tm
     assert all(np.shape(row[name]) == (2, 7) for row in told["rows"] for name in ("excess", "norm", "growth"))
     assert all(np.allclose(np.array(row["growth"])[:, 0], 1) for row in told["rows"])
     assert "prefers-color-scheme: dark" in svg and "var(--s0)" in svg and "#0072b2" not in svg.partition("<defs>")[2]
-    assert "var(--page)" in svg
+    assert "var(--page)" in svg and ElementTree.fromstring(svg).tag.endswith("svg")
 
 
 def test_a_training_that_diverges_is_told_and_written(tmp_path):
