@@ -38,7 +38,7 @@ CARRIES = "reset", "carried", "swapped"
 SYMBOLS = 4
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("cells", ["lru", "rg_lru", "mamba2", "lstm"], f"Any of {', '.join(CELLS)}.")
+flags.DEFINE_list("cells", ["lru", "rg_lru", "lstm"], f"Any of {', '.join(CELLS)}.")
 flags.DEFINE_integer("window", 64, "Steps of a window in training.", lower_bound=1)
 flags.DEFINE_integer("test_steps", 4096, "Steps of each test stream.", lower_bound=1)
 flags.DEFINE_integer("lasts", 2000, "Steps that a regime lasts, in the mean.", lower_bound=1)
