@@ -3,7 +3,7 @@
     python -m benchmarks.cells --parts=ways            # each implementation at each shape: on a CPU or a GPU
     python -m benchmarks.cells --parts=peers           # a train window of each cell (extra `peers`)
 
-Both print Markdown tables; `docs/speed.md` has those of a CPU.
+Both print Markdown tables; `docs/cells.md` says what follows from them.
 """
 
 import functools
@@ -32,7 +32,9 @@ Shape = tuple[int, int, int]
 _PARTS = flags.DEFINE_list("parts", ["ways", "peers"], "What to measure: ways, peers.")
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "Time for each comparison, besides what it takes to compile.")
 _CELLS = flags.DEFINE_list("cells", [], "Which cells to measure beside their peers; all by default.")
-_LONGER = flags.DEFINE_integer("longer", 1, "Windows so many times as long, and as many lanes: shapes of an accelerator.")
+_LONGER = flags.DEFINE_integer(
+    "longer", 1, "Windows so many times as long, and as many lanes: shapes of an accelerator."
+)
 
 
 def shapes() -> list[Shape]:
@@ -88,8 +90,7 @@ def ways(seconds: float) -> str:
     rows = []
     for name, make in KINDS.items():
         for shape in shapes():
-            makers: dict[str, Maker] = {str(way): functools.partial(functools.partial, make, shape, way)() for way in WAYS}  # type: ignore[misc]
-            makers = {str(way): functools.partial(make, shape, way) for way in WAYS}
+            makers: dict[str, Maker] = {str(way): functools.partial(make, shape, way) for way in WAYS}
             timed = take_turns(makers, seconds)
             best = {way: f"{1e3 * np.median(each):.2f}" for way, each in timed.times.items()}
             rows.append([name, shape, *(best.get(str(way), "–") for way in WAYS)])
@@ -135,9 +136,11 @@ def memax(layer: str, shape: Shape) -> Side:
     import equinox as eqx
     from memax.equinox import semigroups
 
-    lanes, _, units = shape
+    units = shape[-1]
     module = __import__(f"{semigroups.__name__}.{layer.lower()}", fromlist=[layer])
-    params, rest = eqx.partition(getattr(module, layer)(recurrent_size=units, hidden_size=units, key=jax.random.key(0)), eqx.is_inexact_array)
+    params, rest = eqx.partition(
+        getattr(module, layer)(recurrent_size=units, hidden_size=units, key=jax.random.key(0)), eqx.is_inexact_array
+    )
 
     def unroll(params: Any, carry: Any, x: jax.Array, *_: Any) -> tuple:
         layer: Any = eqx.combine(params, rest)
@@ -187,7 +190,7 @@ def in_torch(name: str, shape: Shape) -> Side:
     """By hand in PyTorch, compiled; the products of a cell, and what recurs by whoever has it fastest."""
     import torch
 
-    lanes, time, units = shape
+    lanes, _, units = shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.compiler.reset()  # or it would compile the second shape for any shape
     with torch.device(device):
@@ -253,7 +256,9 @@ def _torch_cell(name: str, units: int):  # type: ignore[no-untyped-def]
             alpha, beta = self.gates(x).chunk(2, -1)
             s = h.new_zeros(len(x), heads, HEAD, HEAD)
             decay = -self.rate.exp() * F.softplus(alpha)
-            o, _ = rule(q, k, v, decay, beta.sigmoid(), initial_state=s, output_final_state=True, use_qk_l2norm_in_kernel=True)
+            o, _ = rule(
+                q, k, v, decay, beta.sigmoid(), initial_state=s, output_final_state=True, use_qk_l2norm_in_kernel=True
+            )
             o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * self.gain
             return self.output((o * F.silu(self.output_gate(x)).unflatten(-1, (heads, HEAD))).flatten(-2))
 
@@ -295,8 +300,12 @@ PEERS: dict[str, dict[str, Callable[[Shape], Side]]] = {
 }
 
 
+UNROLLED = ("PyTorch, loop, compiled", "recurrentgemma")
+
+
 def peers(seconds: float) -> str:
-    rows, failed = [], {}
+    rows: list = []
+    failed: dict[str, str] = {}
     for cell, others in PEERS.items():
         if not hasattr(tb, cell) or (_CELLS.value and cell not in _CELLS.value):
             continue
@@ -304,7 +313,7 @@ def peers(seconds: float) -> str:
         for shape in shapes():
             makers: dict[str, Maker] = {"tb": functools.partial(ours, cell, shape)}
             for name, make in others.items():
-                if not (name == "PyTorch, loop, compiled" and shape[1] > 64):  # minutes to compile
+                if not (name in UNROLLED and shape[1] > 64):  # minutes to compile
                     makers[name] = functools.partial(make, shape)
             timed = take_turns(makers, seconds)
             failed |= {f"{cell}, {name}": why for name, why in timed.failed.items()}

@@ -46,7 +46,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return launch.table("Against full BPTT", heads, told)
 
 
-def picture(rows: list[dict[str, Any]], fading: horizon.Decay, choice: horizon.Choice) -> Figure:
+def picture(rows: list[dict[str, Any]], fading: horizon.Decay, choice: horizon.Suggestion) -> Figure:
     """Left: bias, and the spread of what is random, against the window. Right: the decay it comes from."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     floor = 1e-7

@@ -67,12 +67,13 @@ def first_steps(
     fresh: jax.Array, resets: jax.Array | None, valid: jax.Array | None, time: int
 ) -> tuple[jax.Array, jax.Array]:
     """Where lanes begin, ``[lanes, time]`` bool: at the first valid step from a reset on; and those still to begin, ``[lanes]``."""
-    none = jnp.zeros((len(fresh), time), bool)
+    lanes = fresh.shape[0]  # a symbol, where a model is exported
+    none = jnp.zeros((lanes, time), bool)
     t = jnp.arange(time)
     there = ~none if valid is None else valid
     reset = lax.cummax(jnp.where((none if resets is None else resets) | (fresh[:, None] & (t == 0)), t, -2), 1)
     upto = lax.cummax(jnp.where(there, t, -1), 1)
-    before = jnp.concatenate([jnp.full((len(fresh), 1), -1), upto[:, :-1]], 1)
+    before = jnp.concatenate([jnp.full((lanes, 1), -1), upto[:, :-1]], 1)
     return there & (reset > before), reset[:, -1] > upto[:, -1]
 
 

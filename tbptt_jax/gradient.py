@@ -116,7 +116,7 @@ def gradient(
             raise ValueError(f"`initial_carry` made {shapes}; every array of it needs to be [{lanes} lanes, ...].")
         fresh = jnp.ones(lanes, bool)
         vjp = jax.eval_shape(through, params, carry, fresh, window, window_keys(model.unroll, key, lanes))[1]
-        return StreamState(carry, influence.init(as_real(params), _moving(carry), vjp), key, fresh)
+        return StreamState(carry, influence.init(as_real(params), differentiable(carry), vjp), key, fresh)
 
     def update(params: PyTree, stream: StreamState, window: Window) -> tuple[PyTree, StreamState, Metrics]:
         check(window)
@@ -154,9 +154,9 @@ def gradient(
                         "floating-point numbers (of a complex error e, `jnp.abs(e) ** 2`)."
                     )
             metrics = weighted_mean(losses, window)
-            return (objective(metrics, normaliser), _moving(end)), (end, metrics)
+            return (objective(metrics, normaliser), differentiable(end)), (end, metrics)
 
-        (total, moving), vjp, (end, metrics) = jax.vjp(forward, as_real(params), _moving(carry), has_aux=True)
+        (total, moving), vjp, (end, metrics) = jax.vjp(forward, as_real(params), differentiable(carry), has_aux=True)
         no_loss = np.zeros((), total.dtype)
         from_carry = jax.tree_util.Partial(lambda vjp, cotangent: vjp((no_loss, cotangent)), vjp)
         inside = vjp((jnp.ones_like(total), jax.tree.map(jnp.zeros_like, moving)))
@@ -185,10 +185,12 @@ def gradient(
             own = of_real(numbers, params)
             start = _begun(model, own, of_real(moving, carry), fresh)
             end, _ = unroll_window(model, own, start, window, keys)
-            return jax.tree.map(lambda h: h[0], _moving(end))
+            return jax.tree.map(lambda h: h[0], differentiable(end))
 
         copies = jax.tree.map(lambda p: jnp.broadcast_to(p, (lanes, *p.shape)), as_real(params))
-        _, back = jax.vjp(lambda p, h: jax.vmap(one_lane)(p, h, carry, fresh, window, keys), copies, _moving(carry))
+        _, back = jax.vjp(
+            lambda p, h: jax.vmap(one_lane)(p, h, carry, fresh, window, keys), copies, differentiable(carry)
+        )
         return back(carry_cotangent)
 
     return Estimate(init, update, model, loss, influence, normaliser)
@@ -245,7 +247,7 @@ def of_real(numbers: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(leaf, numbers, like, is_leaf=lambda x: x is None)
 
 
-def _moving(carry: PyTree) -> PyTree:
+def differentiable(carry: PyTree) -> PyTree:
     """The leaves that can be differentiated, as real numbers; a step counter cannot, and is None."""
     return as_real(jax.tree.map(lambda h: h if jnp.issubdtype(h.dtype, jnp.inexact) else None, carry))
 
@@ -270,7 +272,7 @@ def _read_alone(model: Recurrence, tree: Any, shapes: tuple) -> bool:
 
     @quickly
     def end(params: PyTree, carry: PyTree, inputs: PyTree, resets: jax.Array, keys: jax.Array | None) -> PyTree:
-        return _moving(unroll_window(model, params, carry, Window(inputs, resets=resets), keys)[0])
+        return differentiable(unroll_window(model, params, carry, Window(inputs, resets=resets), keys)[0])
 
     def same(one: PyTree, other: PyTree) -> bool:
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
@@ -284,9 +286,9 @@ def _read_alone(model: Recurrence, tree: Any, shapes: tuple) -> bool:
         )
         start = model.initial_carry(params, 2)
         carry = of_real(
-            jax.tree.map(lambda h: h + rng.uniform(-0.5, 0.5, h.shape).astype(h.dtype), _moving(start)), start
+            jax.tree.map(lambda h: h + rng.uniform(-0.5, 0.5, h.shape).astype(h.dtype), differentiable(start)), start
         )
-        another = of_real(jax.tree.map(lambda h: h.at[0].add(1), _moving(carry)), start)
+        another = of_real(jax.tree.map(lambda h: h.at[0].add(1), differentiable(carry)), start)
         beside = jax.tree.map(lambda x, y: jnp.concatenate([y[:1], x[1:]]), first, others)
         last = functools.partial(jax.tree.map, lambda x: x[1:])
         keys = window_keys(model.unroll, jax.random.key(0), 2)

@@ -39,6 +39,10 @@ def short_memory(params, x):
     return (Carry(first * jnp.ones((3, 12)), first[..., None] * jnp.ones((2, 2, 2))),)
 
 
+def begun(params, x):
+    return (tb.rg_lru(2).initial_carry(params, len(x))[0]._replace(carry=jnp.tanh(x)),)
+
+
 def linear_recurrent_unit():
     """Diagonal and complex, with an initial carry that is learned."""
 
@@ -86,6 +90,16 @@ CELLS = {
     "gru, normalised": (tb.gru(UNITS, layer_norm=True, initial_carry="learned"), X),
     "gru that draws": (tb.gru(UNITS, weight_drop=0.3, zoneout=0.2), X),
     "gru that begins from the data": (tb.gru(UNITS, initial_carry=given), X),
+    "min_gru": (tb.min_gru(UNITS), X),
+    "min_lstm": (tb.min_lstm(UNITS, positive_candidates=True, initial_carry="learned"), X),
+    "lru": (tb.lru(UNITS, units=2, layers=2, dropout=0.3), X),
+    "lru, learned": (tb.lru(2, initial_carry="learned", checkpoint=3, implementation="step"), X),
+    "lru that begins from the data": (tb.lru(2, initial_carry=lambda p, x: (x * (1 + 2j),)), X),
+    "rg_lru": (tb.rg_lru(4, heads=2, encoder=nn.Dense(4, **F64)), X),
+    "rg_lru, learned": (tb.rg_lru(2, layers=2, initial_carry="learned", residual=True, implementation="chunked"), X),
+    "rg_lru that begins from the data": (tb.rg_lru(2, initial_carry=begun), X),
+    "rtu": (tb.rtu(2, implementation="associative"), X),
+    "rtu, nonlinear": (tb.rtu(2, activation=jnp.tanh, activation_inside=True, initial_carry="learned"), X),
     "slstm": (tb.slstm(4, heads=2, layers=2), X),
     "slstm, normalised": (tb.slstm(4, heads=2, forget="exp", norm=True, initial_carry="learned"), X),
     "mlstm": (tb.mlstm(4, heads=2, key_size=3, layers=2), X),
@@ -104,11 +118,6 @@ CELLS = {
     "nnx.OptimizedLSTMCell": (of_nnx(nnx.OptimizedLSTMCell), X),
     "nnx.GRUCell": (of_nnx(nnx.GRUCell), X),
     "nnx.SimpleCell": (of_nnx(nnx.SimpleCell), X),
-    "min_gru": (tb.min_gru(UNITS), X),
-    "slstm": (tb.slstm(4, heads=2), X),
-    "mlstm": (tb.mlstm(4, heads=2), X),
-    "gated_delta": (tb.gated_delta(4, heads=2, convolution=3), X),
-    "mamba2": (tb.mamba2(2, state=3, convolution=3), X),
     "a step, complex": (linear_recurrent_unit(), X),
     "a step with keys and a counter": (keyed(), X),
     "a step of several inputs": (several(), {"a": X, "b": TOKENS}),

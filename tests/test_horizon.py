@@ -6,6 +6,7 @@ from streams import compiled, loss, lstm, params_of, stream
 
 import tbptt_jax as tb
 from tbptt_jax import horizon
+from tbptt_jax.horizon.bias import _compare as compare
 
 
 def probe(time=60, lanes=3):
@@ -14,7 +15,7 @@ def probe(time=60, lanes=3):
 
 def test_decay_is_the_norm_of_each_gradient_traced_by_itself():
     model, params, window, lags = lstm(), params_of(lstm()), probe(), 20
-    got = horizon.decay(model, loss, params, window, lags=lags)
+    got = horizon.decay(model, loss, params, window, lags=lags, probes=3)
     assert got.probes == 9
 
     def loss_of(carry, start, end):
@@ -34,31 +35,106 @@ def test_decay_is_the_norm_of_each_gradient_traced_by_itself():
         np.testing.assert_allclose(got.norms[lag - 1], np.mean(norms), rtol=1e-5)
 
 
-def test_a_linear_decay_is_found_exactly_and_its_window_chosen():
-    model = tb.from_step(
-        lambda p, h, x: (p["w"] * h + x, p["w"] * h + x),
-        lambda k, x: {"w": 0.8},
-        lambda p, lanes: jnp.zeros((lanes, 1)),
+def linear(rate=0.8):
+    """h ← rate h + x + b: ∂h/∂b is 1, so that a lag k adds rate^k to the gradient by b."""
+
+    def step(p, h, x):
+        h = rate * h + x + p["b"]
+        return h, h
+
+    return tb.from_step(step, lambda k, x: {"b": jnp.array(0.1)}, lambda p, lanes: jnp.zeros((lanes, 1)))
+
+
+def first_feature(y, window):
+    return y[..., 0]
+
+
+@pytest.mark.parametrize("tolerance", [1, 0.5, 0.2, 0.1, 0.05])
+def test_for_a_geometric_decay_the_horizon_is_that_of_the_papers_formula(tolerance):
+    window, params, lags = tb.Window(np.random.default_rng(0).normal(size=(2, 60, 1))), {"b": jnp.array(0.1)}, 30
+    fading = horizon.decay(linear(), first_feature, params, window, lags=lags, burn_in=lags)
+    k = np.arange(lags + 1)
+    np.testing.assert_allclose(fading.norms, 0.8 ** k[1:], rtol=1e-6)
+    np.testing.assert_allclose(fading.rate, 0.8)
+    np.testing.assert_allclose(fading.kept, np.cumsum(0.8**k), rtol=1e-6)
+    # E(K) = Σ_{k>K} .8^k, and the gradient is Σ_{k≤K} .8^k: δ(K) = .8^(K+1) / (1 − 2 · .8^(K+1)) < δ
+    needed = next(K for K in range(1, 99) if tolerance * max(0, 1 - 2 * 0.8 ** (K + 1)) > 0.8 ** (K + 1))
+    assert horizon.suggest(fading, tolerance=tolerance).horizon == needed
+
+
+def test_what_is_called_safe_is_and_what_is_chosen_is_the_shortest_that_holds():
+    cases = []
+    for model, of, params, window in (
+        (
+            linear(0.95),
+            first_feature,
+            {"b": jnp.array(0.1)},
+            tb.Window(np.random.default_rng(1).normal(size=(1, 60, 1))),
+        ),
+        (lstm(), loss, params_of(lstm()), probe()),
+        (lstm(), loss, params_of(lstm(), 3.0), stream(time=40, rubbish=np.nan)),
+    ):
+        time = window.inputs.shape[1]
+        fading = horizon.decay(model, of, params, window, lags=time // 2)
+        measured = {n: horizon.bias(model, of, params, window, n).relative_bias for n in (1, 2, 4, 8, 16, time)}
+        for tolerance in (1, 0.5, 0.2, 0.1, 0.05):
+            suggestion = horizon.suggest(fading, tolerance=tolerance)
+            if suggestion.safe:
+                cases.append(horizon.bias(model, of, params, window, suggestion.window).relative_bias)
+                assert cases[-1] <= tolerance
+        chosen = horizon.choose(
+            model, of, params, window, 0.2, lengths=list(measured), influences={"truncate": tb.truncate()}
+        )
+        assert chosen.best.window == min(n for n in measured if max(measured[m] for m in measured if m >= n) <= 0.2)
+        np.testing.assert_allclose(chosen.best.relative_bias, measured[chosen.best.window])
+    assert len(cases) > 8 and any(case > 0.01 for case in cases)
+
+
+def test_in_the_middle_of_a_stream_the_past_goes_on():
+    """From a carry the lags that reach over the window's beginning are not known, and the bound says so."""
+    window, params = tb.Window(np.random.default_rng(0).normal(size=(2, 20, 1))), {"b": jnp.array(0.1)}
+    begun = horizon.decay(linear(), first_feature, params, window, lags=19)
+    going_on = horizon.decay(linear(), first_feature, params, window, lags=19, carry=jnp.ones((2, 1)))
+    assert begun.beyond == 0 < going_on.beyond
+    np.testing.assert_allclose(going_on.norms, begun.norms)
+
+
+def test_what_all_losses_keep_is_what_each_keeps_where_all_are_probes():
+    """In stretches with the one before, each loss sees at least so many steps back, and a geometric decay tells how many."""
+    window, params, lags = tb.Window(np.random.default_rng(0).normal(size=(2, 47, 1))), {"b": jnp.array(0.1)}, 10
+    got = horizon.decay(linear(), first_feature, params, window, lags=lags, burn_in=3)
+    seen = [s if s < lags else s % lags + lags for s in range(3, 47)]
+    np.testing.assert_allclose(got.whole, np.mean([np.sum(0.8 ** np.arange(k + 1)) for k in seen]), rtol=1e-6)
+
+
+def test_a_learned_initial_carry_is_part_of_what_is_kept():
+    model = tb.lstm(3, initial_carry="learned")
+    window = probe()
+    params = params_of(model, 1.5)
+    squared = lambda y, w: (y**2).sum(-1)  # noqa: E731
+    whole = horizon.decay(model, squared, params, window, lags=59)
+    assert abs(whole.whole - whole.kept[-1]) < 1e-9
+    exact = jax.grad(lambda p: (model.unroll(p, model.initial_carry(p, 3), window.inputs)[1] ** 2).sum() / (3 * 60))(
+        params
     )
-    window = tb.Window(np.random.default_rng(0).normal(size=(2, 40, 1)))
-    fading = horizon.decay(model, lambda y, w: y[..., 0], {"w": jnp.array(0.8)}, window, lags=10)
-    np.testing.assert_allclose(fading.norms, 0.8 ** np.arange(1, 11), rtol=1e-6)
-    assert np.isclose(fading.rate, 0.8)
-    # E(K) = 0.8^K / 0.2 · 0.8 and total = E(0), so δ(K) = 0.8^K / (1 - 2·0.8^K) ≤ 0.1 from K with 0.8^K ≤ 1/12 on.
-    choice = horizon.suggest(fading, tolerance=0.1)
-    assert choice.horizon == int(np.ceil(np.log(12) / -np.log(0.8))) and choice.safe
-    mean = lambda k: np.mean(0.8 ** np.arange(k))  # noqa: E731
-    assert mean(choice.window) <= 1 / 12 < mean(choice.window - 1)
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(exact)))
+    np.testing.assert_allclose(whole.kept[-1], norm, rtol=1e-6)
+    assert whole.windows[-1] < 1e-6 * norm  # one window is all of it
+
+
+def fading(norms, rate):
+    """A decay of a model of one parameter that each lag adds φ to."""
+    kept = 1 + np.concatenate([[0], np.cumsum(norms)])
+    return horizon.Decay(norms, rate, 10, kept, kept[-1] - kept, 0.0, kept[-1], np.array([1]), np.array([kept[-1] - 1]))
 
 
 def test_no_window_is_safe_where_the_gradient_does_not_fade():
-    growing = horizon.Decay(1.01 ** np.arange(50), 1.01, 10)
-    choice = horizon.suggest(growing, tolerance=0.5, largest=300)
+    choice = horizon.suggest(fading(1.01 ** np.arange(50), 1.01), tolerance=0.5, largest=300)
     assert not choice.safe and choice.window == 300 and "No window is safe" in choice.reason
 
 
 def test_a_model_without_memory_needs_no_more_than_one_step():
-    choice = horizon.suggest(horizon.Decay(np.zeros(20), 0.0, 10))
+    choice = horizon.suggest(fading(np.zeros(20), 0.0))
     assert (choice.window, choice.horizon, choice.relative_bias, choice.safe) == (1, 1, 0.0, True)
 
 
@@ -77,7 +153,7 @@ def test_bias_sees_what_is_exact_and_what_is_not():
 def test_a_hundred_thousand_steps_fit():
     model, params = lstm(), params_of(lstm())
     window = probe(time=100_000, lanes=1)
-    lowered = horizon._compare.lower(model, loss, None, 1, params, window, tb.split(window, 100), jax.random.key(0))
+    lowered = compare.lower(model, loss, None, 1, params, window, tb.split(window, 100), jax.random.key(0))
     steps_of_state = 100_000 * (2 + 2) * 8  # inputs and outputs; a step's gates and states are eight times that
     assert compiled(lowered).memory_analysis().temp_size_in_bytes < 4 * steps_of_state
 
@@ -87,9 +163,15 @@ def test_a_hundred_thousand_steps_fit():
     [
         (lambda: horizon.decay(lstm(), loss, None, probe(), lags=61), "`lags` is 61; this probe window has 60 steps"),
         (lambda: horizon.decay(lstm(), loss, None, probe(), lags=20, tail=20), "`tail` is 20"),
-        (lambda: horizon.suggest(horizon.Decay(np.ones(3), 0.5, 1), tolerance=0.0), "`tolerance` is 0.0"),
-        (lambda: horizon.suggest(horizon.Decay(np.ones(3), 0.5, 1), largest=0), "`largest` is 0"),
+        (lambda: horizon.suggest(fading(np.ones(3), 0.5), tolerance=0.0), "`tolerance` is 0.0"),
+        (lambda: horizon.suggest(fading(np.ones(3), 0.5), largest=0), "`largest` is 0"),
         (lambda: horizon.bias(lstm(), loss, None, probe(), 5, draws=0), "`draws` is 0"),
+        (lambda: horizon.decay(lstm(), loss, None, probe(), lags=20, burn_in=60), "`burn_in` is 60"),
+        (lambda: horizon.choose(lstm(), loss, None, probe(), 0.0), "`tolerance` is 0.0"),
+        (
+            lambda: horizon.choose(lstm(), loss, None, probe(), lengths=[61]),
+            "`lengths` has 61; this probe window has 60 steps",
+        ),
         (
             lambda: horizon.decay(lstm(), lambda y, w: jnp.sqrt(0 * loss(y, w)), params_of(lstm()), probe(), lags=5),
             "The gradient is not finite from lag 1 on",

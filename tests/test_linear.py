@@ -10,7 +10,7 @@ import pytest
 
 import tbptt_jax as tb
 from tbptt_jax import sharding
-from tbptt_jax.cells.linear_scan import Masks, diagonal, key_value
+from tbptt_jax.cells.linear_scan import Masks, diagonal, key_value, maximum
 from tbptt_jax.cells.linear_scan.key_value import CHUNK
 
 WAYS = ("step", "associative", "chunked", None)
@@ -115,23 +115,20 @@ def gradient(run, way, masks, of):
     return jax.grad(functools.partial(score, run, way, masks))(of)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_and_gradient(run, way, masks, of):
+    return run(of, masks, way), jax.grad(functools.partial(score, run, way, masks))(of)
+
+
 @kinds
 @pytest.mark.parametrize("time", LENGTHS)
-def test_however_a_window_is_run_it_is_that_of_a_loop(kind, time):
+def test_however_a_window_is_run_it_is_that_of_a_loop_and_so_is_its_gradient(kind, time):
     make, run, loop = KINDS[kind]
     of, masks = make(time)
-    for way in WAYS:
-        close(run(of, masks, way), loop(of, masks))
-
-
-@kinds
-@pytest.mark.parametrize("time", LENGTHS)
-def test_the_gradient_is_that_of_finite_differences_and_the_same_for_all(kind, time):
-    make, run, _ = KINDS[kind]
-    of, masks = make(time)
-    by_step = gradient(run, "step", masks, of)
+    found, by_step = run_and_gradient(run, "step", masks, of)
+    close(found, loop(of, masks))
     for way in WAYS[1:]:
-        close(gradient(run, way, masks, of), by_step)
+        close(run_and_gradient(run, way, masks, of), (found, by_step))
     rng = np.random.default_rng(2)
     along = jax.tree.map(lambda x: numbers(rng, *x.shape, kind="complex" if jnp.iscomplexobj(x) else "real"), of)
 
@@ -230,7 +227,8 @@ def test_windows_with_resets_and_padding_train_in_one_program_on_one_device_and_
     for way in WAYS:
         estimate = tb.gradient(make(way), lambda y, window: (y**2).reshape(*y.shape[:2], -1).sum(-1))
         mesh = sharding.mesh(lane=2)
-        for own, placed in (estimate, windows), (sharding.over_lanes(estimate, mesh), sharding.place(windows, mesh)):
+        spread = sharding.over_lanes(estimate, mesh), sharding.place(windows, mesh)
+        for own, placed in ((estimate, windows), spread) if way is None else (spread,):
             step = tb.train_step(own, optax.sgd(0.1))
             state = step.init(jax.random.key(0), jax.tree.map(lambda x: x[0], placed))
             trained.append(jax.device_get(tb.train_windows(step, state, placed)[0].params))
@@ -278,3 +276,26 @@ def test_what_from_linear_is_given_has_to_fit_the_carry():
         model(lambda p, x: (x, x.cumsum(1))).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="`implementation` is 'parallel'; it needs to be one of"):
         model(lambda p, x: (x, x), implementation="parallel")
+
+
+def test_the_largest_of_sums_is_that_of_a_loop_with_its_gradient_however_it_is_run():
+    rng = np.random.default_rng(0)
+    a, b, m, start, at = (jnp.asarray(numbers(rng, LANES, *shape)) for shape in ((9, 2), (9, 2), (2,), (9, 2), (9, 2)))
+    of = masks(rng, 9)
+    loop = np.zeros((2, LANES, 9, 2))
+    for lane in range(LANES):
+        h = m[lane]
+        for t in range(9):
+            loop[0, lane, t] = h = start[lane, t] if of.resets[lane, t] else h
+            loop[1, lane, t] = h = jnp.maximum(h + a[lane, t], b[lane, t]) if of.valid[lane, t] else h
+
+    def total(numbers, way):
+        before, after = maximum(*numbers, of, way)
+        return (before * at).sum() + (after * at * at).sum(), (before, after)
+
+    (_, found), grads = jax.value_and_grad(total, has_aux=True)((a, b, m, start), "associative")
+    close(found, tuple(loop))
+    (_, found), by_step = jax.value_and_grad(total, has_aux=True)((a, b, m, start), "step")
+    close((found, grads), (tuple(loop), by_step))
+    with_nan = maximum(a, b, m * jnp.nan, start, of._replace(resets=of.resets | (np.arange(9) == 0)), None)[1]
+    assert np.isfinite(with_nan).all()

@@ -15,7 +15,7 @@ from tbptt_jax.cells.linear_scan import Masks
 from tbptt_jax.cells.short_convolution import short_convolution
 
 LANES, TIME, INPUTS, FEATURES = 3, 9, 3, 4
-close = functools.partial(assert_close, rtol=1e-9, atol=1e-9)
+close = functools.partial(assert_close, rtol=1e-10, atol=1e-10)
 sigmoid, softplus, silu = jax.nn.sigmoid, jax.nn.softplus, jax.nn.silu
 
 
@@ -137,6 +137,10 @@ def some_carry(model, params):
     return model.unroll(params, model.initial_carry(params, LANES), inputs(seed=5))[0]
 
 
+def implementations(cell):
+    return [{}] if cell.func is tb.slstm else [{"implementation": how} for how in ("step", "associative", "chunked")]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def pullback(unroll, params, carry, x, masks):
     """Outputs where there are steps, the last carry, and the gradients of params, carry and inputs."""
@@ -155,11 +159,12 @@ def test_numbers_are_those_of_the_equations(cell, step):
     params = drawn(jax.eval_shape(model.init, jax.random.key(1), inputs()))
     for name, masks in MASKS.items():
         carry = some_carry(model, params)
-        both = [pullback(m.unroll, params, carry, inputs(), masks) for m in (model, by_steps(model, step))]
-        try:
-            close(*both)
-        except AssertionError as error:
-            raise AssertionError(name) from error
+        exact = pullback(by_steps(model, step).unroll, params, carry, inputs(), masks)
+        for how in implementations(cell) if name == "both" else [{}]:
+            try:
+                close(pullback(cell(FEATURES, **how).unroll, params, carry, inputs(), masks), exact)
+            except AssertionError as error:
+                raise AssertionError(name, how) from error
 
 
 @cells
@@ -226,8 +231,8 @@ def test_it_is_trained_kept_served_and_spread_over_devices(name, tmp_path):
 
 @cells
 def test_gradients_are_lowered_for_every_platform(cell, step):
-    for how in ("step", "associative", "chunked") if cell.func is not tb.slstm else (None,):
-        model = cell(FEATURES, **({} if how is None else {"implementation": how}))
+    for how in implementations(cell):
+        model = cell(FEATURES, **how)
         shapes = jax.eval_shape(model.init, jax.random.key(1), inputs())
         params = jax.tree.map(lambda p: jnp.ones(p.shape, "float32"), shapes)
 
@@ -238,6 +243,18 @@ def test_gradients_are_lowered_for_every_platform(cell, step):
         args = params, model.initial_carry(params, LANES), jnp.float32(inputs())
         for platform in ("cuda", "tpu"):
             jax.export.export(of_params, platforms=[platform])(*args)
+
+
+@cells
+def test_half_precision_is_close(cell, step):
+    params = drawn(jax.eval_shape(cell(FEATURES).init, jax.random.key(1), inputs()), scale=0.3)
+    exact = cell(FEATURES).unroll(params, cell(FEATURES).initial_carry(params, LANES), inputs(), RESETS, VALID)
+    single, half = (jax.tree.map(lambda p, to=to: p.astype(to), (params, inputs())) for to in ("float32", "bfloat16"))
+    for model, (params, x) in ((cell(FEATURES, dtype=jnp.bfloat16), single), (cell(FEATURES), half)):
+        after, y = model.unroll(params, model.initial_carry(params, LANES), x, RESETS, VALID)
+        assert {leaf.dtype for leaf in jax.tree.leaves((after, y))} == {x.dtype}
+        if cell.func is not tb.mlstm:  # whose denominators may be small
+            assert_close(jnp.float32(y[VALID]), exact[1][VALID], rtol=0.2, atol=0.2)
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tbptt_jax as tb
-from tbptt_jax import testing
+from tbptt_jax import study, testing
 from tbptt_jax.noise import shared
 
 LANES, TIME, UNITS = 3, 8, 2
@@ -185,7 +185,6 @@ def test_a_seeded_fault_is_caught_and_named(fault):
 
 RIGHT = {
     "plain": model(),
-    "of its own keys": drawing(of_each),
     "of a key that is shared": drawing(lambda keys, shape: jax.random.normal(shared(keys), shape[1:])),
     "without parameters": tb.from_step(lambda p, h, x: (h + x, h * x), lambda k, x: {}, lambda p, n: jnp.zeros((n, UNITS))),
     "a counter alone": tb.from_step(lambda p, n, x: (n + 1, x * n[:, None] * p), lambda k, x: jnp.ones(2), lambda p, n: jnp.zeros(n, int)),
@@ -199,12 +198,16 @@ def test_a_model_without_a_fault_passes(name):
 
 @pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16])
 def test_fewer_digits_are_held_to_less(kind):
-    with jax.enable_x64(False):
-        right = tb.from_linen(nn.GRUCell(3, dtype=kind), readout=nn.Dense(2, dtype=kind))
-        testing.check_recurrence(right, jnp.asarray(X, kind))
-        stops = model(lambda p, h, x: step(p, jax.lax.stop_gradient(h), x))
-        with pytest.raises(AssertionError, match=r"Gradient: that of \['carry'\]"):
-            testing.check_recurrence(stops, X.astype(np.float32))
+    x, params = jax.tree.map(lambda x: jnp.asarray(x, kind), (X, init(KEY, X)))
+    testing.check_recurrence(model(), x, params=params)
+    with pytest.raises(AssertionError, match="Cutting: "):
+        testing.check_recurrence(FAULTS["a look back"][0], x, params=params)
+
+
+def test_in_float32_a_gradient_that_is_stopped_is_told():
+    x, params = jax.tree.map(np.float32, (X, init(KEY, X)))
+    with pytest.raises(AssertionError, match=r"Gradient: that of \['carry'\]"):
+        testing.check_recurrence(FAULTS["a gradient that is stopped"][0], x, params=params)
 
 
 def test_what_tells_nothing_is_refused():

@@ -1,24 +1,16 @@
 """Gated DeltaNet (Yang, Kautz & Hatamizadeh 2025, *Gated delta networks: improving Mamba2 with delta rule*)."""
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
 from tbptt_jax.arrays import check_whole
-from tbptt_jax.cells.heads import (
-    head_sizes,
-    initial_log_rate,
-    initial_step_bias,
-    merge,
-    remember,
-    rms_norm,
-    split,
-    unit,
-)
+from tbptt_jax.cells.heads import head_sizes, initial_log_rate, initial_step_bias, merge, rms_norm, split, unit
 from tbptt_jax.cells.layers import Options, check_inputs, layered
-from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation
+from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value
+from tbptt_jax.cells.products import dot
 from tbptt_jax.cells.short_convolution import initial_kernel, short_convolution
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence
@@ -67,6 +59,7 @@ def gated_delta(
     key_size: int | None = None,
     value_size: int | None = None,
     convolution: int | None = 4,
+    dtype: Any = None,
     implementation: Implementation = None,
     **options: Unpack[Options],
 ) -> Recurrence:
@@ -86,6 +79,7 @@ def gated_delta(
       key_size: of a head's keys and queries; None: features / heads.
       value_size: of a head's values; None: features / heads.
       convolution: steps that the convolution before q, k and v reaches over; None: no convolution.
+      dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; None: the parameters' dtype.
       implementation: how a window is run: see :func:`tbptt_jax.from_linear`.
       **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`.
 
@@ -123,11 +117,11 @@ def gated_delta(
         check_inputs("Gated DeltaNet", x, weights.input.shape[0])
         masks, x = Masks(*of_window), x.astype(weights.input.dtype)
         begun_inputs, begun_memory = (None, None) if starts is None else starts
-        qkv, inputs = x @ weights.input, carry.inputs
+        qkv, inputs = dot(dtype, x, weights.input), carry.inputs
         if weights.kernel is not None and inputs is not None:
             inputs, qkv = short_convolution(weights.kernel, qkv, inputs, begun_inputs, masks)
         q, k, v = jnp.split(jax.nn.silu(qkv), [heads * key_size, 2 * heads * key_size], -1)
-        alpha, beta = jnp.split(x @ weights.gates, 2, -1)
+        alpha, beta = jnp.split(dot(dtype, x, weights.gates), 2, -1)
         coefficients = KeyValue(
             log_decay=-jnp.exp(weights.log_rate) * jax.nn.softplus(alpha + weights.step_bias),
             k=unit(split(k, heads)),
@@ -135,8 +129,8 @@ def gated_delta(
             q=unit(split(q, heads)) / key_size**0.5,
             beta=jax.nn.sigmoid(beta),
         )
-        memory, o = remember(coefficients, carry.memory, begun_memory, masks, implementation)
-        gated = rms_norm(o, weights.norm, 1e-6) * jax.nn.silu(split(x @ weights.output_gate, heads))
-        return Carry(inputs, memory), merge(gated) @ weights.output
+        memory, o = key_value(coefficients, carry.memory, begun_memory, masks, implementation)
+        gated = rms_norm(o, weights.norm, 1e-6) * jax.nn.silu(split(dot(dtype, x, weights.output_gate), heads))
+        return Carry(inputs, memory), dot(dtype, merge(gated), weights.output)
 
     return layered("Gated DeltaNet", weights, zeros, run, features, **options)

@@ -1,13 +1,10 @@
-"""What cells with heads share: their sizes, their norms, their memories."""
-
-import functools
+"""What cells with heads share: their sizes, their norms, and where some of their parameters begin."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from tbptt_jax.arrays import check_whole
-from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, key_value
 
 
 def check_parts(parts: str, count: int, **sizes: int) -> None:
@@ -70,20 +67,3 @@ def head_norm(x: jax.Array, gain: jax.Array, epsilon: float = 1e-5) -> jax.Array
     """Each head of ``x [..., heads, n]`` with mean 0 and variance 1, merged, times ``gain [heads * n]`` (Wu & He 2018)."""
     x = x - x.mean(-1, keepdims=True)
     return merge(x * lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)) * gain
-
-
-def remember(
-    coefficients: KeyValue, s: jax.Array, starts: jax.Array | None, masks: Masks, implementation: Implementation
-) -> tuple[jax.Array, jax.Array]:
-    """:func:`key_value` of memories that begin empty, or from ``starts [lanes, time, heads, keys, values]``."""
-    if starts is None or masks.resets is None:
-        return key_value(coefficients, s, jnp.zeros_like(s), masks, implementation)
-
-    def step(s: jax.Array, at_t: tuple) -> tuple[jax.Array, jax.Array]:
-        start, *of_step = at_t
-        coefficients, masks = jax.tree.map(lambda x: x[:, None], of_step)
-        return key_value(coefficients, s, start, masks, "step")
-
-    swap = functools.partial(jax.tree.map, lambda x: x.swapaxes(0, 1))
-    s, o = lax.scan(step, s, swap((starts, coefficients, masks)))
-    return s, swap(o[:, :, 0])

@@ -42,7 +42,7 @@ def recur(
     a: jax.Array, b: jax.Array, h: jax.Array, starts: jax.Array | None, masks: Masks, implementation: Implementation
 ) -> tuple[jax.Array, jax.Array]:
     """A layer's window of h ← a ∘ h + b: ``(h after it, h [lanes, time, ...])``; ``starts`` None: a reset returns to zeros."""
-    hs = diagonal(a, b, h, jnp.zeros_like(h) if starts is None else starts, masks, implementation)
+    hs = diagonal(a, b, h, starts, masks, implementation)
     return hs[:, -1], hs
 
 

@@ -101,7 +101,7 @@ def lru(
         x = x.astype(weights.B.dtype)
         eigenvalue, _ = eigenvalues(weights.nu_log, weights.theta_log)
         gamma = jnp.exp(weights.gamma_log)
-        into = as_complex(dot(dtype, x, weights.B) * jnp.concatenate([gamma, gamma]))
+        into = as_complex(dot(dtype, x, weights.B * jnp.concatenate([gamma, gamma])))
         h, hs = recur(eigenvalue, into, h, starts, Masks(*masks), implementation)
         y = dot(dtype, jnp.concatenate([hs.real, -hs.imag], -1).astype(x.dtype), weights.C)
         return h, y + (x * weights.D if weights.D.ndim == 1 else dot(dtype, x, weights.D))

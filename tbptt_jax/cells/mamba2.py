@@ -1,16 +1,17 @@
 """Mamba-2 (Dao & Gu 2024, *Transformers are SSMs: generalized models and efficient algorithms through structured state space
 duality*), the block of section 7."""
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
 from tbptt_jax.arrays import check_whole
-from tbptt_jax.cells.heads import check_parts, initial_log_rate, initial_step_bias, merge, remember, rms_norm, split
+from tbptt_jax.cells.heads import check_parts, initial_log_rate, initial_step_bias, merge, rms_norm, split
 from tbptt_jax.cells.layers import Options, check_inputs, layered
-from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation
+from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value
+from tbptt_jax.cells.products import dot
 from tbptt_jax.cells.short_convolution import initial_kernel, short_convolution
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence
@@ -60,6 +61,7 @@ def mamba2(
     groups: int = 1,
     expand: int = 2,
     convolution: int = 4,
+    dtype: Any = None,
     implementation: Implementation = None,
     **options: Unpack[Options],
 ) -> Recurrence:
@@ -80,6 +82,7 @@ def mamba2(
       groups: of heads that share B and C.
       expand: inner features for each output.
       convolution: steps that the convolution reaches over.
+      dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; None: the parameters' dtype.
       implementation: how a window is run: see :func:`tbptt_jax.from_linear`.
       **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`.
 
@@ -120,15 +123,17 @@ def mamba2(
         check_inputs("Mamba-2", x, weights.input.shape[0])
         masks = Masks(*of_window)
         begun_inputs, begun_memory = (None, None) if starts is None else starts
-        z, ubc, delta = jnp.split(x.astype(weights.input.dtype) @ weights.input, [inner, inner + channels], -1)
+        z, ubc, delta = jnp.split(
+            dot(dtype, x.astype(weights.input.dtype), weights.input), [inner, inner + channels], -1
+        )
         inputs, ubc = short_convolution(weights.kernel, ubc, carry.inputs, begun_inputs, masks)
         u, b, c = jnp.split(jax.nn.silu(ubc + weights.bias), [inner, inner + groups * state], -1)
         u, delta = split(u, heads), jax.nn.softplus(delta + weights.step_bias)
         b, c = (jnp.repeat(split(each, groups), heads // groups, -2) for each in (b, c))
         coefficients = KeyValue(-jnp.exp(weights.log_rate) * delta, k=b, v=delta[..., None] * u, q=c)
-        memory, o = remember(coefficients, carry.memory, begun_memory, masks, implementation)
+        memory, o = key_value(coefficients, carry.memory, begun_memory, masks, implementation)
         gated = merge(o + weights.skip[:, None] * u) * jax.nn.silu(z)
         normed = merge(rms_norm(split(gated, groups), weights.norm.reshape(groups, -1), 1e-5))
-        return Carry(inputs, memory), normed @ weights.output
+        return Carry(inputs, memory), dot(dtype, normed, weights.output)
 
     return layered("Mamba-2", weights, zeros, run, features, **options)

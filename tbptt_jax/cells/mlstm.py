@@ -1,18 +1,17 @@
 """The mLSTM (Beck et al. 2024, *xLSTM: extended long short-term memory*), section 2.3 and appendix A.3."""
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.nn import initializers
 
-from tbptt_jax.arrays import where_lanes
-from tbptt_jax.cells.heads import check_parts, head_norm, head_sizes, merge, remember, split
+from tbptt_jax.cells.heads import check_parts, head_norm, head_sizes, merge, split
 from tbptt_jax.cells.layers import Options, check_inputs, layered
-from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation
+from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value, maximum
+from tbptt_jax.cells.products import dot
 from tbptt_jax.noise import Keys
-from tbptt_jax.recurrence import Recurrence, scale_cotangent
+from tbptt_jax.recurrence import Recurrence
 
 EPSILON = 1e-6  # added to the normaliser's denominator, as the authors do
 
@@ -57,6 +56,7 @@ def mlstm(
     heads: int = 1,
     key_size: int | None = None,
     norm: bool = False,
+    dtype: Any = None,
     implementation: Implementation = None,
     **options: Unpack[Options],
 ) -> Recurrence:
@@ -75,6 +75,7 @@ def mlstm(
       heads: memories.
       key_size: of a head's keys and queries; None: features / heads.
       norm: normalise what each head reads, before the output gate, as in the paper's block.
+      dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; None: the parameters' dtype.
       implementation: how a window is run: see :func:`tbptt_jax.from_linear`.
       **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`.
 
@@ -107,40 +108,34 @@ def mlstm(
     ) -> tuple[Carry, jax.Array]:
         check_inputs("mLSTM", x, weights.input.shape[0])
         masks, x = Masks(*of_window), x.astype(weights.input.dtype)
-        q, k, v = jnp.split(x @ weights.input, [heads * key_size, 2 * heads * key_size], -1)
+        q, k, v = jnp.split(dot(dtype, x, weights.input), [heads * key_size, 2 * heads * key_size], -1)
         q, k, v = split(q, heads), split(k, heads) / key_size**0.5, split(v, heads)
-        log_i, f = jnp.split(x @ weights.gates + weights.gates_bias, 2, -1)
-        last_m, m, log_decay, log_write = _stabilised(log_i, jax.nn.log_sigmoid(f), carry, starts, masks)
+        log_i, f = jnp.split(dot(dtype, x, weights.gates) + weights.gates_bias, 2, -1)
+        m, log_decay, log_write = _stabilised(log_i, jax.nn.log_sigmoid(f), carry, starts, masks, implementation)
         # The normaliser is the memory of a further value, which is always 1.
         v = jnp.exp(log_write)[..., None] * jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
         begun = None if starts is None else _joined(starts)
-        memory, read = remember(KeyValue(log_decay, k, v, q), _joined(carry), begun, masks, implementation)
-        o = jax.nn.sigmoid(x @ weights.output_gate + weights.output_bias)
+        memory, read = key_value(KeyValue(log_decay, k, v, q), _joined(carry), begun, masks, implementation)
+        o = jax.nn.sigmoid(dot(dtype, x, weights.output_gate) + weights.output_bias)
         h = _normalised(read, m)
         h = merge(h) if weights.norm is None else head_norm(h, weights.norm)
-        return Carry(memory[..., :-1], memory[..., -1], last_m), o * h
+        return Carry(memory[..., :-1], memory[..., -1], m[:, -1]), o * h
 
     return layered("mLSTM", weights, zeros, run, features, **options)
 
 
 def _stabilised(
-    log_i: jax.Array, log_f: jax.Array, carry: Carry, starts: Carry | None, masks: Masks
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The last m, and of each step ``[lanes, time, heads]`` m and the logarithms of the stabilised gates, f and i, at most 0."""
+    log_i: jax.Array,
+    log_f: jax.Array,
+    carry: Carry,
+    starts: Carry | None,
+    masks: Masks,
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each step ``[lanes, time, heads]`` m and the logarithms of the stabilised gates, f and i, at most 0."""
 
-    def step(m: jax.Array, at_t: tuple) -> tuple[jax.Array, tuple]:
-        log_i, log_f, start, (reset, is_valid, edge) = at_t
-        m = m if edge is None else scale_cotangent(edge, m)
-        if reset is not None:
-            m = where_lanes(reset, jnp.zeros_like(m) if start is None else start, m)
-        kept = log_f + m
-        new = jnp.maximum(kept, log_i)
-        m = new if is_valid is None else where_lanes(is_valid, new, m)
-        return m, (new, kept - new, log_i - new)
-
-    per_step = jax.tree.map(lambda x: x.swapaxes(0, 1), (log_i, log_f, None if starts is None else starts.m, masks))
-    m, of_steps = lax.scan(step, carry.m, per_step)
-    return m, *(x.swapaxes(0, 1) for x in of_steps)
+    before, m = maximum(log_f, log_i, carry.m, None if starts is None else starts.m, masks, implementation)
+    return m, log_f + before - m, log_i - m
 
 
 def _joined(carry: Carry) -> jax.Array:

@@ -96,7 +96,8 @@ def rtu(
         check_inputs("RTU", x, weights.input.shape[0])
         kind = weights.input.dtype
         eigenvalue, rest = eigenvalues(weights.nu_log, weights.theta_log)
-        into = (jnp.sqrt(rest) + EPSILON) * as_complex(dot(dtype, x.astype(kind), weights.input))
+        gamma = (jnp.sqrt(rest) + EPSILON).astype(kind)
+        into = as_complex(dot(dtype, x.astype(kind), weights.input * jnp.concatenate([gamma, gamma])))
         if activation_inside:
 
             def step(h: jax.Array, into: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 """The sLSTM (Beck et al. 2024, *xLSTM: extended long short-term memory*), section 2.2 and appendix A.2."""
 
-from typing import Literal, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.nn import initializers
 from tbptt_jax.arrays import where_lanes
 from tbptt_jax.cells.heads import check_parts, head_norm, merge, split
 from tbptt_jax.cells.layers import Options, check_inputs, layered
+from tbptt_jax.cells.products import dot
 from tbptt_jax.noise import Keys
 from tbptt_jax.recurrence import Recurrence, scale_cotangent
 
@@ -52,6 +53,7 @@ def slstm(
     heads: int = 1,
     forget: Literal["sigmoid", "exp"] = "sigmoid",
     norm: bool = False,
+    dtype: Any = None,
     **options: Unpack[Options],
 ) -> Recurrence:
     """A recurrence of sLSTM layers: an LSTM with an exponential input gate and a normaliser.
@@ -70,6 +72,7 @@ def slstm(
       heads: blocks of the recurrent matrices.
       forget: the forget gate, a sigmoid or an exponential.
       norm: normalise each head of h on its way out, as in the paper's block.
+      dtype: dtype of the operands of the products, such as ``jnp.bfloat16``; None: the parameters' dtype.
       **options: what all cells take: :class:`tbptt_jax.cells.layers.Options`.
 
     Raises:
@@ -97,7 +100,8 @@ def slstm(
 
     def cell(recurrent: jax.Array, carry: Carry, from_input: jax.Array) -> Carry:
         """A step, of ``from_input [lanes, 4 * features]``."""
-        of_heads = jnp.einsum("lhk,hkn->lhn", split(carry.h, heads), recurrent)
+        h = split(carry.h, heads)
+        of_heads = jnp.einsum("lhk,hkn->lhn", h.astype(recurrent.dtype), recurrent, preferred_element_type=h.dtype)
         of_gates = [merge(gate) for gate in jnp.split(of_heads, 4, -1)]
         log_i, f, z, o = (a + b for a, b in zip(jnp.split(from_input, 4, -1), of_gates, strict=True))
         kept = (jax.nn.log_sigmoid(f) if forget == "sigmoid" else f) + carry.m
@@ -112,17 +116,18 @@ def slstm(
     ) -> tuple[Carry, jax.Array]:
         check_inputs("sLSTM", x, weights.input.shape[0])
         begin = jax.tree.map(jnp.zeros_like, carry)
+        recurrent = weights.recurrent if dtype is None else weights.recurrent.astype(dtype)
 
         def step(carry: Carry, at_t: tuple) -> tuple[Carry, jax.Array]:
             from_input, start, reset, is_valid, edge = at_t
             carry = carry if edge is None else scale_cotangent(edge, carry)
             if reset is not None:
                 carry = where_lanes(reset, begin if start is None else start, carry)
-            new = cell(weights.recurrent, carry, from_input)
+            new = cell(recurrent, carry, from_input)
             carry = new if is_valid is None else where_lanes(is_valid, new, carry)
             return carry, carry.h
 
-        from_input = x.astype(weights.input.dtype) @ weights.input + weights.bias
+        from_input = dot(dtype, x.astype(weights.input.dtype), weights.input) + weights.bias
         carry, h = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), (from_input, starts, *of_window)))
         h = h.swapaxes(0, 1)
         return carry, h if weights.norm is None else head_norm(split(h, heads), weights.norm)

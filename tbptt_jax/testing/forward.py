@@ -25,12 +25,7 @@ def carry(s: Subject) -> None:
                 f"Carry: of {lanes} lanes it has an array {list(h.shape)}, and needs all [lanes, ...]."
             )
     agree("Lanes: the initial carry depends on a lane's number", all_, rows(all_, np.zeros(lanes, int)), 0.0, "lanes")
-    agree(
-        f"Carry: that of one lane is not that of one of {lanes}",
-        one,
-        rows(all_, slice(1)),
-        0.0,
-    )
+    agree(f"Carry: that of one lane is not that of one of {lanes}", one, rows(all_, slice(1)), 0.0, "lanes")
     end, outputs = s.read(s.params, s.carry, window_of(s), None)
     if shapes(end) != shapes(s.carry) or not same_tree(end, s.carry):
         raise AssertionError(f"Carry: it is {shapes(s.carry)} at first, and {shapes(end)} after a window.")

@@ -1,4 +1,5 @@
-"""Linear recurrences over a window: ``diagonal.py`` of vectors, ``key_value.py`` of matrices, ``choice.py`` how they are run."""
+"""Linear recurrences over a window: ``diagonal.py`` of vectors, ``key_value.py`` of matrices, ``maximum.py`` of the largest of sums;
+``choice.py`` how they are run."""
 
 from tbptt_jax.cells.linear_scan.choice import Implementation as Implementation
 from tbptt_jax.cells.linear_scan.choice import Masks as Masks
@@ -6,3 +7,4 @@ from tbptt_jax.cells.linear_scan.choice import check_implementation as check_imp
 from tbptt_jax.cells.linear_scan.diagonal import diagonal as diagonal
 from tbptt_jax.cells.linear_scan.key_value import KeyValue as KeyValue
 from tbptt_jax.cells.linear_scan.key_value import key_value as key_value
+from tbptt_jax.cells.linear_scan.maximum import maximum as maximum
