@@ -234,8 +234,8 @@ def gated_mlp(
       checkpoint: see :func:`tbptt_jax.from_step`.
 
     Raises:
-      ValueError: now, if ``hidden`` is not a whole number from 1, or ``dropout`` not from 0 to below 1; from ``init``, as
-        :func:`tbptt_jax.pointwise`.
+      ValueError: now, if ``hidden`` is not a whole number from 1, ``dropout`` not from 0 to below 1, or ``activation`` no function; from
+        ``init``, as :func:`tbptt_jax.pointwise`.
 
     References: Shazeer 2020, *GLU variants improve transformer*, eq. 6; Dauphin et al. 2017, *Language modeling with gated
     convolutional networks*.
@@ -245,6 +245,8 @@ def gated_mlp(
         raise ValueError(
             f"`dropout` is {dropout!r}; it is the part that is left out and needs to be from 0 to below 1."
         )
+    if not callable(activation):
+        raise ValueError(f"`activation` is {activation!r}; it needs to be a function, such as `nn.silu`.")
     return pointwise(_GatedMLP(hidden, activation, dropout, dtype), draw=draw, checkpoint=checkpoint)
 
 

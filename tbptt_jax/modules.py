@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tbptt_jax.arrays import PyTree
+from tbptt_jax.arrays import PyTree, quoted
 from tbptt_jax.noise import drawing
 from tbptt_jax.window import Window, time_shape
 
@@ -40,7 +40,7 @@ def linen_parts(
     for name, part in given.items():
         if isinstance(part, type) or not callable(part):
             raise ValueError(
-                f"`{name}` is {part!r}; it needs to be a module, such as `nn.Dense(2)`, or a function `(params, x) -> y`."
+                f"`{name}` is {quoted(part)}; it needs to be a module, such as `nn.Dense(2)`, or a function `(params, x) -> y`."
             )
     reach = [_modules_in(module) for module in modules.values()]
     together = _Together(**modules) if len(set().union(*reach)) < sum(map(len, reach)) else None  # type: ignore[arg-type]

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbptt_jax.arrays import PyTree, where_lanes
+from tbptt_jax.arrays import PyTree, quoted, where_lanes
 from tbptt_jax.begin import Begun, first_steps, starts_of
 from tbptt_jax.noise import Keys, check_key, drawing, fold_in, is_key, of_part, step_keys, takes_key
 from tbptt_jax.rematerialise import Segment, in_segments
-from tbptt_jax.step_by_step import check_step_by_step
+from tbptt_jax.step_by_step import check_function, check_step_by_step
 from tbptt_jax.window import Window, time_shape
 
 Draw = Literal["window", "step"]
@@ -121,10 +121,12 @@ def recurrence(
     is for sentences. The others are as for :func:`from_step`.
 
     Raises:
-      ValueError: if ``draw`` is neither.
+      ValueError: if ``draw`` is neither, or the encoder or the readout is no function.
     """
     if draw not in ("window", "step"):
         raise ValueError(f"`draw` is {draw!r}; it needs to be 'window' or 'step': how often what is random is drawn.")
+    check_function("encoder", encoder)
+    check_function("readout", readout)
 
     def with_key(module: Callable, params: PyTree, x: PyTree, keys: Keys) -> PyTree:
         """The encoder or the readout."""
@@ -211,7 +213,8 @@ def stack(*layers: Recurrence, remat: bool = False) -> Recurrence:
     """
     if not layers or not all(isinstance(layer, Recurrence) for layer in layers):
         raise ValueError(
-            f"`stack` was given {layers}; it needs recurrences one after another, `stack(first, second)`, at least one."
+            f"`stack` was given {quoted(layers)}; it needs recurrences one after another, `stack(first, second)`, at least "
+            "one. A module becomes one by `tb.pointwise(module)`."
         )
 
     def init(key: jax.Array, inputs: PyTree) -> PyTree:

@@ -29,9 +29,9 @@ def in_segments(segment: Callable, carry: PyTree, per_step: PyTree, time: int, c
     """
     if checkpoint is None:
         return segment(carry, per_step)
-    if (isinstance(checkpoint, str) and checkpoint != "sqrt") or checkpoint == ():
+    if checkpoint == () or isinstance(checkpoint, list) or (isinstance(checkpoint, str) and checkpoint != "sqrt"):
         raise ValueError(
-            f"`checkpoint` is {quoted(checkpoint)}; it needs a segment's length in steps, a tuple of lengths, or 'sqrt'."
+            f"`checkpoint` is {quoted(checkpoint)}; it needs a segment's length in steps, a tuple of lengths such as (64, 8), or 'sqrt'."
         )
     lengths = checkpoint if isinstance(checkpoint, tuple) else (_root(time) if checkpoint == "sqrt" else checkpoint,)
     for length in lengths:

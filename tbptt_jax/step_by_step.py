@@ -4,11 +4,22 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from tbptt_jax.arrays import PyTree
+from tbptt_jax.arrays import PyTree, quoted
+
+
+def check_function(name: str, part: Any) -> None:
+    """Raises a ``ValueError`` unless ``part`` is None or a function of parameters, and no module that has its own."""
+    if part is not None and (not callable(part) or isinstance(part, nn.Module | nnx.Module)):
+        raise ValueError(
+            f"`{name}` is {quoted(part)}; it needs to be a function `(params, x) -> y`. A module is a layer of its own: "
+            "`tb.pointwise(module)` before or after this one, under `tb.stack`."
+        )
 
 
 def check_step_by_step(name: str, module: Callable[[PyTree, PyTree], PyTree], params: PyTree, x: PyTree) -> PyTree:
@@ -96,7 +107,7 @@ def some_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return jnp.zeros(shape, dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.asarray(rng.integers(0, 2, shape), dtype)
+        return jnp.asarray(rng.integers(0, 2, shape), jax.dtypes.canonicalize_dtype(dtype))
     few = (min(math.prod(shape), 2**20 - 1),)  # of many, the same ones again and again
     numbers = rng.uniform(-1, 1, few)
     if jnp.issubdtype(dtype, jnp.complexfloating):

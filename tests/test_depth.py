@@ -268,7 +268,7 @@ MISTAKES = {
     "no segments": (lambda: unrolled(checkpoint=()), r"`checkpoint` is \(\); it needs a segment's length"),
     "a segment of a root": (lambda: unrolled(checkpoint=("sqrt", 8)), "`checkpoint` is 'sqrt'; it needs to be a whole number"),
     "another word": (lambda: unrolled(checkpoint="log"), "`checkpoint` is 'log'; it needs a segment's length in steps"),
-    "a list of segments": (lambda: unrolled(checkpoint=[64, 8]), r"`checkpoint` is \[64, 8\]"),
+    "a list of segments": (lambda: unrolled(checkpoint=[64, 8]), r"`checkpoint` is \[64, 8\]; it needs .* a tuple of lengths"),
     "a norm by another name": (lambda: tb.residual(tb.gru(3), "batch"), "`norm` is 'batch'; it needs to be 'rms'"),
     "a module in the place of a recurrence": (lambda: tb.residual(nn.Dense(3)), "it needs to be a Recurrence"),
     "a residual of other features": (
@@ -292,6 +292,13 @@ MISTAKES = {
     "a look along time": (
         lambda: tb.pointwise(lambda params, x: jnp.cumsum(x, 1)).init(jax.random.key(0), X),
         "The module does not read each step by itself",
+    ),
+    "a module among layers": (lambda: tb.stack(nn.Dense(3), tb.gru(3)), r"A module becomes one by `tb.pointwise\(module\)`"),
+    "an activation by its name": (lambda: tb.gated_mlp(4, activation="silu"), "`activation` is 'silu'; it needs to be a function"),
+    "an option that a cell has not": (lambda: tb.slstm(4, drop=0.1), "The sLSTM has no option `drop`; .* `dropout`"),
+    "a module where a function is needed": (
+        lambda: tb.from_step(lambda p, h, x: (h, x), None, None, readout=nn.Dense(3)),
+        r"`readout` is Dense.* `tb.pointwise\(module\)`",
     ),
     "hidden units dropped altogether": (lambda: tb.gated_mlp(4, dropout=1.0), "`dropout` is 1.0"),
 }  # fmt: skip

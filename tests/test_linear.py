@@ -272,8 +272,21 @@ def test_what_from_linear_is_given_has_to_fit_the_carry():
     ):
         with pytest.raises(ValueError, match=r"it needs to return \(a, b\) with h = a \* h \+ b"):
             model(wrong).init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="function of the `coefficients`"):
+    with pytest.raises(ValueError, match="The function of the `coefficients` does not read each step by itself"):
         model(lambda p, x: (x, x.cumsum(1))).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="The readout does not read each step by itself"):
+        model(lambda p, x: (x, x), readout=lambda p, h: h.cumsum(1)).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"`initial_carry` returned int.*floating-point or complex"):
+        tb.from_linear(lambda p, x: (0.5, x), lambda key, x: (), lambda p, n: jnp.zeros((n, 4), int)).init(
+            jax.random.key(0), x
+        )
+    memory = tb.from_linear(
+        lambda p, x: tb.KeyValue(*[x[..., None, :]] * 4),
+        lambda key, x: (),
+        lambda p, n: jnp.zeros((n, 1, 4, 4), complex),
+    )
+    with pytest.raises(ValueError, match=r"`initial_carry` returned complex.*real numbers"):
+        memory.init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="`implementation` is 'parallel'; it needs to be one of"):
         model(lambda p, x: (x, x), implementation="parallel")
 

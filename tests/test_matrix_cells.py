@@ -298,3 +298,15 @@ def test_a_convolution_reaches_back_over_what_is_there(width):
 def test_sizes_that_do_not_fit_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("model", [tb.gated_delta(4), tb.mamba2(4, state=3), tb.mlstm(4, norm=True)])
+def test_parameters_in_float16_have_a_finite_gradient_where_padding_is_read_as_zeros(model):
+    x = jnp.ones((1, 3, 4))
+    params = jax.tree.map(lambda p: p.astype(jnp.float16), model.init(jax.random.key(0), x))
+    valid = np.array([[True, False, True]])
+
+    def total(params):
+        return model.unroll(params, model.initial_carry(params, 1), x, None, valid)[1].sum().astype(jnp.float32)
+
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.grad(total)(params)))

@@ -117,6 +117,13 @@ FAULTS = {
         r"Padding: where it holds NaN, lanes do not stand still: outputs differ \(.*lane 0, step 5, nan",
     ),
     "padding with a gradient": (cells(masked_too_late), "Padding: where it holds NaN the gradient is another .*nan"),
+    "other outputs without padding": (
+        unrolled(lambda f, p, h, x, r, v, e: f(p, h, x if v is None else 2 * x, r, v, e)), "Masks: with no `resets` and `valid`",
+    ),
+    "no slope at the zeros of padding": (
+        model(lambda p, h, x: step(p, h, jnp.linalg.norm(x * p["out"], axis=-1, keepdims=True))),
+        r"Gradient: that of \['params'\]\['out'\] is not finite, in a window with padding, which is read as zeros",
+    ),
     "padding read where it is huge": (
         unrolled(lambda f, p, h, x, r, v, e: f(p, h + 1e-3 * jnp.nan_to_num(x).max() * (jnp.nan_to_num(x).max() > 1e9), x, r, v, e)),
         "Padding: where it holds huge numbers, lanes do not stand still",

@@ -69,6 +69,7 @@ def layered(
     rngs: Sequence[str] = ("dropout",),
     draw: Draw = "window",
     checkpoint: Segment = None,
+    **unknown: Any,
 ) -> Recurrence:
     """A recurrence of layers of one cell; ``params["cell"]`` is a tuple of weights, the carry a tuple, one a layer.
 
@@ -85,8 +86,13 @@ def layered(
     The others are :class:`Options`.
 
     Raises:
-      ValueError: now, if a rate or ``layers`` is not as described; from ``init`` and ``unroll``, as :func:`tbptt_jax.lstm`.
+      ValueError: now, if a rate or ``layers`` is not as described, or an option unknown; from ``init`` and ``unroll``, as :func:`tbptt_jax.lstm`.
     """
+    if unknown:
+        raise ValueError(
+            f"The {name} has no option {', '.join(f'`{each}`' for each in unknown)}; besides its own it has "
+            f"{', '.join(f'`{each}`' for each in Options.__annotations__)}."
+        )
     check_whole("layers", layers)
     check_rates(dropout=dropout, input_dropout=input_dropout)
     begin, apply = linen_parts(rngs, encoder=encoder, readout=readout)

@@ -11,7 +11,7 @@ from tbptt_jax.arrays import PyTree
 from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, diagonal, key_value
 from tbptt_jax.noise import Keys, drawing, takes_key
 from tbptt_jax.recurrence import Draw, Recurrence, Segment, recurrence
-from tbptt_jax.step_by_step import check_step_by_step
+from tbptt_jax.step_by_step import check_function, check_step_by_step
 from tbptt_jax.window import Window, time_shape
 
 
@@ -50,10 +50,12 @@ def from_linear(
       checkpoint: see :func:`tbptt_jax.from_step`.
 
     Raises:
-      ValueError: now, if the implementation is unknown; from ``init``, if a function does not read each step of each lane by
-        itself; from ``unroll``, when it is traced, if the coefficients do not fit the carry.
+      ValueError: now, if the implementation is unknown or the encoder or the readout is no function; from ``init``, if a function does not read each step of each lane by
+        itself; from ``unroll``, when it is traced, if the coefficients do not fit the carry, or it is not of
+        floating-point numbers.
     """
     check_implementation(implementation)
+    check_function("readout", readout)
     takes_x = readout is not None and "x" in inspect.signature(readout).parameters
     draws = readout is not None and takes_key(readout)
 
@@ -78,6 +80,8 @@ def from_linear(
             return h
         return readout(params, h, **({"x": x} if takes_x else {}), **({"key": key} if draws else {}))
 
+    out.__name__ = getattr(readout, "__name__", "<")  # of sentences
+
     def checked_init(key: jax.Array, inputs: PyTree) -> PyTree:
         params = init(key, inputs)
         lanes, _ = time_shape(Window(inputs))
@@ -85,11 +89,8 @@ def from_linear(
         shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), (params, x))
         carry = jax.eval_shape(lambda p: initial_carry(p, lanes), params)
 
-        def of_steps(params: PyTree, x: PyTree) -> PyTree:
-            return read(params, carry, x)
-
-        jax.eval_shape(of_steps, *shapes)  # says what does not fit the carry
-        check_step_by_step("function of the `coefficients`", of_steps, *shapes)
+        jax.eval_shape(read, shapes[0], carry, shapes[1])  # says what does not fit the carry
+        check_step_by_step("function of the `coefficients`", lambda params, x: read(params, carry, x), *shapes)
         return params
 
     return recurrence(checked_init, initial_carry, drawing(scan, False), encoder, drawing(out, draws), checkpoint, draw)
@@ -99,8 +100,15 @@ def _broadcast(found: PyTree, carry: PyTree, lanes: int, time: int) -> PyTree:
     """The coefficients as trees like the carry, each leaf ``[lanes, time, ...]``.
 
     Raises:
-      ValueError: if they do not fit the carry.
+      ValueError: if they do not fit the carry, or it is none of numbers that coefficients may change.
     """
+    kinds = jax.tree.map(lambda h: f"{h.dtype}{list(h.shape)}", carry)
+    if not all(jnp.issubdtype(h.dtype, jnp.inexact) for h in jax.tree.leaves(carry)):
+        raise ValueError(
+            f"`initial_carry` returned {kinds}; h = a * h + b needs floating-point or complex numbers: `jnp.zeros((lanes, n))`."
+        )
+    if isinstance(found, KeyValue) and any(map(jnp.iscomplexobj, jax.tree.leaves(carry))):
+        raise ValueError(f"`initial_carry` returned {kinds}; the memory of a tb.KeyValue needs to be of real numbers.")
 
     def leaf(x: jax.Array, shape: tuple[int, ...], is_complex: bool) -> jax.Array:
         if jnp.iscomplexobj(x) and not is_complex:

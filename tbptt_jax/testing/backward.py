@@ -38,6 +38,12 @@ def slope(s: Subject) -> None:
     to = weights_of(s, window)
     at = on_host(point(s, s.carry, window))
     found = on_host(s.pull(at, s.params, s.carry, window, None, to)[0])
+    for path, g in jax.tree.leaves_with_path(found):
+        if not np.isfinite(g).all():
+            raise AssertionError(
+                f"Gradient: that of {jax.tree_util.keystr(path)} is not finite, in a window with padding, which is read as "
+                "zeros: what has no slope at 0, such as x / ‖x‖ or √x, needs something added under its root."
+            )
     for name, rubbish in filled(window):
         held = on_host(point(s, s.carry, rubbish))
         got = s.pull(held, s.params, s.carry, rubbish, None, to)[0]

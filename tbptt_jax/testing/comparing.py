@@ -68,12 +68,13 @@ def first_difference(
       got: a tree of arrays.
       expected: what it needs to be.
       tolerance: of numbers, relative to the largest of their array; others need to be the same.
-      of: what the first axes are: ``""``, ``"lanes"`` or ``"lanes, time"``.
+      of: what the first axes are: ``""``, ``"lanes"``, ``"lanes, time"``, or ``"time"`` of one lane.
       where: which lanes, or lanes and steps, count. None: all.
     """
     if shapes(got) != shapes(expected):
         return Place(f"they are {shapes(got)} against {shapes(expected)}")
-    axes = len(of.split(", ")) if of else 0
+    names = [{"lanes": "lane", "time": "step"}[axis] for axis in of.split(", ") if axis]
+    axes = len(names)
     leaves = jax.tree.leaves(on_host(expected))
     largest = max((_largest(e) for e in leaves if is_inexact(e)), default=0.0)
     found = []  # of each array
@@ -87,16 +88,16 @@ def first_difference(
         if where is not None:
             bad &= where.reshape(*where.shape, *[1] * (bad.ndim - where.ndim))
         if bad.any():
-            at = min(np.argwhere(bad).tolist(), key=lambda at: (at[1:axes], at))
-            found.append((at[1:axes], at[:axes], jax.tree_util.keystr(path), a[tuple(at)], e[tuple(at)]))
+            of_step = names.index("step") if "step" in names else axes
+            at = min(np.argwhere(bad).tolist(), key=lambda at: (at[of_step:axes], at))
+            found.append((at[of_step:axes], at[:axes], jax.tree_util.keystr(path), a[tuple(at)], e[tuple(at)]))
     if not found:
         return None
     _, at, name, a, e = min(found, key=lambda each: each[:2])
-    names = [f"{axis} {i}" for axis, i in zip(("lane", "step"), at, strict=False)]
-    words = (
-        [f"in {name}"] * bool(name) + [f"at {', '.join(names)}"] * bool(names) + [f"{_shown(a)} against {_shown(e)}"]
-    )
-    return Place(f"first difference {', '.join(words)}", *at)
+    at_axes = dict(zip(names, at, strict=True))
+    place = ", ".join(f"{axis} {i}" for axis, i in at_axes.items())
+    words = [f"in {name}"] * bool(name) + [f"at {place}"] * bool(place) + [f"{_shown(a)} against {_shown(e)}"]
+    return Place(f"first difference {', '.join(words)}", **at_axes)
 
 
 def _shown(x: Any) -> str:

@@ -81,17 +81,17 @@ def _lanes_apart(s: Subject, keys: jax.Array | None, claim: str) -> None:
     last, y = s.read(s.params, carry, moved, own)
     for lane, row in enumerate(others):
         told = claim.format(row, f"in row {lane}")
-        _same(told, rows((last, y), slice(lane, lane + 1)), rows((end, outputs), slice(row, row + 1)), s.tolerance)
+        _same(told, rows((last, y), lane), rows((end, outputs), row), s.tolerance, one_lane=True)
     for lane in range(s.shape[0]):
         one = slice(lane, lane + 1)
         carry, alone, own = rows((s.carry, window._replace(resets=None, valid=None), keys), one)
         got = s.read(s.params, carry, alone, own)
-        _same(claim.format(lane, "alone"), got, rows((end, outputs), one), s.tolerance)
+        _same(claim.format(lane, "alone"), rows(got, 0), rows((end, outputs), lane), s.tolerance, one_lane=True)
 
 
-def _same(claim: str, got: tuple, expected: tuple, tolerance: float) -> None:
-    agree(claim, got[1], expected[1], tolerance, "lanes, time")
-    agree(f"{claim}: its carry is another", got[0], expected[0], tolerance, "lanes")
+def _same(claim: str, got: tuple, expected: tuple, tolerance: float, one_lane: bool = False) -> None:
+    agree(claim, got[1], expected[1], tolerance, "time" if one_lane else "lanes, time")
+    agree(f"{claim}: its carry is another", got[0], expected[0], tolerance, "" if one_lane else "lanes")
 
 
 def masks(s: Subject) -> None:

@@ -10,8 +10,8 @@ from tbptt_jax.window import Window, check, time_shape
 LAWS = (
     forward.time,
     forward.cutting,
-    forward.lanes,
     forward.masks,
+    forward.lanes,
     forward.resets,
     forward.padded,
     forward.keys,
@@ -29,8 +29,8 @@ def check_recurrence(
     - *Carry*: its tree, shapes and dtypes stay as ``initial_carry`` makes them, for any number of lanes.
     - *Time*: a step does not depend on what comes after it.
     - *Cutting*: read step by step, as :func:`tbptt_jax.streaming` does, a model does what it does in a window.
-    - *Lanes*: a lane does beside others what it does alone, or in another row.
     - *Masks*: with no resets and no padding, and outside of ``jit``, a model does what it does where none is set.
+    - *Lanes*: a lane does beside others what it does alone, or in another row.
     - *Resets*: a lane that is reset begins from the initial carry, but for typed keys.
     - *Padding*: it stands still whatever it holds, NaN too, and no gradient comes from it.
     - *Keys*: what a lane draws, if the model takes a key, comes from its own.
