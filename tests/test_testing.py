@@ -134,7 +134,7 @@ FAULTS = {
     ),
     "a row number": (
         outputs(lambda y, x: y + jnp.arange(len(y))[:, None, None]),
-        r"Lanes: lane 2 does beside others, or in this row, not what it does in row 0 \(first difference at lane 0, step 0",
+        r"Lanes: lane 2 does beside others, or in this row, not what it does in row 0 \(first difference at step 0",
     ),
     "a row number to begin from": (
         model(start=lambda p, n: start(p, n) + jnp.arange(n)[:, None]),

@@ -29,6 +29,7 @@ def from_linear(
     """A recurrence from the coefficients of h ← a ∘ h + b, which do not depend on h.
 
     Resets, padding and edges are taken care of. The carry may be real or complex, and a tree; a and b are then trees like it.
+    Padding is read as zeros, where the gradient needs to be finite too: x / sqrt(‖x‖² + ε), not x / ‖x‖.
 
     Args:
       coefficients: ``(params, x [lanes, time, ...]) -> (a, b)``, each ``[lanes, time, ...]`` with the carry's axes, or what
