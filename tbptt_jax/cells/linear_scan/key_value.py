@@ -152,25 +152,20 @@ def _decays(log_decay: jax.Array, resets: jax.Array | None) -> _Decays:
     """Every decay is the exponential of a sum of the logarithms that belong to it, and no difference of longer sums."""
     c = log_decay.shape[-1]
     i, j = jnp.arange(c)[:, None], jnp.arange(c)
-
-    def latest(where: jax.Array) -> jax.Array:
-        """The last such step up to each; -1: there is none."""
-        return jnp.where(where[..., None, :] & (j <= i), j, -1).max(-1)
-
+    exact = functools.partial(jnp.tensordot, axes=1, precision=lax.Precision.HIGHEST)
     forgets = jnp.isneginf(log_decay)
     logs = jnp.where(forgets, 0, log_decay)
-    began = forgotten = latest(forgets)
-    if resets is not None:
-        reset = latest(resets)
-        began = jnp.maximum(reset, forgotten)
-    together = (i >= j) & (began[..., None] <= j)
-    since = jnp.tril(jnp.ones((c, c), logs.dtype))
-    between = jnp.matmul(since, jnp.where(i > j, logs[..., None], 0), precision=lax.Precision.HIGHEST)
-    between = jnp.where(together, jnp.exp(jnp.where(together, between, 0)), 0)
-    whole = jnp.where(together, logs[..., None, :], 0).sum(-1)  # since it began
-    from_before = jnp.where(began < 0, jnp.exp(whole), 0)
-    from_start = None if resets is None else jnp.where(reset > forgotten, jnp.exp(whole), 0)
-    return _Decays(between, from_before, from_start)
+    begins = forgets if resets is None else forgets | resets
+    up_to = jnp.triu(jnp.ones((c, c), logs.dtype))  # [term, i]
+    between = (j < i[..., None]) & (i[..., None] <= i)  # [term, i, j]
+    times_begun = exact(begins.astype(logs.dtype), up_to)
+    together = (i >= j) & (times_begun[..., None] == times_begun[..., None, :])
+    from_each = jnp.where(together, jnp.exp(jnp.where(together, exact(logs, between.astype(logs.dtype)), 0)), 0)
+    from_before = jnp.where(times_begun == 0, jnp.exp(exact(logs, up_to)), 0)
+    if resets is None:
+        return _Decays(from_each, from_before, None)
+    at_reset = jnp.where(resets & ~forgets, jnp.exp(logs), 0)  # of which a step sees the last alone, or none
+    return _Decays(from_each, from_before, (from_each * at_reset[..., None, :]).sum(-1))
 
 
 def _solve(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -205,32 +200,43 @@ def _over_chunks(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U ← U − reads S, S ← kept S + into U + returned, from chunk to chunk: S before each, U, and S after the last."""
 
-    def written(s: jax.Array, u: jax.Array, reads: jax.Array | None, sees: jax.Array) -> tuple[jax.Array, jax.Array]:
-        s = jnp.where(sees[..., :1, :], s, 0)
-        return s, u if reads is None else u - jnp.where(sees, reads @ s, 0)
+    def seen(s: jax.Array, sees: jax.Array) -> jax.Array:
+        return jnp.where(sees[..., :1, :], s, 0)
 
-    if join == "associative":
-        m, b, d = kept, into @ u, 1
-        b = b if returned is None else b + returned
-        product = jnp.multiply
-        if reads is not None:
-            m, product = kept * jnp.eye(len(s[0, 0]), dtype=s.dtype) - into @ reads, jnp.matmul
+    def left(u: jax.Array, reads: jax.Array | None, before: jax.Array, sees: jax.Array) -> jax.Array:
+        return u if reads is None else u - jnp.where(sees, reads @ before, 0)
 
-        def of(m: jax.Array, s: jax.Array) -> jax.Array:
-            return product(m, jnp.where((m == 0).all((-2, -1), keepdims=True), 0, s))
+    if join == "step" and reads is not None:
 
-        b = jnp.concatenate([b[:1] + of(m[:1], s), b[1:]])
-        while d < len(b):
-            b, m = b + of(m, later(b, d, 0)), product(m, later(m, d, 0))
-            d *= 2
-        before, u = written(jnp.concatenate([s[None], b[:-1]]), u, reads, sees)
-        return before, u, b[-1]
+        def chunk(s: jax.Array, of: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            kept, into, u, reads, sees, returned = of
+            before = seen(s, sees)
+            u = left(u, reads, before, sees)
+            s = times(kept, s) + into @ u
+            return s if returned is None else s + returned, (before, u)
 
-    def step(s: jax.Array, of_chunk: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        kept, into, u, reads, sees, returned = of_chunk
-        before, u = written(s, u, reads, sees)
-        s = times(kept, s) + into @ u
-        return s if returned is None else s + returned, (before, u)
+        s, (before, u) = lax.scan(chunk, s, (kept, into, u, reads, sees, returned))
+        return before, u, s
 
-    s, (before, u) = lax.scan(step, s, (kept, into, u, reads, sees, returned))
-    return before, u, s
+    b = into @ u
+    b = b if returned is None else b + returned
+    if join == "step":
+
+        def step(s: jax.Array, mb: tuple) -> tuple[jax.Array, jax.Array]:
+            return times(mb[0], s) + mb[1], s
+
+        s, before = lax.scan(step, s, (kept, b))
+        return seen(before, sees), u, s
+    m, d, product = kept, 1, jnp.multiply
+    if reads is not None:
+        m, product = kept * jnp.eye(s.shape[-2], dtype=s.dtype) - into @ reads, jnp.matmul
+
+    def of(m: jax.Array, s: jax.Array) -> jax.Array:
+        return product(m, jnp.where((m == 0).all((-2, -1), keepdims=True), 0, s))
+
+    b = jnp.concatenate([b[:1] + of(m[:1], s), b[1:]])
+    while d < len(b):
+        b, m = b + of(m, later(b, d, 0)), product(m, later(m, d, 0))
+        d *= 2
+    before = seen(jnp.concatenate([s[None], b[:-1]]), sees)
+    return before, left(u, reads, before, sees), b[-1]
