@@ -227,9 +227,10 @@ def _over_chunks(
 
         s, before = lax.scan(step, s, (kept, b))
         return seen(before, sees), u, s
-    m, d, product = kept, 1, jnp.multiply
-    if reads is not None:
-        m, product = kept * jnp.eye(s.shape[-2], dtype=s.dtype) - into @ reads, jnp.matmul
+    m, d = kept if reads is None else kept * jnp.eye(s.shape[-2], dtype=s.dtype) - into @ reads, 1
+
+    def product(m: jax.Array, x: jax.Array) -> jax.Array:
+        return m * x if reads is None else m @ x
 
     def of(m: jax.Array, s: jax.Array) -> jax.Array:
         return product(m, jnp.where((m == 0).all((-2, -1), keepdims=True), 0, s))
