@@ -16,8 +16,10 @@ from tbptt_jax.arrays import check_whole
 from tbptt_jax.checkpoint import newest
 from tbptt_jax.sharding import over_lanes, own_lanes, place
 from tbptt_jax.study import averaging
+from tbptt_jax.study.feed import check_same_state, of_lengths, of_windows, stream_of
 from tbptt_jax.study.guard import first_not_finite
 from tbptt_jax.study.influences import influence as named_influence
+from tbptt_jax.study.lengths import Choice, Lengths
 from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
 from tbptt_jax.study.process.console import progress, quieted
 from tbptt_jax.study.process.lock import holding
@@ -38,9 +40,10 @@ class Run(NamedTuple):
     state: the state after the last update; ``state.params`` are the last parameters.
     calls: what was measured, a :class:`tbptt_jax.study.loop.Call` for each compiled call.
     updates: how many windows were read.
-    windows: in one reading of the training data.
+    windows: in one reading of the training data; where a schedule decides their lengths, of its longest.
     workdir: where it is kept, or None.
     settings: what makes it this run, as ``run.json`` has it.
+    choices: of windows over time, as :func:`tbptt_jax.study.adaptive` made them.
     """
 
     task: Task
@@ -51,6 +54,7 @@ class Run(NamedTuple):
     windows: int
     workdir: pathlib.Path | None
     settings: dict[str, Any]
+    choices: tuple[Choice, ...] = ()
 
     @property
     def model(self) -> tb.Recurrence:
@@ -61,7 +65,7 @@ class Run(NamedTuple):
 def fit(
     task: Task,
     *,
-    window: int,
+    window: int | Lengths,
     updates: int | None = None,
     epochs: int | None = None,
     workdir: str | pathlib.Path | None = None,
@@ -96,7 +100,8 @@ def fit(
 
     Args:
       task: the task.
-      window: steps of a window.
+      window: steps of a window, or a schedule of them: :func:`adaptive`, :func:`growing`, :func:`drawn`. With ``epochs`` the learning
+        rate of a schedule's run then falls by the steps read, not by updates.
       updates: one for each window, in all.
       epochs: times to read the training data, instead.
       workdir: where checkpoints and ``run.json`` go. None: nothing is kept.
@@ -131,7 +136,8 @@ def fit(
     """
     check_task(task)
     lanes = task.lanes if lanes is None else lanes
-    for name, number in {"window": window, "lanes": lanes, "windows_per_call": windows_per_call,
+    scheduled = isinstance(window, Lengths)
+    for name, number in {"window": 1 if scheduled else window, "lanes": lanes, "windows_per_call": windows_per_call,
                          "checkpoint_every": checkpoint_every, "patience": 1 if patience is None else patience}.items():  # fmt: skip
         check_whole(name, number)
     if (updates is None) == (epochs is None):
@@ -144,30 +150,45 @@ def fit(
         raise ValueError("`patience` and `asgd` look at validation data, and the task has none: give it `valid`.")
     if burn_in and not stateless:
         raise ValueError(f"`burn_in` is {burn_in}, which is for stateless windows: give stateless=True, or leave it.")
+    if scheduled and stateless:
+        raise ValueError(
+            "Stateless windows have no past to choose their lengths by: give `window` a number, or leave `stateless`."
+        )
+    if scheduled and window.look and jax.process_count() > 1:
+        raise ValueError("A schedule that looks at the stream runs in one process: give `window` a number, or run one.")
 
     keys = keys_of(seed)
     data = data_of(task.train, keys.train)
-    read = reader(task, data, window, lanes, stateless=stateless, burn_in=burn_in)
-    updates = epochs * read.windows if epochs else updates
-    assert updates is not None
-    first = jax.tree.map(lambda x: x[0], read.read(0, 1))
+    if scheduled:
+        stream = stream_of(task, data, lanes)
+        feed = of_lengths(task, window, stream, per_call=windows_per_call, updates=updates, epochs=epochs)
+        longest = max(window.sizes or [jax.tree.leaves(feed.read(feed.begin, 0, 1))[0].shape[2]])
+        count = -(-stream.total // longest)
+    else:
+        read = reader(task, data, window, lanes, stateless=stateless, burn_in=burn_in)
+        longest, count = window, read.windows
+        feed = of_windows(read.read, updates or epochs * count, windows_per_call)  # type: ignore[operator]
+    first = jax.tree.map(lambda x: x[0], feed.read(feed.begin, 0, 1))
     lanes = len(jax.tree.leaves(first.inputs)[0])
+    unit = "steps" if feed.updates is None else "updates"
+    until = epochs * stream.total if feed.updates is None else feed.updates  # type: ignore[operator]
     begin_from = None if start is None else (start if isinstance(start, Run) else load(start)).params
     identity = {
-        "window": window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
+        "window": window.settings if scheduled else window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
         "data": checksum(data), "average": average and list(average), "start": None if begin_from is None else checksum(begin_from),
         **({"influence": influence} if isinstance(influence, str) else {}),
+        **({"learning rate by": unit} if unit == "steps" else {}),
         **({"checkpoint_every": checkpoint_every} if needs_valid else {}),
         **(settings or {}),
     }  # fmt: skip
     with holding(workdir) as directory:
-        legs = _legs(directory, updates, None if optimiser is not None else learning_rate, resume)
+        legs = _legs(directory, until, None if optimiser is not None else learning_rate, resume, unit)
         units = max([h.shape[-1] for h in jax.tree.leaves(_carry(task, first)) if h.ndim > 1] or [1])
-        mesh = lane_mesh(lanes=lanes, window=window, units=units, devices=devices)
-        past = named_influence(influence, read.windows, "influence") if isinstance(influence, str) else influence
+        mesh = lane_mesh(lanes=lanes, window=longest, units=units, devices=devices)
+        past = named_influence(influence, count, "influence") if isinstance(influence, str) else influence
         estimate = tb.gradient(task.model, task.loss, influence=past)
         estimate = estimate if mesh.size == 1 else over_lanes(estimate, mesh)
-        chosen = _adam(legs) if optimiser is None else optimiser
+        chosen = _adam(legs, unit) if optimiser is None else optimiser
         step = tb.train_step(estimate, chosen if average is None else averaging.averaged(chosen, average))
 
         def init() -> TrainState:
@@ -176,37 +197,41 @@ def fit(
 
         own = own_lanes(lanes)
 
-        def windows(begin: int, end: int) -> tb.Window:
-            return place(jax.tree.map(lambda x: x[:, own], read.read(begin, end)), mesh)
+        def windows(at: Any, begin: int, end: int) -> tb.Window:
+            return place(jax.tree.map(lambda x: x[:, own], feed.read(at, begin, end)), mesh)
 
+        if scheduled:
+            check_same_state(step, first)
         judge = None
         if task.valid is not None:
-            valid = test_reader(task, task.valid, "valid", window, stateless, burn_in, seed)
+            one = (window.sizes[0] if len(window.sizes) == 1 else None) if scheduled else window
+            valid = test_reader(task, task.valid, "valid", one, stateless, burn_in, seed)
             higher = figures(task)[0].better == "higher"
-            judge = Judge(lambda at: measure(task, jax.device_get(at), valid), higher, patience, int(legs[-1][0]))
+            judge = Judge(lambda at: measure(task, jax.device_get(at), valid), higher, patience, int(legs[-1][0]), unit)
         source, arguments = task.source or (None, {})
         record = {
             "task": source, "arguments": arguments, "codec": task.codec, "settings": identity, "legs": legs,
-            "judged": judge is not None, "windows": read.windows, "inputs": _spec(first.inputs),
+            "judged": judge is not None, "windows": count, "inputs": _spec(first.inputs),
         }  # fmt: skip
 
         def keep_record() -> None:
             if directory is not None:
                 write_json(directory / RECORD, record)
 
-        with quieted(quiet), progress(updates, "updates") as report:
-            kept, calls = train(
-                step, init, windows,
+        with quieted(quiet), progress(until, unit) as report:
+            kept, calls, at = train(
+                step, init, feed._replace(read=windows),
                 lambda state, window: first_not_finite(task.model, task.loss, state, window),
-                updates=updates, per_call=windows_per_call, every=checkpoint_every,
+                per_call=windows_per_call, every=checkpoint_every,
                 directory=directory and directory / "checkpoints", settings=identity, resume=resume,
                 skip=not_finite == "skip", judge=judge, nonmonotone=average and average.nonmonotone, begun=keep_record,
-                show=lambda calls: report(calls[-1].updates, (show or _shown)(calls)), listeners=listeners, profile=profile,
+                show=lambda calls: report(getattr(calls[-1], unit), (show or _shown)(calls)), listeners=listeners, profile=profile,
             )  # fmt: skip
-        if calls and calls[-1].updates < updates:
-            record["ended"] = calls[-1].updates
+        if calls and (scheduled or calls[-1].updates < until):
+            record |= {"ended": calls[-1].updates, "reached": getattr(calls[-1], unit)}
+            record["choices"] = [choice._asdict() for choice in at.choices] if scheduled else []
             keep_record()
-    return _run(task, kept, calls, read.windows, directory, identity)
+    return _run(task, kept, calls, count, directory, identity, at.choices if scheduled else ())
 
 
 def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:
@@ -243,20 +268,25 @@ def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:
     whole = TrainState(like, averaging.Average(None, None, None, like) if averages else None, None, np.int32(0))  # type: ignore[arg-type]
     saved = newest(directory / "checkpoints", Kept(whole, like if record["judged"] else ()), partial=True)
     calls = [Call(*call) for call in saved.data["calls"]]
-    return _run(task, saved.state, calls, record["windows"], directory, record["settings"])
+    chosen = [*(saved.data.get("place") or []), [], [], []][2]
+    choices = tuple(Choice(*each) for each in chosen)
+    return _run(task, saved.state, calls, record["windows"], directory, record["settings"], choices)
 
 
 def _run(
-    task: Task, kept: Kept, calls: list[Call], windows: int, directory: pathlib.Path | None, settings: dict[str, Any]
-) -> Run:
+    task: Task, kept: Kept, calls: list[Call], windows: int, directory: pathlib.Path | None, settings: dict[str, Any],
+    choices: tuple[Choice, ...],
+) -> Run:  # fmt: skip
     judged = any(call.valid for call in calls) and jax.tree.leaves(kept.best)
     params = kept.best if judged else averaging.params_of(kept.state)
     updates = calls[-1].updates if calls else 0
-    return Run(task, params, kept.state, calls, updates, windows, directory, settings)
+    return Run(task, params, kept.state, calls, updates, windows, directory, settings, choices)
 
 
-def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resume: bool) -> list[list[float]]:
-    """The stretches ``[first, last, rate]`` over which the rate falls, those of a run that is gone on with first."""
+def _legs(
+    directory: pathlib.Path | None, updates: int, rate: float | None, resume: bool, unit: str
+) -> list[list[float]]:
+    """The stretches ``[first, last, rate]``, in updates or in steps, over which the rate falls, those of a run that is gone on with first."""
     new: list[list[float]] = [[0, updates, rate if rate is not None else 0.0]]
     path = directory and directory / RECORD
     if not resume or path is None or not path.exists() or not (path.parent / "checkpoints").exists():
@@ -271,27 +301,28 @@ def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resu
         return legs
     made = max((int(p.name) for p in (path.parent / "checkpoints").iterdir() if p.name.isdecimal()), default=0)
     ended = made == record.get("ended", last)
+    made = record.get("reached", made) if ended else made
     if ended and updates > made:
         return [*legs, [made, updates, new[0][2]]]
     if made == 0:
         return new
     if rate is None:
         return [*legs[:-1], [first, updates, 0.0]]
-    there = f"{short(path.parent)} holds a run of {last} updates with the learning rate {before:g}"
+    there = f"{short(path.parent)} holds a run of {last} {unit} with the learning rate {before:g}"
     asked = f"{updates} with {rate:g} were asked for"
     if not ended:
         raise ValueError(
-            f"{there}, of which {made} are made, and {asked}: give updates={last} and learning_rate={before:g} to end it "
+            f"{there}, of which {made} are made, and {asked}: ask for {last} {unit} and learning_rate={before:g} to end it "
             "first, or begin afresh with resume=False (--noresume) or in another workdir."
         )
     raise ValueError(
-        f"{there}, and {asked}. To go on with it give more updates than {made}, at any rate; to begin from what it has "
+        f"{there}, and {asked}. To go on with it give more {unit} than {made}, at any rate; to begin from what it has "
         f"learned, start={short(path.parent)} (--init_from) and another workdir; to begin afresh, resume=False "
         "(--noresume)."
     )
 
 
-def _adam(legs: list[list[float]]) -> optax.GradientTransformation:
+def _adam(legs: list[list[float]], unit: str) -> optax.GradientTransformation:
     """Adam with clipped gradients; over each leg the rate falls to zero along a cosine (Loshchilov and Hutter 2017, SGDR)."""
 
     def rate(count: jax.Array) -> jax.Array:
@@ -302,6 +333,8 @@ def _adam(legs: list[list[float]]) -> optax.GradientTransformation:
         return value
 
     schedule = rate if len(legs) > 1 else optax.cosine_decay_schedule(legs[0][2], int(legs[0][1]))
+    if unit == "steps":
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), tb.schedules.by_steps(schedule))
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
