@@ -122,14 +122,14 @@ def decay(
         raise ValueError(
             "None of the steps that were to be traced back is scored, so there is no loss: give more `probes`."
         )
-    if lengths is None:
-        lengths = np.geomspace(1, time, 2 + int(4 * np.log2(time))).round().astype(int)
-    lengths = np.unique(lengths)
-    if not len(lengths) or not 1 <= lengths[0] <= lengths[-1] <= time:
+    if lengths is None:  # four an octave
+        lengths = np.geomspace(1, time, 2 + int(4 * np.log2(time))).round().astype(int).tolist()
+    tried = np.unique(lengths)
+    if not len(tried) or not 1 <= tried[0] <= tried[-1] <= time:
         raise ValueError(
-            f"`lengths` are {lengths.tolist()}; this probe window has {time} steps, so choose from 1 to {time}."
+            f"`lengths` are {tried.tolist()}; this probe window has {time} steps, so choose from 1 to {time}."
         )
-    found = _traced(model, loss, lags, params, carry, window, jnp.asarray(steps), jnp.asarray(lengths))
+    found = _traced(model, loss, lags, params, carry, window, jnp.asarray(steps), jnp.asarray(tried))
     phi, added, kept, left_out, whole, windows = (np.asarray(x, np.float64) for x in found)
     if not np.isfinite(phi).all():
         raise ValueError(
@@ -141,7 +141,7 @@ def decay(
     if time > lags + 1 or carry is not None:  # a lag adds at most so much for what it has of φ
         most = np.max(added[1:] / np.where(phi > 0, phi, np.inf), initial=0.0)
         beyond = float(most * phi[-1] * rate / (1 - rate)) if rate < 1 else float("inf")
-    return Decay(phi, rate, int(scored.sum()), kept, left_out, beyond, float(whole), lengths, windows)
+    return Decay(phi, rate, int(scored.sum()), kept, left_out, beyond, float(whole), tried, windows)
 
 
 def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Suggestion:

@@ -8,7 +8,7 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.study.lengths import Choice, Lengths, Place, Span
-from tbptt_jax.study.task import Task
+from tbptt_jax.study.task import Task, reader
 from tbptt_jax.training import TrainState, TrainStep
 
 
@@ -22,7 +22,11 @@ class Feed(NamedTuple):
       after: ``(place, done) -> place``, which changes where a call ends.
       told: ``(place, done) -> what`` a :class:`tbptt_jax.study.loop.Call` that ends there says of it.
       restored: a place of what JSON has made of it.
-      updates: how many in all, or None where that is not known before.
+      until: where the run ends, in units.
+      unit: ``"updates"``, or ``"steps"`` of a lane.
+      longest: steps of the longest window.
+      windows: of these in one reading of the data.
+      steps: of a lane in one reading, where it is not so many windows of one length, else None.
       looks: ``(place, done) -> bool``: whether the stream is looked at before the next call.
       look: ``(place, state) -> place``.
     """
@@ -33,7 +37,11 @@ class Feed(NamedTuple):
     after: Callable[[Any, int], Any]
     told: Callable[[Any, int], dict[str, Any]]
     restored: Callable[[Any], Any]
-    updates: int | None
+    until: int
+    unit: str = "updates"
+    longest: int = 1
+    windows: int = 1
+    steps: int | None = None
     looks: Callable[[Any, int], bool] = lambda place, done: False
     look: Callable[[Any, TrainState], Any] = lambda place, state: place
 
@@ -62,18 +70,44 @@ class Course(NamedTuple):
     choices: tuple[Choice, ...] = ()
 
 
+def feed_of(
+    task: Task, data: Any, window: int | Lengths, lanes: int, *, stateless: bool, burn_in: int, per_call: int,
+    updates: int | None, epochs: int | None,
+) -> Feed:  # fmt: skip
+    """The windows of a task's data for so many updates, or readings of it.
+
+    Raises:
+      ValueError: as from :func:`tbptt_jax.study.task.reader`, or if the windows of a schedule cannot be cut.
+    """
+    if isinstance(window, Lengths):
+        if stateless:
+            raise ValueError(
+                "Stateless windows know no past, whatever their lengths: give `window` a number, or leave `stateless`."
+            )
+        if window.look and jax.process_count() > 1:
+            raise ValueError("A schedule that looks at the stream runs in one process: give `window` a number.")
+        stream = stream_of(task, data, lanes)
+        return of_lengths(task, window, stream, per_call=per_call, updates=updates, epochs=epochs)
+    read = reader(task, data, window, lanes, stateless=stateless, burn_in=burn_in)
+    feed = of_windows(read.read, updates or (epochs or 0) * read.windows, per_call)
+    return feed._replace(longest=window, windows=read.windows)
+
+
 def of_windows(read: Callable[[int, int], tb.Window], updates: int, per_call: int) -> Feed:
     """Windows that are numbered: of one length. Calls end where those of a run never interrupted do."""
-
-    def end(place: tuple, done: int) -> int:
-        return min(done - done % per_call + per_call, updates)
-
-    return Feed((), end, lambda place, first, last: read(first, last), lambda place, done: (), lambda place, done: {}, tuple, updates)  # fmt: skip
+    return Feed(
+        begin=(),
+        end=lambda place, done: min(done - done % per_call + per_call, updates),
+        read=lambda place, first, last: read(first, last),
+        after=lambda place, done: (),
+        told=lambda place, done: {},
+        restored=tuple,
+        until=updates,
+    )
 
 
 def of_lengths(
-    task: Task, lengths: Lengths, stream: Stream, *, per_call: int, updates: int | None, epochs: int | None,
-    placed: Callable[[tb.Window], tb.Window] = lambda windows: windows,
+    task: Task, lengths: Lengths, stream: Stream, *, per_call: int, updates: int | None, epochs: int | None
 ) -> Feed:  # fmt: skip
     """Windows whose lengths a schedule decides, for so many updates, or readings of the data.
 
@@ -99,11 +133,9 @@ def of_lengths(
         return found
 
     def end(course: Course, done: int) -> int:
-        last = course.updates + per_call
-        if updates is not None:
-            return min(last, updates)
-        begun = sum(first < (last_step or 0) for first, _ in spans(course))
-        return max(done, course.updates + begun)
+        if last_step is None:
+            return min(course.updates + per_call, updates or 0)
+        return max(done, course.updates + sum(first < last_step for first, _ in spans(course)))
 
     def read(course: Course, first: int, last: int) -> tb.Window:
         found = spans(course)
@@ -126,13 +158,13 @@ def of_lengths(
         if steps.valid is None and not whole:
             steps = steps._replace(valid=np.ones((stream.lanes, until - begin), bool))
         if any(span.edges is not None for _, span in found):
-            edges = np.concatenate([span.edges[: span.length] for _, span in found])  # type: ignore[index]
-            steps = steps._replace(edges=edges.astype(np.float32) * (1 if steps.edges is None else steps.edges))
-            steps = steps._replace(edges=np.broadcast_to(steps.edges, (stream.lanes, until - begin)))
+            edges = np.concatenate([span.edges[: span.length] for _, span in found]).astype(np.float32)  # type: ignore[index]
+            before = np.float32(1) if steps.edges is None else steps.edges
+            steps = steps._replace(edges=np.broadcast_to(edges * before, (stream.lanes, until - begin)))
         windows = jax.tree.map(cut, steps)
         if windows.edges is not None:  # the gradient passes through padding as it is
             windows = windows._replace(edges=np.where(inside[:, None], windows.edges, 1).astype(windows.edges.dtype))
-        return placed(windows)
+        return windows
 
     def after(course: Course, done: int) -> Course:
         if done < course.updates + per_call:
@@ -163,9 +195,12 @@ def of_lengths(
         return course._replace(choices=(*course.choices, choice))
 
     def restored(kept: list) -> Course:
-        return Course(*kept[:2], tuple(Choice(*choice) for choice in kept[2]))
+        return Course(kept[0], kept[1], choices_of(kept))
 
-    return Feed(Course(), end, read, after, told, restored, updates, looks, look)
+    longest = max(lengths.sizes or [span.padded for _, span in spans(Course())])
+    until, unit = (last_step, "steps") if last_step is not None else (updates or 0, "updates")
+    windows = -(-stream.total // longest)
+    return Feed(Course(), end, read, after, told, restored, until, unit, longest, windows, stream.total, looks, look)
 
 
 def stream_of(task: Task, data: Any, lanes: int) -> Stream:
@@ -198,6 +233,11 @@ def stream_of(task: Task, data: Any, lanes: int) -> Stream:
         return jax.tree.map(lambda x: x[steps // time, :, steps % time].swapaxes(0, 1), groups)
 
     return Stream(time, total, lanes, of_rows)
+
+
+def choices_of(place: Any) -> tuple[Choice, ...]:
+    """What a schedule has chosen, by a feed's place or what JSON has made of it."""
+    return tuple(Choice(*choice) for choice in place[2]) if place else ()
 
 
 def check_same_state(step: TrainStep, first: tb.Window) -> None:

@@ -16,7 +16,7 @@ from tbptt_jax.arrays import check_whole
 from tbptt_jax.checkpoint import newest
 from tbptt_jax.sharding import over_lanes, own_lanes, place
 from tbptt_jax.study import averaging
-from tbptt_jax.study.feed import check_same_state, of_lengths, of_windows, stream_of
+from tbptt_jax.study.feed import check_same_state, choices_of, feed_of
 from tbptt_jax.study.guard import first_not_finite
 from tbptt_jax.study.influences import influence as named_influence
 from tbptt_jax.study.lengths import Choice, Lengths
@@ -26,7 +26,7 @@ from tbptt_jax.study.process.lock import holding
 from tbptt_jax.study.process.machine import mesh as lane_mesh
 from tbptt_jax.study.process.writing import short, write_json
 from tbptt_jax.study.scoring import measure, test_reader
-from tbptt_jax.study.task import Task, check_task, checksum, data_of, figures, keys_of, maker, reader
+from tbptt_jax.study.task import Task, check_task, checksum, data_of, figures, keys_of, maker
 from tbptt_jax.study.task import task as make_task
 from tbptt_jax.training import TrainState, TrainStep
 
@@ -44,6 +44,7 @@ class Run(NamedTuple):
     workdir: where it is kept, or None.
     settings: what makes it this run, as ``run.json`` has it.
     choices: of windows over time, as :func:`tbptt_jax.study.adaptive` made them.
+    steps: of a lane in one reading, where a schedule decides the windows' lengths, else None.
     """
 
     task: Task
@@ -55,11 +56,18 @@ class Run(NamedTuple):
     workdir: pathlib.Path | None
     settings: dict[str, Any]
     choices: tuple[Choice, ...] = ()
+    steps: int | None = None
 
     @property
     def model(self) -> tb.Recurrence:
         """The task's model."""
         return self.task.model
+
+    @property
+    def epochs(self) -> float:
+        """How often the training data was read."""
+        read = self.calls[-1].steps if self.calls else None
+        return read / self.steps if read and self.steps else self.updates / self.windows
 
 
 def fit(
@@ -136,8 +144,7 @@ def fit(
     """
     check_task(task)
     lanes = task.lanes if lanes is None else lanes
-    scheduled = isinstance(window, Lengths)
-    for name, number in {"window": 1 if scheduled else window, "lanes": lanes, "windows_per_call": windows_per_call,
+    for name, number in {"window": 1 if isinstance(window, Lengths) else window, "lanes": lanes, "windows_per_call": windows_per_call,
                          "checkpoint_every": checkpoint_every, "patience": 1 if patience is None else patience}.items():  # fmt: skip
         check_whole(name, number)
     if (updates is None) == (epochs is None):
@@ -150,46 +157,34 @@ def fit(
         raise ValueError("`patience` and `asgd` look at validation data, and the task has none: give it `valid`.")
     if burn_in and not stateless:
         raise ValueError(f"`burn_in` is {burn_in}, which is for stateless windows: give stateless=True, or leave it.")
-    if scheduled and stateless:
-        raise ValueError(
-            "Stateless windows have no past to choose their lengths by: give `window` a number, or leave `stateless`."
-        )
-    if scheduled and window.look and jax.process_count() > 1:
-        raise ValueError("A schedule that looks at the stream runs in one process: give `window` a number, or run one.")
 
     keys = keys_of(seed)
     data = data_of(task.train, keys.train)
-    if scheduled:
-        stream = stream_of(task, data, lanes)
-        feed = of_lengths(task, window, stream, per_call=windows_per_call, updates=updates, epochs=epochs)
-        longest = max(window.sizes or [jax.tree.leaves(feed.read(feed.begin, 0, 1))[0].shape[2]])
-        count = -(-stream.total // longest)
-    else:
-        read = reader(task, data, window, lanes, stateless=stateless, burn_in=burn_in)
-        longest, count = window, read.windows
-        feed = of_windows(read.read, updates or epochs * count, windows_per_call)  # type: ignore[operator]
+    feed = feed_of(
+        task, data, window, lanes, stateless=stateless, burn_in=burn_in, per_call=windows_per_call, updates=updates, epochs=epochs
+    )  # fmt: skip
     first = jax.tree.map(lambda x: x[0], feed.read(feed.begin, 0, 1))
     lanes = len(jax.tree.leaves(first.inputs)[0])
-    unit = "steps" if feed.updates is None else "updates"
-    until = epochs * stream.total if feed.updates is None else feed.updates  # type: ignore[operator]
     begin_from = None if start is None else (start if isinstance(start, Run) else load(start)).params
     identity = {
-        "window": window.settings if scheduled else window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
+        "window": window.settings if isinstance(window, Lengths) else window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
         "data": checksum(data), "average": average and list(average), "start": None if begin_from is None else checksum(begin_from),
         **({"influence": influence} if isinstance(influence, str) else {}),
-        **({"learning rate by": unit} if unit == "steps" else {}),
+        **({"learning rate by": feed.unit} if feed.unit == "steps" else {}),
         **({"checkpoint_every": checkpoint_every} if needs_valid else {}),
         **(settings or {}),
     }  # fmt: skip
     with holding(workdir) as directory:
-        legs = _legs(directory, until, None if optimiser is not None else learning_rate, resume, unit)
+        legs = _legs(directory, feed.until, None if optimiser is not None else learning_rate, resume, feed.unit)
         units = max([h.shape[-1] for h in jax.tree.leaves(_carry(task, first)) if h.ndim > 1] or [1])
-        mesh = lane_mesh(lanes=lanes, window=longest, units=units, devices=devices)
-        past = named_influence(influence, count, "influence") if isinstance(influence, str) else influence
+        mesh = lane_mesh(lanes=lanes, window=feed.longest, units=units, devices=devices)
+        past = named_influence(influence, feed.windows, "influence") if isinstance(influence, str) else influence
         estimate = tb.gradient(task.model, task.loss, influence=past)
         estimate = estimate if mesh.size == 1 else over_lanes(estimate, mesh)
-        chosen = _adam(legs, unit) if optimiser is None else optimiser
+        chosen = _adam(legs, feed.unit) if optimiser is None else optimiser
         step = tb.train_step(estimate, chosen if average is None else averaging.averaged(chosen, average))
+        if isinstance(window, Lengths):
+            check_same_state(step, first)
 
         def init() -> TrainState:
             state = step.init(keys.init, first)
@@ -200,38 +195,37 @@ def fit(
         def windows(at: Any, begin: int, end: int) -> tb.Window:
             return place(jax.tree.map(lambda x: x[:, own], feed.read(at, begin, end)), mesh)
 
-        if scheduled:
-            check_same_state(step, first)
         judge = None
         if task.valid is not None:
-            one = (window.sizes[0] if len(window.sizes) == 1 else None) if scheduled else window
-            valid = test_reader(task, task.valid, "valid", one, stateless, burn_in, seed)
+            valid = test_reader(
+                task, task.valid, "valid", None if isinstance(window, Lengths) else window, stateless, burn_in, seed
+            )
             higher = figures(task)[0].better == "higher"
-            judge = Judge(lambda at: measure(task, jax.device_get(at), valid), higher, patience, int(legs[-1][0]), unit)
+            judge = Judge(lambda at: measure(task, jax.device_get(at), valid), higher, patience, int(legs[-1][0]))
         source, arguments = task.source or (None, {})
         record = {
             "task": source, "arguments": arguments, "codec": task.codec, "settings": identity, "legs": legs,
-            "judged": judge is not None, "windows": count, "inputs": _spec(first.inputs),
+            "judged": judge is not None, "windows": feed.windows, "steps": feed.steps, "inputs": _spec(first.inputs),
         }  # fmt: skip
 
         def keep_record() -> None:
             if directory is not None:
                 write_json(directory / RECORD, record)
 
-        with quieted(quiet), progress(until, unit) as report:
+        with quieted(quiet), progress(feed.until, feed.unit) as report:
             kept, calls, at = train(
                 step, init, feed._replace(read=windows),
                 lambda state, window: first_not_finite(task.model, task.loss, state, window),
                 per_call=windows_per_call, every=checkpoint_every,
                 directory=directory and directory / "checkpoints", settings=identity, resume=resume,
                 skip=not_finite == "skip", judge=judge, nonmonotone=average and average.nonmonotone, begun=keep_record,
-                show=lambda calls: report(getattr(calls[-1], unit), (show or _shown)(calls)), listeners=listeners, profile=profile,
+                show=lambda calls: report(getattr(calls[-1], feed.unit), (show or _shown)(calls)), listeners=listeners, profile=profile,
             )  # fmt: skip
-        if calls and (scheduled or calls[-1].updates < until):
-            record |= {"ended": calls[-1].updates, "reached": getattr(calls[-1], unit)}
-            record["choices"] = [choice._asdict() for choice in at.choices] if scheduled else []
+        reached = getattr(calls[-1], feed.unit) if calls else 0
+        if calls and (reached < feed.until or isinstance(window, Lengths)):
+            record |= {"ended": calls[-1].updates, "reached": reached, "choices": [c._asdict() for c in choices_of(at)]}
             keep_record()
-    return _run(task, kept, calls, count, directory, identity, at.choices if scheduled else ())
+    return _run(task, kept, calls, feed.windows, directory, identity, choices_of(at), feed.steps)
 
 
 def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:
@@ -268,19 +262,20 @@ def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:
     whole = TrainState(like, averaging.Average(None, None, None, like) if averages else None, None, np.int32(0))  # type: ignore[arg-type]
     saved = newest(directory / "checkpoints", Kept(whole, like if record["judged"] else ()), partial=True)
     calls = [Call(*call) for call in saved.data["calls"]]
-    chosen = [*(saved.data.get("place") or []), [], [], []][2]
-    choices = tuple(Choice(*each) for each in chosen)
-    return _run(task, saved.state, calls, record["windows"], directory, record["settings"], choices)
+    choices = choices_of(saved.data.get("place"))
+    return _run(
+        task, saved.state, calls, record["windows"], directory, record["settings"], choices, record.get("steps")
+    )
 
 
 def _run(
     task: Task, kept: Kept, calls: list[Call], windows: int, directory: pathlib.Path | None, settings: dict[str, Any],
-    choices: tuple[Choice, ...],
+    choices: tuple[Choice, ...], steps: int | None,
 ) -> Run:  # fmt: skip
     judged = any(call.valid for call in calls) and jax.tree.leaves(kept.best)
     params = kept.best if judged else averaging.params_of(kept.state)
     updates = calls[-1].updates if calls else 0
-    return Run(task, params, kept.state, calls, updates, windows, directory, settings, choices)
+    return Run(task, params, kept.state, calls, updates, windows, directory, settings, choices, steps)
 
 
 def _legs(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import tbptt_jax as tb
 from tbptt_jax.checkpoint import Store
@@ -87,8 +88,7 @@ class Judge(NamedTuple):
     measure: Callable[[Any], dict[str, float]]  # of the parameters the figures, the one that decides first
     higher: bool = False  # whether more of it is better
     patience: int | None = None  # stop after so many looks without a better one
-    since: int = 0  # of the looks after this update
-    unit: str = "updates"  # or after this step of a lane: "steps"
+    since: int = 0  # of the looks after this update, or step
 
 
 def train(
@@ -123,8 +123,8 @@ def train(
     state_of, one = jax.eval_shape(init), size(feed.read(feed.begin, 0, 1))
     sizes = "the model's size, `lanes` or `window`, or the windows of a replay"
     check_fits("The state of the training", size(state_of) + size(state_of.params), sizes)
-    count = per_call if feed.updates is None else min(per_call, feed.updates)
-    of = "" if feed.updates is None else f" of {feed.updates}"
+    count = min(per_call, feed.until)
+    of = f" of {feed.until}" if feed.unit == "updates" else ""
     check_fits(f"The {count} windows of a call", 2 * one * count, "`windows_per_call`")
     if not resume and directory is not None:
         _put_aside(directory)
@@ -182,19 +182,21 @@ def train(
         calls = [Call(*c) for c in saved.data["calls"]] if saved else []
         done, (state, best) = (saved.update, saved.state) if saved else (0, begin())
         place = feed.restored(saved.data.get("place", ())) if saved else feed.begin
+        first = done
         if saved:
             say(f"Going on from update {done}{of}, saved in {directory}.")
         if jax.process_index() == 0:
             begun()
         report(Event("begin", done, {}, tuple(map(_event, calls))))
         stop, ahead = largest(asked()), None
-        while feed.end(place, done) > done and not stop and not _early(calls, judge):
+        while feed.end(place, done) > done and not stop and not _early(calls, judge, feed.unit):
             began = time.perf_counter()
             place = feed.look(place, state) if feed.looks(place, done) else place
             last = feed.end(place, done)
             after = feed.after(place, last)
             ends = feed.end(after, last) == last
             cut = feed.read(place, done, last) if ahead is None else ahead
+            state = _beside(state, cut) if done == first else state
             traced = directory and profile is not None and done <= profile < last and directory.parent / "profile"
             with jax.profiler.trace(str(traced)) if traced else contextlib.nullcontext():
                 state, metrics = tb.train_windows(step, state, cut)
@@ -251,16 +253,24 @@ def train(
     return Kept(state, best), calls, place
 
 
+def _beside(state: TrainState, windows: tb.Window) -> TrainState:
+    """The state on the one device that the windows are on, as a call returns it: else the first call's program is its alone."""
+    where = getattr(jax.tree.leaves(windows)[0], "sharding", None)
+    if not isinstance(where, NamedSharding) or where.mesh.size > 1:
+        return state
+    return jax.device_put(state, NamedSharding(where.mesh, PartitionSpec()))
+
+
 def _scores(calls: list[Call], judge: Judge) -> list[float]:
     """The deciding figure at each look, less being better; what is not finite is worst."""
     found = [next(iter(call.valid.values())) * (-1 if judge.higher else 1) for call in calls if call.valid]
     return [score if math.isfinite(score) else math.inf for score in found]
 
 
-def _early(calls: list[Call], judge: Judge | None) -> bool:
+def _early(calls: list[Call], judge: Judge | None, unit: str) -> bool:
     if judge is None or judge.patience is None or not (scores := _scores(calls, judge)):
         return False
-    before = sum((getattr(call, judge.unit) or 0) <= judge.since for call in calls if call.valid)
+    before = sum((getattr(call, unit) or 0) <= judge.since for call in calls if call.valid)
     return len(scores) - max(scores.index(min(scores)) + 1, before) >= judge.patience
 
 
