@@ -45,9 +45,7 @@ flags.DEFINE_integer("hidden", 32, "Features of the cell.", lower_bound=2)
 flags.DEFINE_integer("lanes", 32, "Streams to train on, side by side.", lower_bound=2)
 flags.DEFINE_integer("test_lanes", 256, "Streams to test on.", lower_bound=1)
 flags.DEFINE_integer("updates", 4000, "Updates, one a window.", lower_bound=1)
-flags.DEFINE_float(
-    "learning_rate", 0.005, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0
-)
+flags.DEFINE_float("learning_rate", 0.005, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0)
 flags.DEFINE_integer("seeds", 5, "Trainings of each kind, side by side.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/length_generalisation", "Where results.json, figures and flags.txt go.")
 
@@ -80,9 +78,7 @@ def read(model: tb.Recurrence, params: Any, test: tb.Window) -> tuple[jax.Array,
 
     def numbers(carry: Any) -> jax.Array:
         leaves = [h.reshape(len(h), -1) for h in jax.tree.leaves(carry) if jnp.issubdtype(h.dtype, jnp.inexact)]
-        return jnp.concatenate(
-            [part for h in leaves for part in ((h.real, h.imag) if jnp.iscomplexobj(h) else (h,))], 1
-        )
+        return jnp.concatenate([part for h in leaves for part in ((h.real, h.imag) if jnp.iscomplexobj(h) else (h,))], 1)
 
     def step(state: tuple, at_t: tuple) -> tuple[tuple, tuple]:
         carry, low, high = state
@@ -90,15 +86,8 @@ def read(model: tb.Recurrence, params: Any, test: tb.Window) -> tuple[jax.Array,
         carry, logits = model.unroll(params, carry, x[:, None], None, None)
         h = numbers(carry)
         outside = ((h < low) | (h > high)).mean()
-        low, high = (
-            jnp.where(t < FLAGS.window, f(b, g(h, 0)), b)
-            for f, g, b in ((jnp.minimum, jnp.min, low), (jnp.maximum, jnp.max, high))
-        )
-        return (carry, low, high), (
-            loss(logits, tb.Window(x[:, None], y[:, None])).mean(),
-            outside,
-            jnp.linalg.norm(h, axis=1).mean(),
-        )
+        low, high = (jnp.where(t < FLAGS.window, f(b, g(h, 0)), b) for f, g, b in ((jnp.minimum, jnp.min, low), (jnp.maximum, jnp.max, high)))
+        return (carry, low, high), (loss(logits, tb.Window(x[:, None], y[:, None])).mean(), outside, jnp.linalg.norm(h, axis=1).mean())
 
     carry = model.initial_carry(params, len(test.inputs))
     zeros = numbers(carry)[0]
@@ -128,14 +117,7 @@ def train(cell: str, carry: str, test: tb.Window, floor) -> dict[str, Any]:
         return read(model, state.params, test)
 
     (losses, outside, norm), seconds = launch.train_seeds(one_seed, FLAGS.seeds, LOWER)
-    return dict(
-        cell=cell,
-        carry=carry,
-        excess=(binned(losses) - floor),
-        outside=binned(outside),
-        norm=binned(norm),
-        seconds=seconds,
-    )
+    return dict(cell=cell, carry=carry, excess=(binned(losses) - floor), outside=binned(outside), norm=binned(norm), seconds=seconds)
 
 
 def main() -> None:
@@ -149,19 +131,13 @@ def main() -> None:
     flat = jax.tree.map(lambda x: x.reshape(-1, W), tb.Window(windows.inputs, windows.targets))
     lim = hidden_regime_floor(flat, SYMBOLS, lasts=FLAGS.lasts).reshape(-1, FLAGS.test_lanes, W)[:, :, -1]
     full = fl.reshape(FLAGS.test_lanes, -1, W)[:, :, -1].T
-    print(
-        "64-limited minus full",
-        np.round(1e3 * np.asarray((lim - full).mean(1))[[0, 1, 2, 4, 8, 16, 32, 63]], 2),
-        1e3 * float((lim - full)[8:].mean()),
-        1e3 * float((lim - full)[8:].std() / np.sqrt((lim - full)[8:].size)),
-    )
+    print("64-limited minus full", np.round(1e3 * np.asarray((lim - full).mean(1))[[0, 1, 2, 4, 8, 16, 32, 63]], 2), 1e3*float((lim-full)[8:].mean()), 1e3*float((lim-full)[8:].std()/np.sqrt((lim-full)[8:].size)))
     for cell in FLAGS.cells:
         for carry in CARRIES:
             r = train(cell, carry, test, floor)
             print(cell, carry, f"{r['seconds']:.0f}s", flush=True)
-            for s in range(FLAGS.seeds):
-                print("   excess", " ".join(f"{1e3 * v:7.1f}" for v in r["excess"][s]))
-            print("  outside%", " ".join(f"{100 * v:7.2f}" for v in r["outside"].mean(0)))
+            for s in range(FLAGS.seeds): print("   excess", " ".join(f"{1e3*v:7.1f}" for v in r["excess"][s]))
+            print("  outside%", " ".join(f"{100*v:7.2f}" for v in r["outside"].mean(0)))
             print("     norm ", " ".join(f"{v:7.2f}" for v in r["norm"].mean(0)), flush=True)
 
 

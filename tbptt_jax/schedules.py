@@ -190,7 +190,7 @@ def cut(window: Window, cuts: Cuts, *, unit: int | None = None) -> list[Window]:
         whole = whole._replace(edges=before * cuts.edges)
     windows = []
     for end, length in zip(np.cumsum(lengths), lengths, strict=True):
-        padded = padded_length(int(length), int(unit))
+        padded = _padded(int(length), int(unit))
         part = jax.tree.map(lambda x, end=end, length=length: x[:, end - length : end], whole)
         more = padded - int(length)
         edges = None if part.edges is None else pad(part.edges, 1, more, 1)
@@ -248,7 +248,8 @@ def by_steps(rate: Callable[[jax.Array], jax.Array]) -> optax.GradientTransforma
         del params, others
         scale = -rate(steps)
         updates = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
-        return updates, steps + (time_shape(window)[1] if window.valid is None else jnp.any(window.valid, 0).sum())
+        read = time_shape(window)[1] if window.valid is None else jnp.any(window.valid, 0).sum()
+        return updates, (steps + read).astype(jnp.int32)
 
     return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), jnp.int32), update)
 
@@ -268,7 +269,7 @@ def _unit(base: float) -> int:
     return max(1, math.ceil(min(base, 2**31) / 5))
 
 
-def padded_length(length: int, unit: int) -> int:
+def _padded(length: int, unit: int) -> int:
     """``length`` up to the next of ``unit``, 2·unit, … 8·unit, and then of four lengths in each octave."""
     step = unit * 2 ** max(0, (-(-length // unit) - 1).bit_length() - 3)
     return -(-length // step) * step

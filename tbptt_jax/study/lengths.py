@@ -193,7 +193,8 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
 def drawn(schedule: schedules.Schedule, *, seed: int = 0) -> Lengths:
     """Windows of lengths drawn by chance, at other places in each reading: AWD-LSTM's, or those of ARTBP with their weights.
 
-    All windows of a compiled call are padded to the longest of them, to one of few lengths, as :func:`tbptt_jax.schedules.cut` has them.
+    All windows of a compiled call are padded to the longest of them, and that to 1, 2, 4, 8, … of the schedule's units
+    (:class:`tbptt_jax.schedules.Cuts`), so that few lengths are compiled. Fewer windows in a call are less padding.
 
     Args:
       schedule: from :mod:`tbptt_jax.schedules`, such as ``random_length(70)`` or ``polynomial_tail(20)``.
@@ -216,6 +217,7 @@ def drawn(schedule: schedules.Schedule, *, seed: int = 0) -> Lengths:
         cuts, ends = draw(reading, place.time)
         end = int(ends[np.searchsorted(ends, begin, "right")])
         edges = None if cuts.edges is None else cuts.edges[begin:end]
-        return Span(end - begin, schedules.padded_length(end - begin, min(cuts.unit, place.time)), edges)
+        units = 2 ** (-(-(end - begin) // cuts.unit) - 1).bit_length()
+        return Span(end - begin, min(units * cuts.unit, place.time), edges)
 
     return Lengths(next_span, (), {"drawn": own, "seed": seed})
