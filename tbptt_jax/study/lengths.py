@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tbptt_jax import horizon, schedules
+import tbptt_jax as tb
 from tbptt_jax.arrays import check_whole
 from tbptt_jax.gradient import Loss
 from tbptt_jax.recurrence import Recurrence
@@ -87,7 +87,7 @@ class Look(NamedTuple):
 
     every: int
     steps: int
-    choose: Callable[[Recurrence, Loss, Any, Window, Any], horizon.Suggestion]
+    choose: Callable[[Recurrence, Loss, Any, Window, Any], tb.horizon.Suggestion]
 
 
 class Lengths(NamedTuple):
@@ -142,15 +142,15 @@ def adaptive(
     if probe < 2 * longest:
         raise ValueError(f"`probe` is {probe}; with windows of up to {longest} give at least {2 * longest}.")
 
-    def choose(model: Recurrence, loss: Loss, params: Any, window: Window, carry: Any) -> horizon.Suggestion:
+    def choose(model: Recurrence, loss: Loss, params: Any, window: Window, carry: Any) -> tb.horizon.Suggestion:
         lanes = len(jax.tree.leaves(window.inputs)[0])
         try:
-            fading = horizon.decay(
+            fading = tb.horizon.decay(
                 model, loss, params, window, lags=longest, carry=carry, burn_in=longest, probes=max(1, 256 // lanes), lengths=sizes
             )  # fmt: skip
         except ValueError as error:  # it explodes, or no step is scored
-            return horizon.Suggestion(longest, longest, float("inf"), False, f"Nothing could be measured: {error}")
-        return horizon.suggest(fading, tolerance=tolerance, largest=longest)
+            return tb.horizon.Suggestion(longest, longest, float("inf"), False, f"Nothing could be measured: {error}")
+        return tb.horizon.suggest(fading, tolerance=tolerance, largest=longest)
 
     def next_span(place: Place) -> Span:
         length = longest if place.choice is None else place.choice.window
@@ -190,7 +190,7 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
     return Lengths(next_span, sizes, {"growing": [first, last], "updates": updates, "epochs": epochs})
 
 
-def drawn(schedule: schedules.Schedule, *, seed: int = 0) -> Lengths:
+def drawn(schedule: tb.schedules.Schedule, *, seed: int = 0) -> Lengths:
     """Windows of lengths drawn by chance, at other places in each reading: AWD-LSTM's, or those of ARTBP with their weights.
 
     All windows of a compiled call are padded to the longest of them, and that to 1, 2, 4, 8, … of the schedule's units
@@ -203,12 +203,12 @@ def drawn(schedule: schedules.Schedule, *, seed: int = 0) -> Lengths:
     Raises:
       ValueError: if it draws no :class:`tbptt_jax.schedules.Cuts`.
     """
-    if not callable(schedule) or not isinstance(cuts := schedule(jax.random.key(seed), 1000), schedules.Cuts):
+    if not callable(schedule) or not isinstance(cuts := schedule(jax.random.key(seed), 1000), tb.schedules.Cuts):
         raise ValueError(f"`schedule` is {schedule!r}; it needs to be such as `tb.schedules.random_length(70)`.")
     own = zlib.crc32(np.asarray(cuts.lengths, np.int64).tobytes(), 0 if cuts.edges is None else 1)
 
     @functools.lru_cache(maxsize=2)
-    def draw(reading: int, time: int) -> tuple[schedules.Cuts, np.ndarray]:
+    def draw(reading: int, time: int) -> tuple[tb.schedules.Cuts, np.ndarray]:
         cuts = schedule(jax.random.fold_in(jax.random.key(seed), reading), time)
         return cuts, np.cumsum(cuts.lengths)
 
