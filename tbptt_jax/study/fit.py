@@ -109,7 +109,7 @@ def fit(
     Args:
       task: the task.
       window: steps of a window, or a schedule of them: :func:`adaptive`, :func:`growing`, :func:`drawn`. With ``epochs`` the learning
-        rate of a schedule's run then falls by the steps read, not by updates.
+        rate of a schedule's run then falls by the steps read, not by updates; with ``updates`` as ever.
       updates: one for each window, in all.
       epochs: times to read the training data, instead.
       workdir: where checkpoints and ``run.json`` go. None: nothing is kept.
