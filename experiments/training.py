@@ -27,7 +27,9 @@ def define(
         flags.DEFINE_string("window", str(window), f"Steps of a window, or a schedule of them: {SCHEDULES}")
         flags.DEFINE_float("tolerance", 0.5, "Of --window=auto: the relative bias of the gradient that is allowed.")
         flags.DEFINE_list("lengths", ["8", "16", "32", "64"], "Of --window=auto: the windows to choose from.")
-        flags.DEFINE_integer("look_every", 500, "Of --window=auto: updates from one choice to the next.", lower_bound=1)
+        flags.DEFINE_integer(
+            "look_every", 1000, "Of --window=auto: updates from one choice to the next.", lower_bound=1
+        )
     else:
         flags.DEFINE_integer("window", window, "Steps of a window.", lower_bound=1)
     flags.DEFINE_string("influence", "truncate", launch.INFLUENCES)

@@ -43,7 +43,7 @@ class Run(NamedTuple):
     windows: in one reading of the training data; where a schedule decides their lengths, of its longest.
     workdir: where it is kept, or None.
     settings: what makes it this run, as ``run.json`` has it.
-    choices: of windows over time, as :func:`tbptt_jax.study.adaptive` made them.
+    choices: of windows over time, as :func:`tbptt_jax.study.lengths.adaptive` made them.
     steps: of a lane in one reading, where a schedule decides the windows' lengths, else None.
     """
 

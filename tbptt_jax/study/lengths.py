@@ -107,13 +107,13 @@ class Lengths(NamedTuple):
 
 
 def adaptive(
-    tolerance: float = 0.5, *, lengths: Sequence[int] = (8, 16, 32, 64), every: int = 500, probe: int | None = None
+    tolerance: float = 0.5, *, lengths: Sequence[int] = (8, 16, 32, 64), every: int = 1000, probe: int | None = None
 ) -> Lengths:
     """The shortest window whose bias is bounded to be below a tolerance, measured again and again while the model learns.
 
     Each look measures, at the parameters and the carry of that moment, what windows of each length leave out of the gradient of
-    the steps that come next (:func:`tbptt_jax.horizon.decay`, :func:`tbptt_jax.horizon.suggest`). It takes about as long
-    as reading ``probe`` steps once for each length and once more. Where no length is safe, or nothing can be measured, the longest is used, and
+    the steps that come next, by :func:`tbptt_jax.horizon.decay.decay` and :func:`tbptt_jax.horizon.decay.suggest`. That takes as long as
+    some hundred updates by short windows. Where no length is safe, or nothing can be measured, the longest is used, and
     the :class:`Choice` says why.
 
     Args:
@@ -146,7 +146,7 @@ def adaptive(
         lanes = len(jax.tree.leaves(window.inputs)[0])
         try:
             fading = tb.horizon.decay(
-                model, loss, params, window, lags=longest, carry=carry, burn_in=longest, probes=max(1, 256 // lanes), lengths=sizes
+                model, loss, params, window, lags=longest, carry=carry, burn_in=longest, probes=max(1, 64 // lanes), lengths=sizes
             )  # fmt: skip
         except ValueError as error:  # it explodes, or no step is scored
             return tb.horizon.Suggestion(longest, longest, float("inf"), False, f"Nothing could be measured: {error}")

@@ -40,7 +40,7 @@ class Call(NamedTuple):
     saturated: the part of the carry's units that are.
     since_reset: the steps, at the end, since the lane that was reset longest ago was.
     valid: the figures on the validation data after it, the one that decides first; None if it was not asked.
-    window: the steps of its longest window, where a schedule decides them (:func:`tbptt_jax.study.adaptive`), else None.
+    window: the steps of its longest window, where a schedule decides them (:func:`tbptt_jax.study.lengths.adaptive`), else None.
     steps: of a lane, read at its end, likewise.
     bias_bound: of its windows, as :class:`tbptt_jax.study.lengths.Choice` has it, likewise.
     """

@@ -21,7 +21,7 @@ FIRST = 100  # windows of a corpus, which may be larger than memory
 
 
 def check_task(task: "Task", *, length: int = 10, seed: int = 0) -> None:
-    """Holds a :class:`tbptt_jax.study.Task` to what runs and sweeps take it for; for unit tests.
+    """Holds a :class:`tbptt_jax.study.task.Task` to what runs and sweeps take it for; for unit tests.
 
     - *Data*: drawn again for the same seed it is the same, and for another seed another.
     - *Apart*: what is validated on is not what is trained on, nor is what is tested on but for a test that is one free run.
