@@ -3,7 +3,7 @@
     python -m benchmarks.cells --parts=ways            # each implementation at each shape: on a CPU or a GPU
     python -m benchmarks.cells --parts=peers           # a train window of each cell (extra `peers`)
 
-Both print Markdown tables; `docs/speed.md` has those of a CPU.
+Both print Markdown tables; `docs/cells.md` says what follows from them.
 """
 
 import functools
@@ -300,6 +300,9 @@ PEERS: dict[str, dict[str, Callable[[Shape], Side]]] = {
 }
 
 
+UNROLLED = ("PyTorch, loop, compiled", "recurrentgemma")
+
+
 def peers(seconds: float) -> str:
     rows: list = []
     failed: dict[str, str] = {}
@@ -310,7 +313,7 @@ def peers(seconds: float) -> str:
         for shape in shapes():
             makers: dict[str, Maker] = {"tb": functools.partial(ours, cell, shape)}
             for name, make in others.items():
-                if not (name == "PyTorch, loop, compiled" and shape[1] > 64):  # minutes to compile
+                if not (name in UNROLLED and shape[1] > 64):  # minutes to compile
                     makers[name] = functools.partial(make, shape)
             timed = take_turns(makers, seconds)
             failed |= {f"{cell}, {name}": why for name, why in timed.failed.items()}

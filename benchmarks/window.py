@@ -232,9 +232,6 @@ def measure(kind: str, seconds: float) -> Section:
         ["lanes, time, inputs, units", "one device, ms", "lanes spread, ms", "one / spread", "chosen", "one / chosen"],
         devices_rows,
     )
-    on_gpus = (
-        "" if kind == "GRU" or jax.default_backend() == "gpu" else "\n\nOn a GPU, `cudnn` and `pallas`: not measured."
-    )
     text = f"""One {kind} layer, float32: forward, backward and an SGD update. Milliseconds a window, median (quartiles).
 A *run* is {RUN} windows in one compiled call, as `tb.train_windows` makes them; the JAX peers are given the same loop, so
 that only the layer differs. *Lanes spread*: each of the {jax.device_count()} devices reads its own lanes (`tb.sharding`).
@@ -250,7 +247,7 @@ What spreading the lanes over {jax.device_count()} devices brings, and how many 
 CPU all of them from 64 to 512 units, with 8 lanes for each device or more and 2 (units / 128)³ steps a window or more, and
 else one. A wider layer's two copies of the weights no longer fit into the cache.
 
-{devices_table}{on_gpus}{could_not_run(failed)}"""
+{devices_table}{could_not_run(failed)}"""
 
     def draw(axes: Axes) -> None:
         places, width = np.arange(len(SHAPES)), 0.85 / len(ratios)

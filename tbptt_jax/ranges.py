@@ -53,8 +53,9 @@ def check_ranges(model: Recurrence, loss: Any, params: PyTree, window: Window, a
     one_step = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, 1, *x.shape[len(axes) :]), x.dtype), window)
     leaves, tree = jax.tree.flatten((params, one_step))
     kind = _Kind(model, tree, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves))
-    _check_tokens(kind, window, axes)
-    _check_labels(kind, loss, window, axes)
+    with jax.ensure_compile_time_eval():  # in a program that holds the window as a constant, too
+        _check_tokens(kind, window, axes)
+        _check_labels(kind, loss, window, axes)
 
 
 def _check_tokens(kind: _Kind, window: Window, axes: tuple[str, ...]) -> None:

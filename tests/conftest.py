@@ -14,6 +14,7 @@ import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU float32 means TF32 otherwise
 jax.config.update("jax_num_cpu_devices", 2)  # for the tests of sharding
 
 MAPS = pathlib.Path("/proc/self/maps")

@@ -9,7 +9,9 @@ import stat
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -106,6 +108,22 @@ def test_gradient_bias_knows_what_is_exact(tmp_path):
     assert by["uoro", 2]["relative_std"] > 0
 
 
+def test_length_generalisation_reads_far_beyond_its_windows_in_light_and_dark(tmp_path):
+    small = "--window=8", "--test_steps=40", "--updates=3", "--seeds=2", "--lanes=3", "--test_lanes=4", "--hidden=4"
+    ran = launch("length_generalisation", tmp_path, "--cells=lru,lstm", *small)
+    svg = (tmp_path / "figure.svg").read_text()
+    (tmp_path / "figure.svg").unlink()
+    told = results(ran, tmp_path)
+    assert [(row["cell"], row["carry"]) for row in told["rows"]] == [
+        (cell, carry) for cell in ("lru", "lstm") for carry in ("reset", "carried", "swapped")
+    ]
+    assert told["edges"] == [0, 1, 2, 4, 8, 16, 32, 40]
+    assert all(np.shape(row[name]) == (2, 7) for row in told["rows"] for name in ("excess", "norm", "growth"))
+    assert all(np.allclose(np.array(row["growth"])[:, 0], 1) for row in told["rows"])
+    assert "prefers-color-scheme: dark" in svg and "var(--s0)" in svg and "#0072b2" not in svg.partition("<defs>")[2]
+    assert "var(--page)" in svg and ElementTree.fromstring(svg).tag.endswith("svg")
+
+
 def test_a_training_that_diverges_is_told_and_written(tmp_path):
     ran = launch("influence_balancing", tmp_path, "--runs=truncate@1", "--steps=500", "--learning_rate=9", "--seeds=1")
     assert results(ran, tmp_path)["rows"] == [{"influence": "truncate", "window": 1, "theta": [None]}]
@@ -127,6 +145,8 @@ MISTAKES = {
     "no influence": ("copy_memory", ["--influences="], "--influences is empty. Any of truncate"),
     "no devices": ("char_lm", ["--devices=0"], "--devices=0"),
     "run": ("influence_balancing", ["--runs=rtrl"], "write INFLUENCE@WINDOW"),
+    "cell": ("length_generalisation", ["--cells=lru,rnn"], "--cells has 'rnn': choose of lru, rg_lru"),
+    "test": ("length_generalisation", ["--test_steps=9"], "--test_steps=9 is less than --window=64"),
     "sequence": ("copy_memory", ["--window=99"], "--window=99 is longer than a sequence of 30 steps"),
 }  # fmt: skip
 
@@ -183,6 +203,8 @@ MORE_THAN_FITS = [
     ("copy_memory", "--influences=replay:1000000000", "reach of replay"),
     ("lag", "--lanes=1000000000", "--lanes"),
     ("lag", "--hidden=1000000", "--hidden"),
+    ("length_generalisation", "--updates=1000000000", "--updates"),
+    ("length_generalisation", "--hidden=1000000", "--hidden"),
     ("influence_balancing", "--steps=2000000000", "--steps"),
     ("influence_balancing", "--runs=replay:1000000000@10", "reach of replay"),
     ("gradient_bias", "--draws=1000000000", "draws"),

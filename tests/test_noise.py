@@ -166,21 +166,21 @@ def test_a_mask_holds_for_a_window_or_a_step_and_is_a_lanes_own(part, draw):
 
 @pytest.mark.parametrize("influence", [tb.truncate(), tb.replay(2), tb.uoro(), tb.rtrl()], ids=["truncate", "replay", "uoro", "rtrl"])  # fmt: skip
 def test_two_devices_and_a_resumed_run_draw_what_one_that_goes_on_does(influence, tmp_path):
-    windows = tb.split(stream(), 5)
+    windows = tb.split(stream(time=20), 5)
+    halves = [jax.tree.map(lambda x, at=at: x[at], windows) for at in (slice(2), slice(2, None))]  # one program for both
     plain = tb.gradient(stacked(0.5), loss, influence=influence)
     step = tb.train_step(plain, optax.adam(1e-2))
-    whole, metrics = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), windows)
-    spread = tb.train_step(sharding.over_lanes(plain, sharding.mesh(lane=2)), optax.adam(1e-2))
-    on_two, other = tb.train_windows(
-        spread, spread.init(jax.random.key(0), first(windows)), sharding.place(windows, sharding.mesh(lane=2))
-    )
-    assert_close((on_two.params, other), (whole.params, metrics), rtol=1e-8, atol=1e-10)
-    half = jax.tree.map(lambda x: x[:2], windows)
-    state, _ = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), half)
-    tb.checkpoint.save(tmp_path, state)
-    state = tb.checkpoint.load(tmp_path, like=state)
-    resumed, _ = tb.train_windows(step, state, jax.tree.map(lambda x: x[2:], windows))
+    half, _ = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), halves[0])
+    tb.checkpoint.save(tmp_path, half)
+    resumed, _ = tb.train_windows(step, tb.checkpoint.load(tmp_path, like=half), halves[1])
+    whole, metrics = tb.train_windows(step, half, halves[1])
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+    mesh = sharding.mesh(lane=2)
+    spread = tb.train_step(sharding.over_lanes(plain, mesh), optax.adam(1e-2))
+    on_two = spread.init(jax.random.key(0), first(windows))
+    for half in halves:
+        on_two, other = tb.train_windows(spread, on_two, sharding.place(half, mesh))
+    assert_close((on_two.params, other), (whole.params, metrics), rtol=1e-8, atol=1e-10)
 
 
 @draws

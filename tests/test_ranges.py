@@ -216,3 +216,13 @@ def test_whole_numbers_of_no_size_and_keys_beside_tokens_are_no_hindrance():
     with pytest.raises(ValueError, match="`targets` is -1 at windows 1, lanes 2, time 2"):
         inputs = {**inputs, "id": IDS}
         tb.evaluate(model, cross_entropy, params, tb.split(tb.sequences(inputs, with_one(IDS, -1)), 5))
+
+
+def test_windows_that_a_program_holds_as_constants_are_checked_when_it_is_traced():
+    model = MODELS["lstm"]
+    params = model.init(jax.random.key(0), IDS)
+    windows = tb.split(tb.sequences(jnp.asarray(IDS), jnp.asarray(with_one(IDS, 6))), 5)
+    good = windows._replace(targets=windows.inputs)
+    assert np.isfinite(jax.jit(lambda p: tb.evaluate(model, cross_entropy, p, good).loss)(params))
+    with pytest.raises(ValueError, match="`targets` is 6 at windows 1, lanes 2, time 2"):
+        jax.jit(lambda p: tb.evaluate(model, cross_entropy, p, windows).loss)(params)

@@ -24,8 +24,9 @@ def entropy(p):
         tb.tasks.adding(KEY, 6, 11),
         tb.tasks.lag(KEY, 6, 11),
         tb.tasks.influence_balancing(11),
+        tb.tasks.hidden_regime(KEY, 6, 11),
     ],
-    ids=["copy_memory", "adding", "lag", "influence_balancing"],
+    ids=["copy_memory", "adding", "lag", "influence_balancing", "hidden_regime"],
 )
 def test_a_task_is_whole_sequences_that_split_cuts(window):
     lanes, time = window.resets.shape
@@ -41,6 +42,7 @@ def test_tasks_are_functions_of_their_key():
         lambda key: tb.tasks.copy_memory(key, 6, lag=5),
         lambda key: tb.tasks.adding(key, 6, 12),
         lambda key: tb.tasks.lag(key, 6, 12),
+        lambda key: tb.tasks.hidden_regime(key, 6, 12),
     ):
         one, same, other = task(KEY), task(KEY), task(jax.random.key(8))
         np.testing.assert_array_equal(one.inputs, same.inputs)
@@ -140,6 +142,36 @@ def test_lag_floor_is_the_entropy_given_what_a_window_shows(window):
     assert tb.tasks.lag_floor(window) == pytest.approx(total / window, abs=1e-12)
 
 
+def test_hidden_regime_floor_is_the_surprise_of_who_adds_up_all_regimes():
+    symbols, signal, lasts, time = 3, 0.4, 4.0, 5
+    window = tb.tasks.hidden_regime(KEY, 4, time, symbols, signal, lasts)
+    seen = np.concatenate([np.asarray(window.inputs), np.asarray(window.targets)[:, -1:]], 1)
+    np.testing.assert_array_equal(seen[:, 1:], window.targets)
+    shows = signal * np.eye(symbols) + (1 - signal) / symbols
+    moves = (1 - 1 / lasts) * np.eye(symbols) + 1 / lasts / symbols
+
+    def probability(lane, steps):
+        """Of the lane's first symbols, the sum over all paths of regimes."""
+        return sum(
+            np.prod([moves[a, b] for a, b in itertools.pairwise(path)])
+            * np.prod([shows[seen[lane, t], regime] for t, regime in enumerate(path)])
+            for path in itertools.product(range(symbols), repeat=steps)
+        )
+
+    exact = [[-math.log(probability(i, t + 2) / probability(i, t + 1)) for t in range(time)] for i in range(4)]
+    np.testing.assert_allclose(tb.tasks.hidden_regime_floor(window, symbols, signal, lasts), exact, rtol=1e-5)
+
+
+def test_hidden_regime_shows_its_own_symbol_and_lasts_as_it_says():
+    symbols, signal, lasts = 4, 0.9, 50.0
+    x = np.asarray(tb.tasks.hidden_regime(KEY, 2000, 300, symbols, signal, lasts).inputs)
+    np.testing.assert_allclose(np.bincount(x.ravel()) / x.size, 1 / symbols, atol=0.02)
+    for lag in (1, 20, 100):
+        stays = (1 - 1 / lasts) ** lag
+        again = 1 / symbols + stays * signal**2 * (1 - 1 / symbols)
+        assert (x[:, :-lag] == x[:, lag:]).mean() == pytest.approx(again, abs=0.02)
+
+
 def test_lag_coins_are_loaded_by_the_coins_three_and_eight_steps_before():
     window = tb.tasks.lag(KEY, 200, 108)
     x, y = np.asarray(window.inputs)[..., 0], np.asarray(window.targets)[..., 0]
@@ -196,6 +228,9 @@ def test_influence_balancing_has_no_loss_at_its_optimum(n, positive):
         (lambda: tb.tasks.adding_floor(10, 9), "of 9 steps from 0 to all can be seen"),
         (lambda: tb.tasks.lag(KEY, 2, 0), "at least 1 of each is needed"),
         (lambda: tb.tasks.lag_floor(0), "a window has at least 1 step"),
+        (lambda: tb.tasks.hidden_regime(KEY, 1, 1, signal=1.0), "`signal` is 1.0"),
+        (lambda: tb.tasks.hidden_regime(KEY, 1, 1, lasts=0.5), "`lasts` 0.5"),
+        (lambda: tb.tasks.hidden_regime(KEY, 0, 1), "`lanes` is 0"),
         (lambda: tb.tasks.influence_balancing(0), "a stream needs at least 1 step"),
         (lambda: tb.tasks.influence_balancing_model(5, 6), "6 of 5 units cannot be positive"),
         (lambda: tb.tasks.influence_balancing_optimum(4, 2), "no influence in the end"),

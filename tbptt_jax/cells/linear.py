@@ -40,11 +40,12 @@ def from_linear(
       readout: ``(params, h [lanes, time, ...]) -> outputs [lanes, time, ...]``; one that takes ``x`` is given the encoder's
         outputs too: ``(params, h, x)``. Of a :class:`KeyValue` it is given what the queries read, ``[lanes, time, heads,
         values]``, in the place of h.
-      implementation: how a window is run; all give the same numbers to rounding. None: chosen by platform.
+      implementation: how a window is run; all give the same numbers to rounding. None: chosen by platform, as the page on cells
+        has it.
 
         - ``"step"``: one step after another.
-        - ``"associative"``: all steps at once, in log2(time) passes.
-        - ``"chunked"``: one chunk of steps after another, the steps of a chunk at once.
+        - ``"associative"``: all steps at once, in log2(time) passes; of a :class:`KeyValue` all chunks at once.
+        - ``"chunked"``: in chunks, whose steps are taken together.
       draw: how often what an encoder or a readout draws is drawn: see :func:`tbptt_jax.from_step`.
       checkpoint: see :func:`tbptt_jax.from_step`.
 

@@ -11,11 +11,17 @@ from tbptt_jax.arrays import where_lanes
 
 
 def dot(dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a [..., k] @ b [k, n]``: operands in ``dtype``, sums and result in that of ``a``."""
+    """``a [..., k] @ b [k, n]``: operands in ``dtype``, sums and result in that of ``a``.
+
+    The product is one of two matrices: of the gradient of another XLA lays out the operands anew, which takes a CPU longer than
+    the product.
+    """
     result = a.dtype
     if dtype is not None:
         a, b = a.astype(dtype), b.astype(dtype)
-    return lax.dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())), preferred_element_type=result)
+    rows = a.reshape(-1, a.shape[-1])
+    product = lax.dot_general(rows, b, (((1,), (0,)), ((), ())), preferred_element_type=result)
+    return product.reshape(*a.shape[:-1], b.shape[1])
 
 
 def times(dtype: Any, w: jax.Array, lanes: int) -> Callable[[jax.Array], jax.Array]:

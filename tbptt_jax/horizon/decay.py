@@ -273,7 +273,7 @@ def _traced(
         kept = jax.tree.map(jnp.add, kept, added)
         return (back, kept), (phi, _norm(added), _norm(kept), _norm(jax.tree.map(jnp.subtract, reference, kept)))
 
-    def all_lags(reference: PyTree) -> tuple[PyTree, tuple]:
+    def all_lags(reference: PyTree, _: None) -> tuple[PyTree, tuple]:
         none = jax.tree.map(jnp.zeros_like, differentiable(merged(before, probes)))
         begin = none, jax.tree.map(jnp.zeros_like, params)
         (_, kept), norms = lax.scan(functools.partial(lag, reference), begin, jnp.arange(lags + 1))
@@ -301,11 +301,11 @@ def _traced(
 
         return jax.grad(both)(params)
 
-    reference, (phi, added, kept, _) = all_lags(jax.tree.map(jnp.zeros_like, params))
-    left_out = all_lags(reference)[1][-1]
+    # Once to know what all lags keep, and once to know how far from it each is: one program.
+    _, (phi, added, kept, left_out) = lax.scan(all_lags, jax.tree.map(jnp.zeros_like, params), length=2)
     whole = far_seeing()
     windows = lax.map(lambda n: _norm(jax.tree.map(jnp.subtract, whole, by_windows(n))), lengths)
-    return phi[:-1], added, kept, left_out, _norm(whole), windows
+    return phi[0, :-1], added[0], kept[0], left_out[1], _norm(whole), windows
 
 
 def _dot(one: PyTree, other: PyTree) -> jax.Array:

@@ -64,8 +64,8 @@ def _lag_gradients(model: Recurrence, loss: Loss, params: PyTree, window: Window
 def check_influence(
     influence: Influence,
     model: Recurrence,
-    inputs: PyTree,
-    length: int,
+    inputs: PyTree = None,
+    length: int = 3,
     weights: Callable[[np.ndarray, np.ndarray], Any] | None = None,
     *,
     draws: int = 1,
@@ -81,7 +81,7 @@ def check_influence(
     Args:
       influence: what is tried.
       model: on which; a small one.
-      inputs: ``[lanes, time, ...]``, the whole stream.
+      inputs: ``[lanes, time, ...]``, the whole stream. None: normal numbers, 3 lanes of 8 steps of 2 features.
       length: steps of a window.
       weights: ``(s, t) -> w``, of arrays of steps: ``lambda s, t: s // length - t // length <= 1`` for ``replay(1)``. None: 1, all
         of the past, as for an influence that is exact, or right on average.
@@ -96,6 +96,8 @@ def check_influence(
       ValueError: if there are too few draws to tell, or the stream is cut nowhere.
     """
     model = model._replace(unroll=drawing(functools.partial(model.unroll), False))
+    if inputs is None:
+        inputs = np.random.default_rng(seed).normal(size=(3, 8, 2)).astype(jax.dtypes.canonicalize_dtype(float))
     s = subject(model, inputs, params, seed)
     _, time = s.shape
     if length >= time:

@@ -91,22 +91,46 @@ _diagonal.defvjp(_forward, _backward)
 
 def _steps(a: jax.Array, b: jax.Array, h: jax.Array) -> jax.Array:
     """Where it is read and written in place, nothing is transposed for the loop."""
+    decays, into, begin = _parts(a), _parts(b), _parts(h)
 
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
         h, hs = state
-        h = times(at(a, t), h) + at(b, t)
-        return (h, put(hs, h[:, None], t)), None
+        h = [x + at(b, t) for x, b in zip(_product([at(a, t) for a in decays], h), into, strict=True)]
+        return (h, [put(xs, x[:, None], t) for xs, x in zip(hs, h, strict=True)]), None
 
-    return lax.scan(step, (h, jnp.zeros_like(b)), jnp.arange(a.shape[1]))[0][1]
+    return _number(lax.scan(step, (begin, [jnp.zeros_like(x) for x in into]), jnp.arange(a.shape[1]))[0][1])
 
 
 def _steps_back(a: jax.Array, dh: jax.Array) -> jax.Array:
+    decays, given = _parts(a), _parts(dh)
+
     def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
         from_after, gs = state
-        g = at(dh, t) + from_after
-        return (times(at(a, t), g), put(gs, g[:, None], t)), None
+        g = [at(x, t) + y for x, y in zip(given, from_after, strict=True)]
+        return (
+            _product([at(a, t) for a in decays], g),
+            [put(xs, x[:, None], t) for xs, x in zip(gs, g, strict=True)],
+        ), None
 
-    return lax.scan(step, (jnp.zeros_like(dh[:, 0]), jnp.zeros_like(dh)), jnp.arange(a.shape[1]), reverse=True)[0][1]
+    begin = [jnp.zeros_like(x[:, 0]) for x in given], [jnp.zeros_like(x) for x in given]
+    return _number(lax.scan(step, begin, jnp.arange(a.shape[1]), reverse=True)[0][1])
+
+
+def _parts(x: jax.Array) -> list[jax.Array]:
+    """A CPU takes nearly three times as long for steps of complex numbers as for those of their real and imaginary parts."""
+    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+
+
+def _number(parts: list[jax.Array]) -> jax.Array:
+    return lax.complex(*parts) if len(parts) > 1 else parts[0]
+
+
+def _product(a: list[jax.Array], x: list[jax.Array]) -> list[jax.Array]:
+    """``a * x``, and 0 where ``a`` is."""
+    if len(a) == 1:
+        return [times(a[0], x[0])]
+    nothing = (a[0] == 0) & (a[1] == 0)
+    return [jnp.where(nothing, 0, y) for y in (a[0] * x[0] - a[1] * x[1], a[0] * x[1] + a[1] * x[0])]
 
 
 def _doubling(a: jax.Array, b: jax.Array, h: jax.Array) -> jax.Array:
