@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 import tbptt_jax as tb
+from tbptt_jax.arrays import pad
 from tbptt_jax.study.lengths import Choice, Lengths, Place, Span
 from tbptt_jax.study.task import Task, reader
 from tbptt_jax.training import TrainState, TrainStep
@@ -243,7 +244,7 @@ def choices_of(place: Any) -> tuple[Choice, ...]:
 def check_same_state(step: TrainStep, first: tb.Window) -> None:
     """Raises a ``ValueError`` if what the influence knows has the windows' length, as replay's windows have."""
     time = jax.tree.leaves(first.inputs)[0].shape[1]
-    longer = jax.tree.map(lambda x: np.concatenate([x, x[:, -1:]], 1), first)
+    longer = jax.tree.map(lambda x: pad(x, 1, 1), first)
     one, other = (jax.eval_shape(step.init, jax.random.key(0), window) for window in (first, longer))
     if jax.tree.map(np.shape, one) != jax.tree.map(np.shape, other):
         raise ValueError(
