@@ -2,6 +2,7 @@
 
 python -m experiments.fit --task=mine.py:task --window=32 --updates=2000 --workdir=runs/mine
 python -m experiments.fit --task=lag --set=hidden=32 --window=10 --epochs=3
+python -m experiments.fit --task=lag --window=auto --tolerance=0.2 --lengths=5,10,20,40 --epochs=3
 
 A task is a function that returns a ``study.Task``. Interrupted in any way, the same command goes on from the last checkpoint
 and ends with the same bits; with more ``--updates`` it goes on after its end. ``study.load(workdir)`` gives the model back.
@@ -14,7 +15,7 @@ from tbptt_jax import study
 
 FLAGS = flags.FLAGS
 tasks.define(None)
-training.define("runs/fit")
+training.define("runs/fit", schedules=True)
 
 
 def main() -> None:
@@ -22,7 +23,11 @@ def main() -> None:
     task = tasks.chosen()()
     launch.join_processes(task.lanes)
     run = training.fitted(task, updates=2000)
-    how = {"stateless": FLAGS.stateless, "burn_in": FLAGS.burn_in, "window": FLAGS.window if FLAGS.stateless else None}
+    how = {
+        "stateless": FLAGS.stateless,
+        "burn_in": FLAGS.burn_in,
+        "window": training.window() if FLAGS.stateless else None,
+    }
     data = {name: streams for name in ("valid", "test") if (streams := getattr(task, name)) is not None}
     scores = {name: study.evaluate(task, run.params, s, seed=FLAGS.seed, **how) for name, s in data.items()}
     told = training.told_of(run)
@@ -33,7 +38,9 @@ def main() -> None:
         f"{told['seconds']:.0f} s."
     )
     launch.write_results(
-        FLAGS.workdir, {"task": task.name, "scores": scores, **told, "curve": curve}, more=", run.json, checkpoints"
+        FLAGS.workdir,
+        {"task": task.name, "scores": scores, **told, "curve": curve, "choices": [c._asdict() for c in run.choices]},
+        more=", run.json, checkpoints",
     )
 
 

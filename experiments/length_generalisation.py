@@ -28,6 +28,7 @@ from tbptt_jax.training import TrainStep
 CELLS: dict[str, Any] = {
     "lru": functools.partial(tb.lru, r_min=0.9, r_max=0.999, max_phase=np.pi / 10),
     "rg_lru": tb.rg_lru,
+    "gated_delta": functools.partial(tb.gated_delta, heads=2),
     "min_gru": tb.min_gru,
     "mamba2": functools.partial(tb.mamba2, heads=2, state=16),
     "mlstm": functools.partial(tb.mlstm, heads=2),

@@ -6,19 +6,32 @@ from typing import Any
 
 from absl import flags
 
+import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import study
+from tbptt_jax.arrays import check_whole
 
 FLAGS = flags.FLAGS
+SCHEDULES = "auto, growing:FIRST:LAST:EPOCHS, random:BASE as AWD-LSTM has it, artbp:BASE."
 PASSED = (
-    *("window", "influence", "stateless", "burn_in", "learning_rate", "epochs", "seed", "windows_per_call"),
+    *("influence", "stateless", "burn_in", "learning_rate", "epochs", "seed", "windows_per_call"),
     *("checkpoint_every", "patience", "not_finite", "profile", "resume"),
 )
 
 
-def define(workdir: str, *, window: int = 16, learning_rate: float = 0.01, updates: int = 2000) -> None:
-    """Defines them, with these defaults."""
-    flags.DEFINE_integer("window", window, "Steps of a window.", lower_bound=1)
+def define(
+    workdir: str, *, window: int = 16, learning_rate: float = 0.01, updates: int = 2000, schedules: bool = False
+) -> None:
+    """Defines them, with these defaults; ``--window`` may be a schedule of lengths, or is a number."""
+    if schedules:
+        flags.DEFINE_string("window", str(window), f"Steps of a window, or a schedule of them: {SCHEDULES}")
+        flags.DEFINE_float("tolerance", 0.5, "Of --window=auto: the relative bias of the gradient that is allowed.")
+        flags.DEFINE_list("lengths", ["8", "16", "32", "64"], "Of --window=auto: the windows to choose from.")
+        flags.DEFINE_integer(
+            "look_every", 1000, "Of --window=auto: updates from one choice to the next.", lower_bound=1
+        )
+    else:
+        flags.DEFINE_integer("window", window, "Steps of a window.", lower_bound=1)
     flags.DEFINE_string("influence", "truncate", launch.INFLUENCES)
     flags.DEFINE_bool("stateless", False, "Begin each window from the initial carry, for comparison.")
     flags.DEFINE_integer("burn_in", 0, "Steps that a stateless window reads to find its state, before those it scores: windows overlap by so many, every step is scored once, and no gradient flows into the burn-in.", lower_bound=0)  # fmt: skip
@@ -42,6 +55,7 @@ def check() -> None:
     if FLAGS.updates and FLAGS.epochs:
         raise ValueError(f"--updates={FLAGS.updates} and --epochs={FLAGS.epochs} were both given: give one of them.")
     launch.influence(FLAGS.influence, 1, "influence")
+    window()
     averaging(FLAGS.average)
     listeners(FLAGS.log, pathlib.Path())
 
@@ -50,6 +64,7 @@ def fitted(task: study.Task, updates: int, **more: Any) -> study.Run:
     """The run of a task that the flags ask for; ``updates`` by default, ``more`` as :func:`tbptt_jax.study.fit` has it."""
     directory = launch.expanded(FLAGS.workdir)
     asked: dict[str, Any] = {name: FLAGS[name].value for name in PASSED} | {
+        "window": window(),
         "updates": None if FLAGS.epochs else FLAGS.updates or updates,
         "workdir": directory,
         "average": averaging(FLAGS.average),
@@ -65,10 +80,33 @@ def told_of(run: study.Run) -> dict[str, Any]:
     seconds = sum(call.seconds for call in run.calls)
     return {
         "updates": run.updates,
-        "epochs": run.updates / run.windows,
+        "epochs": run.epochs,
         "seconds": seconds,
         **study.health_of(run.calls),
     }
+
+
+def window() -> int | study.Lengths:
+    """What ``--window`` names."""
+    wanted = FLAGS.window
+    if isinstance(wanted, int):
+        return wanted
+    kind, *numbers = wanted.split(":")
+    try:
+        if kind == "auto" and not numbers:
+            return study.adaptive(FLAGS.tolerance, lengths=list(map(int, FLAGS.lengths)), every=FLAGS.look_every)
+        if kind == "growing":
+            first, last, epochs = map(int, numbers)
+            return study.growing(first, last, epochs=epochs)
+        if kind in ("random", "artbp"):
+            draw = tb.schedules.random_length if kind == "random" else tb.schedules.polynomial_tail
+            return study.drawn(draw(*map(int, numbers)), seed=FLAGS.seed)
+        check_whole("window", steps := int(wanted))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--window={launch.short(wanted)}: {launch.short(error)} Give steps, or {SCHEDULES}"
+        ) from error
+    return steps
 
 
 def averaging(wanted: str | None) -> Any:

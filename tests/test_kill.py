@@ -22,7 +22,7 @@ from programs import ENVIRONMENT
 from streams import first, loss, lstm, stream
 
 import tbptt_jax as tb
-from tbptt_jax.study import guard, loop
+from tbptt_jax.study import feed, guard, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = int(os.environ.get("TBPTT_KILLS", "4"))
@@ -166,16 +166,17 @@ def trainer(directory, windows, step, updates, **options):
         loop.train,
         step,
         lambda: step.init(jax.random.key(0), first(windows)),
-        lambda first, last: jax.tree.map(lambda x: x[first:last], windows),
-        lambda state, window: guard.first_not_finite(lstm(), loss, state, window),
-        updates=updates,
+        locate=lambda state, window: guard.first_not_finite(lstm(), loss, state, window),
         directory=directory,
         settings={},
         **{"every": 8, "skip": False, **options},
     )
 
     def state_and_calls(**more):
-        kept, calls = train(**more)
+        numbered = feed.of_windows(
+            lambda first, last: jax.tree.map(lambda x: x[first:last], windows), updates, {**options, **more}["per_call"]
+        )
+        kept, calls, _ = train(feed=numbered, **more)
         return kept.state, calls
 
     return state_and_calls

@@ -167,7 +167,9 @@ def test_a_mask_holds_for_a_window_or_a_step_and_is_a_lanes_own(part, draw):
 @pytest.mark.parametrize("influence", [tb.truncate(), tb.replay(2), tb.uoro(), tb.rtrl()], ids=["truncate", "replay", "uoro", "rtrl"])  # fmt: skip
 def test_two_devices_and_a_resumed_run_draw_what_one_that_goes_on_does(influence, tmp_path):
     windows = tb.split(stream(time=20), 5)
-    halves = [jax.tree.map(lambda x, at=at: x[at], windows) for at in (slice(2), slice(2, None))]  # one program for both
+    halves = [
+        jax.tree.map(lambda x, at=at: x[at], windows) for at in (slice(2), slice(2, None))
+    ]  # one program for both
     plain = tb.gradient(stacked(0.5), loss, influence=influence)
     step = tb.train_step(plain, optax.adam(1e-2))
     half, _ = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), halves[0])

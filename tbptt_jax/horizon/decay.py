@@ -1,6 +1,7 @@
 """How gradients fade with the lag, and the window whose bias is bounded by what is seen of that."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,11 +72,12 @@ def decay(
     carry: PyTree = None,
     burn_in: int = 0,
     probes: int | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Decay:
     """How the gradient of a step's loss fades with the lag, and what of the parameters' gradient is kept up to each.
 
     Probes are traced back together, a lag at a time: that takes ``2 * lags`` steps, forward and backward, of as many lanes as there
-    are probes. Then windows of some lengths, four an octave, are tried on all losses. Memory is that of the window's carries.
+    are probes. Then windows of some lengths are tried on all losses. Memory is that of the window's carries.
 
     Args:
       model: the recurrence.
@@ -88,6 +90,7 @@ def decay(
       burn_in: steps at the window's beginning whose losses are not traced back.
       probes: steps, spread evenly, whose losses are traced back. None: all, or so many that there are 1024 with those of all
         lanes.
+      lengths: of the windows to try, from short to long. None: four an octave, up to the window's steps.
 
     Raises:
       ValueError: if the window or the loss's shape is not as for :func:`tbptt_jax.gradient`, ``lags`` is not from 2 to the
@@ -119,8 +122,14 @@ def decay(
         raise ValueError(
             "None of the steps that were to be traced back is scored, so there is no loss: give more `probes`."
         )
-    lengths = np.unique(np.geomspace(1, time, 2 + int(4 * np.log2(time))).round().astype(int))  # four an octave
-    found = _traced(model, loss, lags, params, carry, window, jnp.asarray(steps), jnp.asarray(lengths))
+    if lengths is None:  # four an octave
+        lengths = np.geomspace(1, time, 2 + int(4 * np.log2(time))).round().astype(int).tolist()
+    tried = np.unique(lengths)
+    if not len(tried) or not 1 <= tried[0] <= tried[-1] <= time:
+        raise ValueError(
+            f"`lengths` are {tried.tolist()}; this probe window has {time} steps, so choose from 1 to {time}."
+        )
+    found = _traced(model, loss, lags, params, carry, window, jnp.asarray(steps), jnp.asarray(tried))
     phi, added, kept, left_out, whole, windows = (np.asarray(x, np.float64) for x in found)
     if not np.isfinite(phi).all():
         raise ValueError(
@@ -132,7 +141,7 @@ def decay(
     if time > lags + 1 or carry is not None:  # a lag adds at most so much for what it has of φ
         most = np.max(added[1:] / np.where(phi > 0, phi, np.inf), initial=0.0)
         beyond = float(most * phi[-1] * rate / (1 - rate)) if rate < 1 else float("inf")
-    return Decay(phi, rate, int(scored.sum()), kept, left_out, beyond, float(whole), lengths, windows)
+    return Decay(phi, rate, int(scored.sum()), kept, left_out, beyond, float(whole), tried, windows)
 
 
 def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Suggestion:

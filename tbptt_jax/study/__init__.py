@@ -6,6 +6,14 @@ from tbptt_jax.study.task import task as task
 from tbptt_jax.study.fit import fit as fit
 from tbptt_jax.study.fit import Run as Run
 from tbptt_jax.study.fit import load as load
+from tbptt_jax.study.lengths import adaptive as adaptive
+from tbptt_jax.study.lengths import growing as growing
+from tbptt_jax.study.lengths import drawn as drawn
+from tbptt_jax.study.lengths import Lengths as Lengths
+from tbptt_jax.study.lengths import Place as Place
+from tbptt_jax.study.lengths import Span as Span
+from tbptt_jax.study.lengths import Look as Look
+from tbptt_jax.study.lengths import Choice as Choice
 from tbptt_jax.study.averaging import ema as ema
 from tbptt_jax.study.averaging import asgd as asgd
 from tbptt_jax.study.loop import Event as Event

@@ -66,7 +66,7 @@ def bias(
       report: is given each row as it is measured.
 
     Returns:
-      A row for each influence and window: as :func:`tbptt_jax.horizon.bias` has them.
+      A row for each influence and window: as :func:`tbptt_jax.horizon.bias.bias` has them.
 
     Raises:
       ValueError: if what is kept of it does not fit into memory.

@@ -16,15 +16,17 @@ from tbptt_jax.arrays import check_whole
 from tbptt_jax.checkpoint import newest
 from tbptt_jax.sharding import over_lanes, own_lanes, place
 from tbptt_jax.study import averaging
+from tbptt_jax.study.feed import check_same_state, choices_of, feed_of
 from tbptt_jax.study.guard import first_not_finite
 from tbptt_jax.study.influences import influence as named_influence
+from tbptt_jax.study.lengths import Choice, Lengths
 from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
 from tbptt_jax.study.process.console import progress, quieted
 from tbptt_jax.study.process.lock import holding
 from tbptt_jax.study.process.machine import mesh as lane_mesh
 from tbptt_jax.study.process.writing import short, write_json
 from tbptt_jax.study.scoring import measure, test_reader
-from tbptt_jax.study.task import Task, check_task, checksum, data_of, figures, keys_of, maker, reader
+from tbptt_jax.study.task import Task, check_task, checksum, data_of, figures, keys_of, maker
 from tbptt_jax.study.task import task as make_task
 from tbptt_jax.training import TrainState, TrainStep
 
@@ -38,9 +40,11 @@ class Run(NamedTuple):
     state: the state after the last update; ``state.params`` are the last parameters.
     calls: what was measured, a :class:`tbptt_jax.study.loop.Call` for each compiled call.
     updates: how many windows were read.
-    windows: in one reading of the training data.
+    windows: in one reading of the training data; where a schedule decides their lengths, of its longest.
     workdir: where it is kept, or None.
     settings: what makes it this run, as ``run.json`` has it.
+    choices: of windows over time, as :func:`tbptt_jax.study.lengths.adaptive` made them.
+    steps: of a lane in one reading, where a schedule decides the windows' lengths, else None.
     """
 
     task: Task
@@ -51,17 +55,25 @@ class Run(NamedTuple):
     windows: int
     workdir: pathlib.Path | None
     settings: dict[str, Any]
+    choices: tuple[Choice, ...] = ()
+    steps: int | None = None
 
     @property
     def model(self) -> tb.Recurrence:
         """The task's model."""
         return self.task.model
 
+    @property
+    def epochs(self) -> float:
+        """How often the training data was read."""
+        read = self.calls[-1].steps if self.calls else None
+        return read / self.steps if read and self.steps else self.updates / self.windows
+
 
 def fit(
     task: Task,
     *,
-    window: int,
+    window: int | Lengths,
     updates: int | None = None,
     epochs: int | None = None,
     workdir: str | pathlib.Path | None = None,
@@ -96,7 +108,8 @@ def fit(
 
     Args:
       task: the task.
-      window: steps of a window.
+      window: steps of a window, or a schedule of them: :func:`adaptive`, :func:`growing`, :func:`drawn`. With ``epochs`` the learning
+        rate of a schedule's run then falls by the steps read, not by updates; with ``updates`` as ever.
       updates: one for each window, in all.
       epochs: times to read the training data, instead.
       workdir: where checkpoints and ``run.json`` go. None: nothing is kept.
@@ -131,7 +144,7 @@ def fit(
     """
     check_task(task)
     lanes = task.lanes if lanes is None else lanes
-    for name, number in {"window": window, "lanes": lanes, "windows_per_call": windows_per_call,
+    for name, number in {"window": 1 if isinstance(window, Lengths) else window, "lanes": lanes, "windows_per_call": windows_per_call,
                          "checkpoint_every": checkpoint_every, "patience": 1 if patience is None else patience}.items():  # fmt: skip
         check_whole(name, number)
     if (updates is None) == (epochs is None):
@@ -147,28 +160,31 @@ def fit(
 
     keys = keys_of(seed)
     data = data_of(task.train, keys.train)
-    read = reader(task, data, window, lanes, stateless=stateless, burn_in=burn_in)
-    updates = epochs * read.windows if epochs else updates
-    assert updates is not None
-    first = jax.tree.map(lambda x: x[0], read.read(0, 1))
+    feed = feed_of(
+        task, data, window, lanes, stateless=stateless, burn_in=burn_in, per_call=windows_per_call, updates=updates, epochs=epochs
+    )  # fmt: skip
+    first = jax.tree.map(lambda x: x[0], feed.read(feed.begin, 0, 1))
     lanes = len(jax.tree.leaves(first.inputs)[0])
     begin_from = None if start is None else (start if isinstance(start, Run) else load(start)).params
     identity = {
-        "window": window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
+        "window": window.settings if isinstance(window, Lengths) else window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
         "data": checksum(data), "average": average and list(average), "start": None if begin_from is None else checksum(begin_from),
         **({"influence": influence} if isinstance(influence, str) else {}),
+        **({"learning rate by": feed.unit} if feed.unit == "steps" else {}),
         **({"checkpoint_every": checkpoint_every} if needs_valid else {}),
         **(settings or {}),
     }  # fmt: skip
     with holding(workdir) as directory:
-        legs = _legs(directory, updates, None if optimiser is not None else learning_rate, resume)
+        legs = _legs(directory, feed.until, None if optimiser is not None else learning_rate, resume, feed.unit)
         units = max([h.shape[-1] for h in jax.tree.leaves(_carry(task, first)) if h.ndim > 1] or [1])
-        mesh = lane_mesh(lanes=lanes, window=window, units=units, devices=devices)
-        past = named_influence(influence, read.windows, "influence") if isinstance(influence, str) else influence
+        mesh = lane_mesh(lanes=lanes, window=feed.longest, units=units, devices=devices)
+        past = named_influence(influence, feed.windows, "influence") if isinstance(influence, str) else influence
         estimate = tb.gradient(task.model, task.loss, influence=past)
         estimate = estimate if mesh.size == 1 else over_lanes(estimate, mesh)
-        chosen = _adam(legs) if optimiser is None else optimiser
+        chosen = _adam(legs, feed.unit) if optimiser is None else optimiser
         step = tb.train_step(estimate, chosen if average is None else averaging.averaged(chosen, average))
+        if isinstance(window, Lengths):
+            check_same_state(step, first)
 
         def init() -> TrainState:
             state = step.init(keys.init, first)
@@ -176,37 +192,40 @@ def fit(
 
         own = own_lanes(lanes)
 
-        def windows(begin: int, end: int) -> tb.Window:
-            return place(jax.tree.map(lambda x: x[:, own], read.read(begin, end)), mesh)
+        def windows(at: Any, begin: int, end: int) -> tb.Window:
+            return place(jax.tree.map(lambda x: x[:, own], feed.read(at, begin, end)), mesh)
 
         judge = None
         if task.valid is not None:
-            valid = test_reader(task, task.valid, "valid", window, stateless, burn_in, seed)
+            valid = test_reader(
+                task, task.valid, "valid", None if isinstance(window, Lengths) else window, stateless, burn_in, seed
+            )
             higher = figures(task)[0].better == "higher"
             judge = Judge(lambda at: measure(task, jax.device_get(at), valid), higher, patience, int(legs[-1][0]))
         source, arguments = task.source or (None, {})
         record = {
             "task": source, "arguments": arguments, "codec": task.codec, "settings": identity, "legs": legs,
-            "judged": judge is not None, "windows": read.windows, "inputs": _spec(first.inputs),
+            "judged": judge is not None, "windows": feed.windows, "steps": feed.steps, "inputs": _spec(first.inputs),
         }  # fmt: skip
 
         def keep_record() -> None:
             if directory is not None:
                 write_json(directory / RECORD, record)
 
-        with quieted(quiet), progress(updates, "updates") as report:
-            kept, calls = train(
-                step, init, windows,
+        with quieted(quiet), progress(feed.until, feed.unit) as report:
+            kept, calls, at = train(
+                step, init, feed._replace(read=windows),
                 lambda state, window: first_not_finite(task.model, task.loss, state, window),
-                updates=updates, per_call=windows_per_call, every=checkpoint_every,
+                per_call=windows_per_call, every=checkpoint_every,
                 directory=directory and directory / "checkpoints", settings=identity, resume=resume,
                 skip=not_finite == "skip", judge=judge, nonmonotone=average and average.nonmonotone, begun=keep_record,
-                show=lambda calls: report(calls[-1].updates, (show or _shown)(calls)), listeners=listeners, profile=profile,
+                show=lambda calls: report(getattr(calls[-1], feed.unit), (show or _shown)(calls)), listeners=listeners, profile=profile,
             )  # fmt: skip
-        if calls and calls[-1].updates < updates:
-            record["ended"] = calls[-1].updates
+        reached = getattr(calls[-1], feed.unit) if calls else 0
+        if calls and (reached < feed.until or isinstance(window, Lengths)):
+            record |= {"ended": calls[-1].updates, "reached": reached, "choices": [c._asdict() for c in choices_of(at)]}
             keep_record()
-    return _run(task, kept, calls, read.windows, directory, identity)
+    return _run(task, kept, calls, feed.windows, directory, identity, choices_of(at), feed.steps)
 
 
 def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:
@@ -243,20 +262,26 @@ def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:
     whole = TrainState(like, averaging.Average(None, None, None, like) if averages else None, None, np.int32(0))  # type: ignore[arg-type]
     saved = newest(directory / "checkpoints", Kept(whole, like if record["judged"] else ()), partial=True)
     calls = [Call(*call) for call in saved.data["calls"]]
-    return _run(task, saved.state, calls, record["windows"], directory, record["settings"])
+    choices = choices_of(saved.data.get("place"))
+    return _run(
+        task, saved.state, calls, record["windows"], directory, record["settings"], choices, record.get("steps")
+    )
 
 
 def _run(
-    task: Task, kept: Kept, calls: list[Call], windows: int, directory: pathlib.Path | None, settings: dict[str, Any]
-) -> Run:
+    task: Task, kept: Kept, calls: list[Call], windows: int, directory: pathlib.Path | None, settings: dict[str, Any],
+    choices: tuple[Choice, ...], steps: int | None,
+) -> Run:  # fmt: skip
     judged = any(call.valid for call in calls) and jax.tree.leaves(kept.best)
     params = kept.best if judged else averaging.params_of(kept.state)
     updates = calls[-1].updates if calls else 0
-    return Run(task, params, kept.state, calls, updates, windows, directory, settings)
+    return Run(task, params, kept.state, calls, updates, windows, directory, settings, choices, steps)
 
 
-def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resume: bool) -> list[list[float]]:
-    """The stretches ``[first, last, rate]`` over which the rate falls, those of a run that is gone on with first."""
+def _legs(
+    directory: pathlib.Path | None, updates: int, rate: float | None, resume: bool, unit: str
+) -> list[list[float]]:
+    """The stretches ``[first, last, rate]``, in updates or in steps, over which the rate falls, those of a run that is gone on with first."""
     new: list[list[float]] = [[0, updates, rate if rate is not None else 0.0]]
     path = directory and directory / RECORD
     if not resume or path is None or not path.exists() or not (path.parent / "checkpoints").exists():
@@ -271,27 +296,28 @@ def _legs(directory: pathlib.Path | None, updates: int, rate: float | None, resu
         return legs
     made = max((int(p.name) for p in (path.parent / "checkpoints").iterdir() if p.name.isdecimal()), default=0)
     ended = made == record.get("ended", last)
+    made = record.get("reached", made) if ended else made
     if ended and updates > made:
         return [*legs, [made, updates, new[0][2]]]
     if made == 0:
         return new
     if rate is None:
         return [*legs[:-1], [first, updates, 0.0]]
-    there = f"{short(path.parent)} holds a run of {last} updates with the learning rate {before:g}"
+    there = f"{short(path.parent)} holds a run of {last} {unit} with the learning rate {before:g}"
     asked = f"{updates} with {rate:g} were asked for"
     if not ended:
         raise ValueError(
-            f"{there}, of which {made} are made, and {asked}: give updates={last} and learning_rate={before:g} to end it "
+            f"{there}, of which {made} are made, and {asked}: ask for {last} {unit} and learning_rate={before:g} to end it "
             "first, or begin afresh with resume=False (--noresume) or in another workdir."
         )
     raise ValueError(
-        f"{there}, and {asked}. To go on with it give more updates than {made}, at any rate; to begin from what it has "
+        f"{there}, and {asked}. To go on with it give more {unit} than {made}, at any rate; to begin from what it has "
         f"learned, start={short(path.parent)} (--init_from) and another workdir; to begin afresh, resume=False "
         "(--noresume)."
     )
 
 
-def _adam(legs: list[list[float]]) -> optax.GradientTransformation:
+def _adam(legs: list[list[float]], unit: str) -> optax.GradientTransformation:
     """Adam with clipped gradients; over each leg the rate falls to zero along a cosine (Loshchilov and Hutter 2017, SGDR)."""
 
     def rate(count: jax.Array) -> jax.Array:
@@ -302,6 +328,8 @@ def _adam(legs: list[list[float]]) -> optax.GradientTransformation:
         return value
 
     schedule = rate if len(legs) > 1 else optax.cosine_decay_schedule(legs[0][2], int(legs[0][1]))
+    if unit == "steps":
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), tb.schedules.by_steps(schedule))
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 

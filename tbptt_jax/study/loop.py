@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import tbptt_jax as tb
 from tbptt_jax.checkpoint import Store
 from tbptt_jax.checkpoint import open as open_checkpoints
 from tbptt_jax.study import averaging
+from tbptt_jax.study.feed import Feed
 from tbptt_jax.study.guard import Watched, not_finite, watched
 from tbptt_jax.study.process.console import say
 from tbptt_jax.study.process.machine import check_fits, largest, meet, size
@@ -38,6 +40,9 @@ class Call(NamedTuple):
     saturated: the part of the carry's units that are.
     since_reset: the steps, at the end, since the lane that was reset longest ago was.
     valid: the figures on the validation data after it, the one that decides first; None if it was not asked.
+    window: the steps of its longest window, where a schedule decides them (:func:`tbptt_jax.study.lengths.adaptive`), else None.
+    steps: of a lane, read at its end, likewise.
+    bias_bound: of its windows, as :class:`tbptt_jax.study.lengths.Choice` has it, likewise.
     """
 
     loss: float
@@ -49,6 +54,9 @@ class Call(NamedTuple):
     saturated: float
     since_reset: int
     valid: dict[str, float] | None = None
+    window: int | None = None
+    steps: int | None = None
+    bias_bound: float | None = None
 
 
 class Event(NamedTuple):
@@ -80,17 +88,17 @@ class Judge(NamedTuple):
     measure: Callable[[Any], dict[str, float]]  # of the parameters the figures, the one that decides first
     higher: bool = False  # whether more of it is better
     patience: int | None = None  # stop after so many looks without a better one
-    since: int = 0  # of the looks after this update
+    since: int = 0  # of the looks after this update, or step
 
 
 def train(
-    step: TrainStep, init: Callable[[], TrainState], windows: Callable[[int, int], tb.Window],
-    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None], *, updates: int, per_call: int, every: int,
+    step: TrainStep, init: Callable[[], TrainState], feed: Feed,
+    locate: Callable[[TrainState, tb.Window], tuple[int, int] | None], *, per_call: int, every: int,
     directory: pathlib.Path | None, settings: dict[str, Any], resume: bool = True, skip: bool = False,
     judge: Judge | None = None, nonmonotone: int | None = None, begun: Callable[[], None] = lambda: None,
     show: Callable[[list[Call]], None] = lambda calls: None, listeners: Sequence[Callable[[Event], None]] = (),
     profile: int | None = None,
-) -> tuple[Kept, list[Call]]:  # fmt: skip
+) -> tuple[Kept, list[Call], Any]:  # fmt: skip
     """Trains from the newest checkpoint on, as :func:`tbptt_jax.study.fit` describes it.
 
     A window in which something is not finite stops the run: the state just before it is saved, and the error names the
@@ -99,9 +107,9 @@ def train(
     Args:
       step: the train step.
       init: its state at update 0.
-      windows: ``(first, last) -> [last - first, lanes, time, ...]``, the windows of these updates.
+      feed: the windows, and how many.
       locate: ``(state, window) -> (lane, step)`` of the first loss that is not finite, as ``guard.first_not_finite`` finds.
-      updates: how many in all, ``per_call`` in a compiled call, which is what is reported and saved by.
+      per_call: updates in a compiled call, which is what is reported and saved by.
       every: save, and judge, at the end of each call in which a multiple of this falls, and at the end.
       directory: of the checkpoints. None: nothing is kept.
       resume: False: begin at update 0. The checkpoints found are kept, in ``<directory>.old``, until this run stops.
@@ -109,12 +117,14 @@ def train(
       begun: called in the first process once nothing refuses the run any more, such as another one's checkpoints.
 
     Returns:
-      The state after the last update with the best parameters, and all calls, those before the interruptions too.
+      The state after the last update with the best parameters, and all calls, those before the interruptions too, and the place in the
+      feed.
     """
-    state_of, one = jax.eval_shape(init), size(windows(0, 1))
+    state_of, one = jax.eval_shape(init), size(feed.read(feed.begin, 0, 1))
     sizes = "the model's size, `lanes` or `window`, or the windows of a replay"
     check_fits("The state of the training", size(state_of) + size(state_of.params), sizes)
-    count = min(per_call, updates)
+    count = min(per_call, feed.until)
+    of = f" of {feed.until}" if feed.unit == "updates" else ""
     check_fits(f"The {count} windows of a call", 2 * one * count, "`windows_per_call`")
     if not resume and directory is not None:
         _put_aside(directory)
@@ -128,10 +138,6 @@ def train(
     def begin() -> Kept:
         state = init()
         return Kept(state, state.params if judge else ())
-
-    def end_of(done: int) -> int:
-        """Calls end where those of a run never interrupted do."""
-        return min(done - done % per_call + per_call, updates)
 
     def call_of(cut: tb.Window, seen: Watched, state: TrainState, done: int, began: float) -> Call:
         """What there is to report of the windows ``cut``, which led to ``state`` at update ``done``."""
@@ -147,6 +153,7 @@ def train(
             norm=norm,
             saturated=saturated,
             since_reset=_since_reset(cut.resets, calls[-1].since_reset if calls else 0),
+            **feed.told(place, done),
         )
 
     def again(store: Store, number: int) -> tuple[int, Kept]:
@@ -154,10 +161,12 @@ def train(
         saved = store.restore(like)
         first = done = saved.update if saved else 0
         state, best = saved.state if saved else begin()
+        place = feed.restored(saved.data.get("place", ())) if saved else feed.begin
         while done < number:
-            last = min(end_of(done), number)
-            state, _ = tb.train_windows(step, state, windows(done, last))
-            done = last
+            place = feed.look(place, state) if feed.looks(place, done) else place
+            last = min(feed.end(place, done), number)
+            state, _ = tb.train_windows(step, state, feed.read(place, done, last))
+            done, place = last, feed.after(place, last)
         return first, Kept(state, best)
 
     def report(event: Event) -> None:
@@ -172,26 +181,35 @@ def train(
             raise ValueError(f"{error} ({free})") from error
         calls = [Call(*c) for c in saved.data["calls"]] if saved else []
         done, (state, best) = (saved.update, saved.state) if saved else (0, begin())
+        place = feed.restored(saved.data.get("place", ())) if saved else feed.begin
+        first = done
         if saved:
-            say(f"Going on from update {done} of {updates}, saved in {directory}.")
+            say(f"Going on from update {done}{of}, saved in {directory}.")
         if jax.process_index() == 0:
             begun()
         report(Event("begin", done, {}, tuple(map(_event, calls))))
         stop, ahead = largest(asked()), None
-        while done < updates and not stop and not _early(calls, judge):
-            began, last = time.perf_counter(), end_of(done)
-            cut = windows(done, last) if ahead is None else ahead
+        while feed.end(place, done) > done and not stop and not _early(calls, judge, feed.unit):
+            began = time.perf_counter()
+            place = feed.look(place, state) if feed.looks(place, done) else place
+            last = feed.end(place, done)
+            after = feed.after(place, last)
+            ends = feed.end(after, last) == last
+            cut = feed.read(place, done, last) if ahead is None else ahead
+            state = _beside(state, cut) if done == first else state
             traced = directory and profile is not None and done <= profile < last and directory.parent / "profile"
             with jax.profiler.trace(str(traced)) if traced else contextlib.nullcontext():
                 state, metrics = tb.train_windows(step, state, cut)
-                ahead = windows(last, end_of(last)) if last < updates else None  # read while the device computes
+                ahead = None
+                if not ends and not feed.looks(after, last):  # read while the device computes
+                    ahead = feed.read(after, last, feed.end(after, last))
                 seen = Watched(*map(np.asarray, metrics))  # waits for the call
             if not skip and not seen.finite.all():
                 good = int(np.argmin(seen.finite))
                 bad = done + good
                 del state  # the call has overwritten the one before the bad window
                 before, (state, best) = again(store, bad)
-                wrong = not_finite(step, locate, state, windows(bad, bad + 1), bad, float(seen.loss[good]))
+                wrong = not_finite(step, locate, state, feed.read(place, bad, bad + 1), bad, float(seen.loss[good]))
                 if not fine(state):
                     wrong += " The state before it is not finite either, and is not saved."
                     break
@@ -199,12 +217,12 @@ def train(
                     if good:
                         part, of_part = jax.tree.map(lambda x, n=good: x[:n], (cut, seen))
                         calls.append(call_of(part, of_part, state, bad, began))
-                    store.save(bad, Kept(state, best), {"calls": calls})
+                    store.save(bad, Kept(state, best), {"calls": calls, "place": place})
                 wrong += f" The state before it is saved, as update {bad} in {directory}." if bad and directory else ""
                 break
             calls.append(call_of(cut, seen, state, last, began))
             stop = largest(asked())  # once, and for all processes: what ends the loop is what saved
-            due = last == updates or last // every > done // every
+            due = ends or last // every > done // every
             if due and judge is not None:
                 params = averaging.params_of(state)
                 calls[-1] = calls[-1]._replace(valid=judge.measure(params))
@@ -214,8 +232,8 @@ def train(
                 if nonmonotone is not None and scores[-1] > min(scores[: -1 - nonmonotone], default=math.inf):
                     state = averaging.begun(state)
             if due or stop:
-                store.save(last, Kept(state, best), {"calls": calls})
-            done = last
+                store.save(last, Kept(state, best), {"calls": calls, "place": after})
+            done, place = last, after
             if jax.process_index() == 0:
                 show(calls)
             report(_event(calls[-1]))
@@ -225,14 +243,22 @@ def train(
     if directory is not None:
         shutil.rmtree(_old(directory), ignore_errors=True)
     if stop:
-        say(f"Stopped at update {done} of {updates}; the same command goes on.")
+        say(f"Stopped at update {done}{of}; the same command goes on.")
         sys.exit(128 + stop)
-    if done < updates:
+    if feed.end(place, done) > done:
         say(
-            f"Stopped early at update {done}: the last {judge and judge.patience} looks were no better. More updates than "
-            f"{updates}, or more patience, go on."
+            f"Stopped early at update {done}{of}: the last {judge and judge.patience} looks were no better. More than were "
+            "asked for, or more patience, go on."
         )
-    return Kept(state, best), calls
+    return Kept(state, best), calls, place
+
+
+def _beside(state: TrainState, windows: tb.Window) -> TrainState:
+    """The state on the one device that the windows are on, as a call returns it: else the first call's program is its alone."""
+    where = getattr(jax.tree.leaves(windows)[0], "sharding", None)
+    if not isinstance(where, NamedSharding) or where.mesh.size > 1:
+        return state
+    return jax.device_put(state, NamedSharding(where.mesh, PartitionSpec()))
 
 
 def _scores(calls: list[Call], judge: Judge) -> list[float]:
@@ -241,15 +267,16 @@ def _scores(calls: list[Call], judge: Judge) -> list[float]:
     return [score if math.isfinite(score) else math.inf for score in found]
 
 
-def _early(calls: list[Call], judge: Judge | None) -> bool:
+def _early(calls: list[Call], judge: Judge | None, unit: str) -> bool:
     if judge is None or judge.patience is None or not (scores := _scores(calls, judge)):
         return False
-    before = sum(call.updates <= judge.since for call in calls if call.valid)
+    before = sum((getattr(call, unit) or 0) <= judge.since for call in calls if call.valid)
     return len(scores) - max(scores.index(min(scores)) + 1, before) >= judge.patience
 
 
 def _event(call: Call) -> Event:
     metrics = {name: value for name, value in call._asdict().items() if name not in ("updates", "valid")}
+    metrics = {name: value for name, value in metrics.items() if value is not None}
     return Event("call", call.updates, metrics | {f"valid/{name}": x for name, x in (call.valid or {}).items()})
 
 

@@ -11,7 +11,7 @@ References: Yang, Wang, Zhang, Shen & Kim 2024, *Parallelizing linear transforme
 Yang, Kautz & Hatamizadeh 2025, *Gated delta networks*; without the delta rule Dao & Gu 2024, *Transformers are SSMs*.
 """
 
-from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
@@ -135,65 +135,109 @@ def _chunks(
         beta = fold(beta)[..., None]
         among = jnp.tril(beta * decays.between * (k @ k.mT), -1)
         both = beta * jnp.concatenate([v - of_start(k), decays.before[..., None] * k], -1)
-        both = lax.linalg.triangular_solve(among, both, left_side=True, lower=True, unit_diagonal=True)
-        u, reads = jnp.split(both, [v.shape[-1]], -1)
+        u, reads = jnp.split(_solve(among, both), [v.shape[-1]], -1)
 
     into = (decays.between[..., -1, :, None] * k).mT  # what a chunk's steps write that stands at its end
-    kept, written = decays.before[..., -1, None, None], into @ u
+    kept, returned = decays.before[..., -1, None, None], None
     if start is not None and decays.start is not None:
-        written += decays.start[..., -1, None, None] * start
-    if reads is not None:
-        kept = kept * jnp.eye(k.shape[-1], dtype=k.dtype) - into @ reads
-    states = _over_chunks(join, jnp.multiply if reads is None else jnp.matmul, kept, written, s)
-    before = jnp.concatenate([s[None], states[:-1]])
-    before = jnp.where(decays.before[..., :1, None] == 0, 0, before)  # what no step sees may be anything
-    if reads is not None:
-        u = u - jnp.where(decays.before[..., None] == 0, 0, reads @ before)
+        returned = decays.start[..., -1, None, None] * start
+    sees = decays.before[..., None] != 0  # what no step sees may be anything
+    before, u, last = _over_chunks(join, kept, into, u, reads, sees, returned, s)
     o = (decays.between * (q @ k.mT)) @ u + times(decays.before[..., None], q @ before) + of_start(q)
     o = jnp.moveaxis(o, (0, 2), (1, 3)).reshape(lanes, -1, heads, v.shape[-1])
-    return states[-1], o[:, :time]
+    return last, o[:, :time]
 
 
 def _decays(log_decay: jax.Array, resets: jax.Array | None) -> _Decays:
     """Every decay is the exponential of a sum of the logarithms that belong to it, and no difference of longer sums."""
     c = log_decay.shape[-1]
     i, j = jnp.arange(c)[:, None], jnp.arange(c)
-
-    def latest(where: jax.Array) -> jax.Array:
-        """The last such step up to each; -1: there is none."""
-        return jnp.where(where[..., None, :] & (j <= i), j, -1).max(-1)
-
+    exact = functools.partial(jnp.tensordot, axes=1, precision=lax.Precision.HIGHEST)
     forgets = jnp.isneginf(log_decay)
     logs = jnp.where(forgets, 0, log_decay)
-    began = forgotten = latest(forgets)
-    if resets is not None:
-        reset = latest(resets)
-        began = jnp.maximum(reset, forgotten)
-    together = (i >= j) & (began[..., None] <= j)
-    since = jnp.tril(jnp.ones((c, c), logs.dtype))
-    between = jnp.matmul(since, jnp.where(i > j, logs[..., None], 0), precision=lax.Precision.HIGHEST)
-    between = jnp.where(together, jnp.exp(jnp.where(together, between, 0)), 0)
-    whole = jnp.where(together, logs[..., None, :], 0).sum(-1)  # since it began
-    from_before = jnp.where(began < 0, jnp.exp(whole), 0)
-    from_start = None if resets is None else jnp.where(reset > forgotten, jnp.exp(whole), 0)
-    return _Decays(between, from_before, from_start)
+    begins = forgets if resets is None else forgets | resets
+    up_to = jnp.triu(jnp.ones((c, c), logs.dtype))  # [term, i]
+    between = (j < i[..., None]) & (i[..., None] <= i)  # [term, i, j]
+    times_begun = exact(begins.astype(logs.dtype), up_to)
+    together = (i >= j) & (times_begun[..., None] == times_begun[..., None, :])
+    from_each = jnp.where(together, jnp.exp(jnp.where(together, exact(logs, between.astype(logs.dtype)), 0)), 0)
+    from_before = jnp.where(times_begun == 0, jnp.exp(exact(logs, up_to)), 0)
+    if resets is None:
+        return _Decays(from_each, from_before, None)
+    at_reset = jnp.where(resets & ~forgets, jnp.exp(logs), 0)  # of which a step sees the last alone, or none
+    return _Decays(from_each, from_before, (from_each * at_reset[..., None, :]).sum(-1))
 
 
-def _over_chunks(join: Implementation, product: Callable, m: jax.Array, b: jax.Array, s: jax.Array) -> jax.Array:
-    """S_n = M_n S_{n−1} + B_n, ``[chunks, lanes, heads, keys, values]``; M a number of each head, or a matrix."""
+def _solve(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(I + A)⁻¹ B of a strictly lower-triangular A, by the inverse, which the gradient needs too: a CPU's solver takes longer
+    than all else.
+
+    The inverse is found for blocks along the diagonal, from single steps on, each time of two that become one:
+    X ← X − X A X with the part of A below the diagonal blocks and inside the new ones, as exact as substitution is.
+    """
+    c = a.shape[-1]
+    i, j = jnp.arange(c)[:, None], jnp.arange(c)
+    exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    fixed = lax.stop_gradient(a)
+    inverse, size = jnp.eye(c, dtype=a.dtype) - jnp.where((i // 2 == j // 2), fixed, 0), 2
+    while size < c:
+        joins = (i // size != j // size) & (i // (2 * size) == j // (2 * size))
+        inverse, size = inverse - exact(exact(inverse, jnp.where(joins, fixed, 0)), inverse), 2 * size
+    return lax.custom_linear_solve(
+        lambda x: x + exact(a, x), b, lambda _, b: exact(inverse, b), lambda _, b: exact(inverse.mT, b)
+    )
+
+
+def _over_chunks(
+    join: Implementation,
+    kept: jax.Array,
+    into: jax.Array,
+    u: jax.Array,
+    reads: jax.Array | None,
+    sees: jax.Array,
+    returned: jax.Array | None,
+    s: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U ← U − reads S, S ← kept S + into U + returned, from chunk to chunk: S before each, U, and S after the last."""
+
+    def seen(s: jax.Array, sees: jax.Array) -> jax.Array:
+        return jnp.where(sees[..., :1, :], s, 0)
+
+    def left(u: jax.Array, reads: jax.Array | None, before: jax.Array, sees: jax.Array) -> jax.Array:
+        return u if reads is None else u - jnp.where(sees, reads @ before, 0)
+
+    if join == "step" and reads is not None:
+
+        def chunk(s: jax.Array, of: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            kept, into, u, reads, sees, returned = of
+            before = seen(s, sees)
+            u = left(u, reads, before, sees)
+            s = times(kept, s) + into @ u
+            return s if returned is None else s + returned, (before, u)
+
+        s, (before, u) = lax.scan(chunk, s, (kept, into, u, reads, sees, returned))
+        return before, u, s
+
+    b = into @ u
+    b = b if returned is None else b + returned
+    if join == "step":
+
+        def step(s: jax.Array, mb: tuple) -> tuple[jax.Array, jax.Array]:
+            return times(mb[0], s) + mb[1], s
+
+        s, before = lax.scan(step, s, (kept, b))
+        return seen(before, sees), u, s
+    m, d = kept if reads is None else kept * jnp.eye(s.shape[-2], dtype=s.dtype) - into @ reads, 1
+
+    def product(m: jax.Array, x: jax.Array) -> jax.Array:
+        return m * x if reads is None else m @ x
 
     def of(m: jax.Array, s: jax.Array) -> jax.Array:
         return product(m, jnp.where((m == 0).all((-2, -1), keepdims=True), 0, s))
 
-    if join == "associative":
-        b, d = jnp.concatenate([b[:1] + of(m[:1], s), b[1:]]), 1
-        while d < len(b):
-            b, m = b + of(m, later(b, d, 0)), product(m, later(m, d, 0))
-            d *= 2
-        return b
-
-    def step(s: jax.Array, mb: tuple) -> tuple[jax.Array, jax.Array]:
-        s = of(mb[0], s) + mb[1]
-        return s, s
-
-    return lax.scan(step, s, (m, b))[1]
+    b = jnp.concatenate([b[:1] + of(m[:1], s), b[1:]])
+    while d < len(b):
+        b, m = b + of(m, later(b, d, 0)), product(m, later(m, d, 0))
+        d *= 2
+    before = seen(jnp.concatenate([s[None], b[:-1]]), sees)
+    return before, left(u, reads, before, sees), b[-1]

@@ -1,0 +1,253 @@
+"""What a run reads: windows of one length, or of lengths that a schedule decides, from where the stream is."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import tbptt_jax as tb
+from tbptt_jax.arrays import pad
+from tbptt_jax.study.lengths import Choice, Lengths, Place, Span
+from tbptt_jax.study.task import Task, reader
+from tbptt_jax.training import TrainState, TrainStep
+
+
+class Feed(NamedTuple):
+    """Windows by the numbers of their updates, and the place in the stream that is kept to find them again.
+
+    Attributes:
+      begin: the place at update 0.
+      end: ``(place, done) -> update`` at which the call that begins at ``done`` ends; ``done`` itself where the run does.
+      read: ``(place, first, last) -> windows`` ``[last - first, lanes, time, ...]`` of one call.
+      after: ``(place, done) -> place``, which changes where a call ends.
+      told: ``(place, done) -> what`` a :class:`tbptt_jax.study.loop.Call` that ends there says of it.
+      restored: a place of what JSON has made of it.
+      until: where the run ends, in units.
+      unit: ``"updates"``, or ``"steps"`` of a lane.
+      longest: steps of the longest window.
+      windows: of these in one reading of the data.
+      steps: of a lane in one reading, where it is not so many windows of one length, else None.
+      looks: ``(place, done) -> bool``: whether the stream is looked at before the next call.
+      look: ``(place, state) -> place``.
+    """
+
+    begin: Any
+    end: Callable[[Any, int], int]
+    read: Callable[[Any, int, int], tb.Window]
+    after: Callable[[Any, int], Any]
+    told: Callable[[Any, int], dict[str, Any]]
+    restored: Callable[[Any], Any]
+    until: int
+    unit: str = "updates"
+    longest: int = 1
+    windows: int = 1
+    steps: int | None = None
+    looks: Callable[[Any, int], bool] = lambda place, done: False
+    look: Callable[[Any, TrainState], Any] = lambda place, state: place
+
+
+class Stream(NamedTuple):
+    """The lanes of a task, step by step.
+
+    Attributes:
+      time: steps of a lane until it is at an end.
+      total: steps of a lane in one reading of all the data.
+      lanes: how many.
+      read: ``(first, last) -> window`` ``[lanes, last - first, ...]``, read in order and round again.
+    """
+
+    time: int
+    total: int
+    lanes: int
+    read: Callable[[int, int], tb.Window]
+
+
+class Course(NamedTuple):
+    """Where the call begins that a run is in, and what its schedule has chosen so far."""
+
+    updates: int = 0
+    steps: int = 0
+    choices: tuple[Choice, ...] = ()
+
+
+def feed_of(
+    task: Task, data: Any, window: int | Lengths, lanes: int, *, stateless: bool, burn_in: int, per_call: int,
+    updates: int | None, epochs: int | None,
+) -> Feed:  # fmt: skip
+    """The windows of a task's data for so many updates, or readings of it.
+
+    Raises:
+      ValueError: as from :func:`tbptt_jax.study.task.reader`, or if the windows of a schedule cannot be cut.
+    """
+    if isinstance(window, Lengths):
+        if stateless:
+            raise ValueError(
+                "Stateless windows know no past, whatever their lengths: give `window` a number, or leave `stateless`."
+            )
+        if window.look and jax.process_count() > 1:
+            raise ValueError("A schedule that looks at the stream runs in one process: give `window` a number.")
+        stream = stream_of(task, data, lanes)
+        return of_lengths(task, window, stream, per_call=per_call, updates=updates, epochs=epochs)
+    read = reader(task, data, window, lanes, stateless=stateless, burn_in=burn_in)
+    feed = of_windows(read.read, updates or (epochs or 0) * read.windows, per_call)
+    return feed._replace(longest=window, windows=read.windows)
+
+
+def of_windows(read: Callable[[int, int], tb.Window], updates: int, per_call: int) -> Feed:
+    """Windows that are numbered: of one length. Calls end where those of a run never interrupted do."""
+    return Feed(
+        begin=(),
+        end=lambda place, done: min(done - done % per_call + per_call, updates),
+        read=lambda place, first, last: read(first, last),
+        after=lambda place, done: (),
+        told=lambda place, done: {},
+        restored=tuple,
+        until=updates,
+    )
+
+
+def of_lengths(
+    task: Task, lengths: Lengths, stream: Stream, *, per_call: int, updates: int | None, epochs: int | None
+) -> Feed:  # fmt: skip
+    """Windows whose lengths a schedule decides, for so many updates, or readings of the data.
+
+    Raises:
+      ValueError: if the longest are longer than the stream.
+    """
+    if lengths.sizes and lengths.sizes[-1] > stream.time:
+        raise ValueError(
+            f"Windows of {lengths.sizes[-1]} steps are longer than the stream, whose lanes have {stream.time}: choose shorter ones."
+        )
+    last_step = None if epochs is None else epochs * stream.total
+    whole = len(lengths.sizes) == 1 and stream.time % lengths.sizes[0] == 0  # then no window is ever short
+
+    def spans(course: Course) -> list[tuple[int, Span]]:
+        """The steps at which the windows of the call begin, and the windows."""
+        choice = course.choices[-1] if course.choices else None
+        place, found = Place(course.updates, course.steps, stream.time, choice), []
+        for _ in range(per_call):
+            span = lengths.next(place)
+            length = min(span.length, stream.time - place.steps % stream.time)
+            found.append((place.steps, span._replace(length=length)))
+            place = place._replace(updates=place.updates + 1, steps=place.steps + length)
+        return found
+
+    def end(course: Course, done: int) -> int:
+        if last_step is None:
+            return min(course.updates + per_call, updates or 0)
+        return max(done, course.updates + sum(first < last_step for first, _ in spans(course)))
+
+    def read(course: Course, first: int, last: int) -> tb.Window:
+        found = spans(course)
+        padded = max(span.padded for _, span in found)
+        found = found[first - course.updates : last - course.updates]
+        begin, until = found[0][0], sum((found[-1][0], found[-1][1].length))
+        steps = stream.read(begin, until)
+        starts, ends = (np.array([[s - begin + n * span.length] for s, span in found]) for n in (0, 1))
+        at = starts + np.arange(padded)
+        inside = at < ends  # [windows, time]
+        at = np.minimum(at, until - begin - 1)
+
+        def cut(x: Any) -> Any:
+            """``[lanes, steps, ...]`` to ``[windows, lanes, time, ...]``, 0 where it is padding."""
+            x = x[:, at].swapaxes(0, 1)
+            if not inside.all() and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                x[np.broadcast_to(~inside[:, None], x.shape[:3])] = 0
+            return x
+
+        if steps.valid is None and not whole:
+            steps = steps._replace(valid=np.ones((stream.lanes, until - begin), bool))
+        if any(span.edges is not None for _, span in found):
+            edges = np.concatenate([span.edges[: span.length] for _, span in found]).astype(np.float32)  # type: ignore[index]
+            before = np.float32(1) if steps.edges is None else steps.edges
+            steps = steps._replace(edges=np.broadcast_to(edges * before, (stream.lanes, until - begin)))
+        windows = jax.tree.map(cut, steps)
+        if windows.edges is not None:  # the gradient passes through padding as it is
+            windows = windows._replace(edges=np.where(inside[:, None], windows.edges, 1).astype(windows.edges.dtype))
+        return windows
+
+    def after(course: Course, done: int) -> Course:
+        if done < course.updates + per_call:
+            return course
+        start, span = spans(course)[-1]
+        return course._replace(updates=done, steps=start + span.length)
+
+    def told(course: Course, done: int) -> dict[str, Any]:
+        found = spans(course)[: done - course.updates]
+        bound = course.choices[-1].bias_bound if course.choices else None
+        longest = max(span.length for _, span in found)
+        return {"window": longest, "steps": found[-1][0] + found[-1][1].length, "bias_bound": bound}
+
+    def looks(course: Course, done: int) -> bool:
+        if lengths.look is None or done != course.updates:
+            return False
+        every = lengths.look.every
+        return not course.choices or done // every > course.choices[-1].updates // every
+
+    def look(course: Course, state: TrainState) -> Course:
+        assert lengths.look is not None
+        probe = stream.read(course.steps, course.steps + lengths.look.steps)
+        params, carry = jax.device_get((state.params, state.stream.carry))
+        found = lengths.look.choose(task.model, task.loss, params, probe, carry)
+        choice = Choice(
+            course.updates, course.steps, int(found.window), float(found.relative_bias), int(found.horizon), bool(found.safe), found.reason
+        )  # fmt: skip
+        return course._replace(choices=(*course.choices, choice))
+
+    def restored(kept: list) -> Course:
+        return Course(kept[0], kept[1], choices_of(kept))
+
+    longest = max(lengths.sizes or [span.padded for _, span in spans(Course())])
+    until, unit = (last_step, "steps") if last_step is not None else (updates or 0, "updates")
+    windows = -(-stream.total // longest)
+    return Feed(Course(), end, read, after, told, restored, until, unit, longest, windows, stream.total, looks, look)
+
+
+def stream_of(task: Task, data: Any, lanes: int) -> Stream:
+    """The steps of a task's data, as :func:`tbptt_jax.split` and :func:`tbptt_jax.streams.windows` lay them into lanes.
+
+    Raises:
+      ValueError: if the task cuts its windows itself, or the data does not fit the lanes.
+    """
+    if task.cut is not Task._field_defaults["cut"]:
+        raise ValueError(
+            f"The task {task.name!r} cuts its windows itself, so their lengths cannot change: give `window` a number, or the task "
+            "no `cut` of its own (awd_lstm: random_lengths=False)."
+        )
+    if not isinstance(data, tb.Window):
+        total, one = tb.streams.cutter(*data, lanes=lanes, length=1)
+
+        def of_corpus(first: int, last: int) -> tb.Window:
+            return jax.tree.map(lambda x: x[:, :, 0].swapaxes(0, 1), one(np.arange(first, last) % total))
+
+        return Stream(total, total, lanes, of_corpus)
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    data = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), data)
+    n, time = jax.tree.leaves(data.inputs)[0].shape[:2]
+    lanes = min(lanes, n)
+    groups = tb.split(data, time, lanes=lanes)
+    total = time * len(jax.tree.leaves(groups.inputs)[0])
+
+    def of_rows(first: int, last: int) -> tb.Window:
+        steps = np.arange(first, last) % total
+        return jax.tree.map(lambda x: x[steps // time, :, steps % time].swapaxes(0, 1), groups)
+
+    return Stream(time, total, lanes, of_rows)
+
+
+def choices_of(place: Any) -> tuple[Choice, ...]:
+    """What a schedule has chosen, by a feed's place or what JSON has made of it."""
+    return tuple(Choice(*choice) for choice in place[2]) if place else ()
+
+
+def check_same_state(step: TrainStep, first: tb.Window) -> None:
+    """Raises a ``ValueError`` if what the influence knows has the windows' length, as replay's windows have."""
+    time = jax.tree.leaves(first.inputs)[0].shape[1]
+    longer = jax.tree.map(lambda x: pad(x, 1, 1), first)
+    one, other = (jax.eval_shape(step.init, jax.random.key(0), window) for window in (first, longer))
+    if jax.tree.map(np.shape, one) != jax.tree.map(np.shape, other):
+        raise ValueError(
+            f"The influence keeps windows of one length, {time}: with a schedule of lengths give another, such as truncate, "
+            "rtrl or uoro."
+        )

@@ -1,0 +1,223 @@
+"""Schedules of window lengths: how long the next window of a stream is, while the stream goes on where it is.
+
+    study.fit(task, window=study.adaptive(0.5, lengths=(8, 16, 32, 64)), epochs=20)     by how far gradients reach
+    study.fit(task, window=study.growing(8, 64, epochs=10), epochs=20)                  a curriculum
+    study.fit(task, window=study.drawn(tb.schedules.random_length(70)), epochs=20)      by chance
+
+A schedule is a pure function of a :class:`Place`, all of which is kept with the run, so that a run that is gone on with decides
+the same. The carry, the optimiser and the position in the data do not depend on it.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import tbptt_jax as tb
+from tbptt_jax.arrays import check_whole
+from tbptt_jax.gradient import Loss
+from tbptt_jax.recurrence import Recurrence
+from tbptt_jax.window import Window
+
+
+class Choice(NamedTuple):
+    """What a look at the stream led to.
+
+    Attributes:
+      updates: made before it.
+      steps: of a lane, read before it.
+      window: steps of the windows from here on.
+      bias_bound: of that window's gradient, relative to the whole one's; infinite where nothing bounds it.
+      horizon: steps that every loss needs to see back.
+      safe: whether the bound is below the tolerance.
+      reason: a sentence, with what the bound rests on.
+    """
+
+    updates: int
+    steps: int
+    window: int
+    bias_bound: float
+    horizon: int
+    safe: bool
+    reason: str
+
+
+class Place(NamedTuple):
+    """Where a run is in its stream: all that a schedule may decide by.
+
+    Attributes:
+      updates: made so far, one a window.
+      steps: of a lane, read so far in all readings.
+      time: steps of a lane until it is at an end, where other sequences or the next reading begin.
+      choice: the last :class:`Choice`, or None.
+    """
+
+    updates: int
+    steps: int
+    time: int
+    choice: Choice | None = None
+
+
+class Span(NamedTuple):
+    """The next window.
+
+    Attributes:
+      length: its steps; where fewer are left of the lane, it has those.
+      padded: the steps that it is padded to, at least ``length``. The windows of a compiled call are all padded to the longest
+        of them, and every length that occurs is compiled once.
+      edges: ``[length]``, as :class:`tbptt_jax.Window` has them, or None.
+    """
+
+    length: int
+    padded: int
+    edges: np.ndarray | None = None
+
+
+class Look(NamedTuple):
+    """How a schedule looks at the stream.
+
+    Attributes:
+      every: updates from one look to the next, at the beginning of a compiled call.
+      steps: of the probe: those of each lane that come next.
+      choose: ``(model, loss, params, probe, carry) -> suggestion``, the carry that of the stream before the probe.
+    """
+
+    every: int
+    steps: int
+    choose: Callable[[Recurrence, Loss, Any, Window, Any], tb.horizon.Suggestion]
+
+
+class Lengths(NamedTuple):
+    """A schedule of window lengths.
+
+    Attributes:
+      next: ``place -> span``, pure.
+      sizes: what windows are padded to, from short to long; () where that is not known before.
+      settings: what makes it this schedule, as JSON; a run is gone on with by the same one only.
+      look: how it looks at the stream, or None.
+    """
+
+    next: Callable[[Place], Span]
+    sizes: tuple[int, ...]
+    settings: dict[str, Any]
+    look: Look | None = None
+
+
+def adaptive(
+    tolerance: float = 0.5, *, lengths: Sequence[int] = (8, 16, 32, 64), every: int = 1000, probe: int | None = None
+) -> Lengths:
+    """The shortest window whose bias is bounded to be below a tolerance, measured again and again while the model learns.
+
+    Each look measures, at the parameters and the carry of that moment, what windows of each length leave out of the gradient of
+    the steps that come next, by :func:`tbptt_jax.horizon.decay.decay` and :func:`tbptt_jax.horizon.decay.suggest`. That takes as long as
+    some hundred updates by short windows. Where no length is safe, or nothing can be measured, the longest is used, and
+    the :class:`Choice` says why.
+
+    Args:
+      tolerance: of the relative bias of ``truncate()``; positive.
+      lengths: of windows, in steps, from short to long; a short geometric list, since each is compiled.
+      every: updates from one look to the next.
+      probe: steps of a lane that a look reads; the first so many as the longest window has are for what lies before the others.
+        Default four times the longest window.
+
+    Raises:
+      ValueError: if an argument is not as described, or the probe is shorter than two of the longest windows.
+
+    Reference: Aicher, Foti & Fox 2019, *Adaptively truncating backpropagation through time to control gradient bias*, algorithm 1.
+    """
+    sizes = tuple(lengths)
+    if not tolerance > 0:
+        raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.5 for a bias of a half.")
+    for length in sizes:
+        check_whole("lengths", length)
+    if not sizes or list(sizes) != sorted(set(sizes)) or sizes[-1] < 2:
+        raise ValueError(f"`lengths` are {list(sizes)}; give them from short to long, the longest at least 2.")
+    check_whole("every", every)
+    longest = int(sizes[-1])
+    probe = 4 * longest if probe is None else probe
+    check_whole("probe", probe)
+    if probe < 2 * longest:
+        raise ValueError(f"`probe` is {probe}; with windows of up to {longest} give at least {2 * longest}.")
+
+    def choose(model: Recurrence, loss: Loss, params: Any, window: Window, carry: Any) -> tb.horizon.Suggestion:
+        lanes = len(jax.tree.leaves(window.inputs)[0])
+        try:
+            fading = tb.horizon.decay(
+                model, loss, params, window, lags=longest, carry=carry, burn_in=longest, probes=max(1, 64 // lanes), lengths=sizes
+            )  # fmt: skip
+        except ValueError as error:  # it explodes, or no step is scored
+            return tb.horizon.Suggestion(longest, longest, float("inf"), False, f"Nothing could be measured: {error}")
+        return tb.horizon.suggest(fading, tolerance=tolerance, largest=longest)
+
+    def next_span(place: Place) -> Span:
+        length = longest if place.choice is None else place.choice.window
+        return Span(length, length)
+
+    settings = {"adaptive": tolerance, "lengths": list(sizes), "every": every, "probe": probe}
+    return Lengths(next_span, sizes, settings, Look(every, probe, choose))
+
+
+def growing(first: int, last: int, *, updates: int | None = None, epochs: float | None = None) -> Lengths:
+    """A curriculum: windows of ``first`` steps, then of twice as many, and so on up to ``last``, each for as long.
+
+    Args:
+      first: steps of the windows at first.
+      last: steps of those at the end, and from there on.
+      updates: after which windows have ``last`` steps.
+      epochs: readings of a lane after which they do, instead; steps decide, not windows.
+
+    Raises:
+      ValueError: if an argument is not as described.
+    """
+    check_whole("first", first)
+    check_whole("last", last)
+    if last < first:
+        raise ValueError(f"`first` is {first} and `last` is {last}: windows that grow need `last` to be the longer.")
+    if (updates is None) == (epochs is None) or not (updates or epochs or 0) > 0:
+        raise ValueError(f"`updates` is {updates} and `epochs` is {epochs}: give one of them, more than 0.")
+    sizes = tuple(first * 2**i for i in range((last // first).bit_length()))
+    sizes = sizes if sizes[-1] == last else (*sizes, last)
+    stages = len(sizes) - 1
+
+    def next_span(place: Place) -> Span:
+        part = place.updates / updates if updates else place.steps / place.time / (epochs or 1)
+        length = sizes[min(int(part * stages), stages)]
+        return Span(length, length)
+
+    return Lengths(next_span, sizes, {"growing": [first, last], "updates": updates, "epochs": epochs})
+
+
+def drawn(schedule: tb.schedules.Schedule, *, seed: int = 0) -> Lengths:
+    """Windows of lengths drawn by chance, at other places in each reading: AWD-LSTM's, or those of ARTBP with their weights.
+
+    All windows of a compiled call are padded to the longest of them, and that to 1, 2, 4, 8, … of the schedule's units
+    (:class:`tbptt_jax.schedules.Cuts`), so that few lengths are compiled. Fewer windows in a call are less padding.
+
+    Args:
+      schedule: from :mod:`tbptt_jax.schedules`, such as ``random_length(70)`` or ``polynomial_tail(20)``.
+      seed: of the draws.
+
+    Raises:
+      ValueError: if it draws no :class:`tbptt_jax.schedules.Cuts`.
+    """
+    if not callable(schedule) or not isinstance(cuts := schedule(jax.random.key(seed), 1000), tb.schedules.Cuts):
+        raise ValueError(f"`schedule` is {schedule!r}; it needs to be such as `tb.schedules.random_length(70)`.")
+    own = zlib.crc32(np.asarray(cuts.lengths, np.int64).tobytes(), 0 if cuts.edges is None else 1)
+
+    @functools.lru_cache(maxsize=2)
+    def draw(reading: int, time: int) -> tuple[tb.schedules.Cuts, np.ndarray]:
+        cuts = schedule(jax.random.fold_in(jax.random.key(seed), reading), time)
+        return cuts, np.cumsum(cuts.lengths)
+
+    def next_span(place: Place) -> Span:
+        reading, begin = divmod(place.steps, place.time)
+        cuts, ends = draw(reading, place.time)
+        end = int(ends[np.searchsorted(ends, begin, "right")])
+        edges = None if cuts.edges is None else cuts.edges[begin:end]
+        units = 2 ** (-(-(end - begin) // cuts.unit) - 1).bit_length()
+        return Span(end - begin, min(units * cuts.unit, place.time), edges)
+
+    return Lengths(next_span, (), {"drawn": own, "seed": seed})

@@ -1,0 +1,214 @@
+"""Windows whose lengths a schedule decides: the stream goes on, a run that is gone on with decides the same, few programs."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tbptt_jax as tb
+from tbptt_jax import horizon, study, training
+from tbptt_jax.study import feed, lengths
+
+N, TIME, LANES = 5, 23, 2  # three groups of lanes, the last with one that is empty
+NUMBERS = np.arange(1.0, N * TIME + 1).reshape(N, TIME, 1) / (N * TIME)
+ONCE = 3 * TIME  # steps of a lane in one reading
+
+
+def model(factor=0.5):
+    return tb.from_step(
+        lambda a, h, x: (a * h + x, a * h + x),
+        lambda key, x: jnp.full(1, factor, float),
+        lambda a, n: jnp.zeros((n, 1)),
+    )
+
+
+def loss(outputs, window):
+    return ((outputs - window.targets) ** 2)[..., 0]
+
+
+def task(factor=0.5, **more):
+    return study.Task(model(factor), loss, **{"train": tb.sequences(NUMBERS, NUMBERS), "lanes": LANES, **more})
+
+
+def told(*windows):
+    """A schedule that is told what to choose at its looks, one a call of 4 updates."""
+
+    def choose(model, loss, params, probe, carry):
+        return horizon.Suggestion(windows[seen.pop(0) % len(windows)], 1, 0.1, True, "told")
+
+    seen = list(range(1000))
+    sizes = tuple(sorted({max(windows), *windows}))
+    return study.adaptive(lengths=sizes)._replace(look=lengths.Look(4, 9, choose))
+
+
+def same(one, other):
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def bits(run):
+    return run.state.params, run.state.optimiser, run.state.stream.carry, [call[:3] for call in run.calls]
+
+
+fit = functools.partial(study.fit, windows_per_call=4, quiet=True)
+CORPUS = NUMBERS.reshape(-1, 1)[:-1], NUMBERS.reshape(-1, 1)[1:]
+
+
+@pytest.mark.parametrize("train", [tb.sequences(NUMBERS, NUMBERS), CORPUS], ids=["sequences", "corpus"])
+@pytest.mark.parametrize("window", [study.growing(5, 5, updates=1), study.drawn(tb.schedules.fixed(5))])
+def test_one_length_by_a_schedule_gives_the_bits_of_that_window(train, window):
+    ask = {"updates": 34, "not_finite": "skip"}
+    same(bits(fit(task(train=train), window=window, **ask)), bits(fit(task(train=train), window=5, **ask)))
+
+
+SCHEDULES = {
+    "told": lambda: told(2, 16, 4),
+    "growing": lambda: study.growing(3, 16, epochs=2),
+    "random": lambda: study.drawn(tb.schedules.random_length(6, deviation=2, least=2)),
+    "artbp": lambda: study.drawn(tb.schedules.polynomial_tail(4)),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_every_step_is_read_once_in_its_order_and_reset_where_the_data_is(schedule):
+    window = schedule()
+    stream = feed.stream_of(task(), tb.sequences(NUMBERS, NUMBERS), LANES)
+    source = feed.of_lengths(task(), window, stream, per_call=4, updates=None, epochs=3)
+    place, done, parts = source.begin, 0, []
+    while (last := source.end(place, done)) > done:
+        if source.looks(place, done):
+            place = source.look(place, training.TrainState((), (), tb.gradient(model(), loss).init(jax.random.key(0), jnp.ones(1), stream.read(0, 2)), 0))  # fmt: skip
+        last = source.end(place, done)
+        windows = source.read(place, done, last)
+        for i in range(last - done):
+            n = int(windows.valid[i, 0].sum())
+            assert not windows.valid[i, 0, n:].any() and not windows.resets[i, :, n:].any()
+            parts.append(jax.tree.map(lambda x, i=i, n=n: x[i, :, :n], windows))
+        done, place = last, source.after(place, last)
+    read = jax.tree.map(lambda *x: np.concatenate(x, 1), *parts)
+    whole = tb.split(tb.sequences(NUMBERS, NUMBERS), TIME, lanes=LANES)
+    whole = jax.tree.map(lambda x: np.concatenate([*x] * 3, 1), whole)
+    same(read._replace(edges=None), whole)
+    if window.settings.get("drawn"):
+        cuts = [tb.schedules.polynomial_tail(4)(jax.random.fold_in(jax.random.key(0), i), TIME) for i in range(9)]
+        if read.edges is not None:
+            np.testing.assert_allclose(read.edges[0], np.concatenate([cut.edges for cut in cuts]), rtol=1e-6)
+    assert len({part.inputs.shape[1] for part in parts}) > 2
+
+
+def test_the_carry_at_a_change_of_length_is_that_of_reading_the_same_steps():
+    run = fit(task(), window=told(2, 16, 4), updates=20, learning_rate=0.0)
+    assert len({call.window for call in run.calls}) == 3
+    steps = feed.stream_of(task(), tb.sequences(NUMBERS, NUMBERS), LANES).read(0, run.calls[-1].steps)
+    start = model().initial_carry(jnp.full(1, 0.5), LANES)
+    carry, _ = model().unroll(run.params, start, steps.inputs, steps.resets, steps.valid)
+    np.testing.assert_allclose(run.state.stream.carry, carry, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "window", [study.adaptive(0.05, lengths=(2, 4, 8, 16), every=8), study.drawn(tb.schedules.constant_tail(4))]
+)
+def test_killed_again_and_again_it_ends_with_the_same_bits_and_the_same_choices(tmp_path, window):
+    ask = {"window": window, "epochs": 3, "checkpoint_every": 8, "learning_rate": 0.1}
+    whole = fit(task(), **ask)
+    kills = 0
+
+    def kill(event):
+        if event.kind == "call" and event.updates not in seen and event.updates % 8 == 4:
+            seen.add(event.updates)  # a call that was not saved is made again
+            raise KeyboardInterrupt
+
+    seen = set()
+    while True:
+        try:
+            run = fit(task(), **ask, workdir=tmp_path, listeners=[kill])
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills > 2
+    same(bits(run), bits(whole))
+    assert [c[4:] for c in run.calls] == [c[4:] for c in whole.calls] and run.choices == whole.choices
+    loaded = study.load(tmp_path, task())
+    assert loaded.choices == run.choices and loaded.epochs == run.epochs == 3
+    assert len(json.loads((tmp_path / "run.json").read_text())["choices"]) == len(run.choices)
+    with pytest.raises(ValueError, match="there window"):
+        fit(task(), workdir=tmp_path, **{**ask, "window": study.growing(2, 4, updates=3)})
+
+
+def test_more_epochs_go_on_bit_for_bit(tmp_path):
+    ask = {"window": study.adaptive(0.05, lengths=(2, 4, 8), every=4), "optimiser": optax.sgd(0.1)}
+    half = fit(task(), epochs=1, workdir=tmp_path, **ask)
+    both = fit(task(), epochs=2, workdir=tmp_path, **ask)
+    assert half.calls[-1].steps == ONCE and both.calls[-1].steps == 2 * ONCE
+    same(both.state.params, fit(task(), epochs=2, **ask).state.params)
+
+
+def test_each_length_is_compiled_once_and_the_look_once():
+    programs = training._train_windows._cache_size()
+    run = fit(task(), window=told(2, 16, 4), updates=40)
+    assert len(run.choices) == 10 and training._train_windows._cache_size() - programs == 3
+    looks = horizon.decay.__globals__["_traced"]
+    before = looks._cache_size()
+    run = fit(task(), window=study.adaptive(lengths=(2, 4, 8), every=4), updates=20)
+    assert len(run.choices) == 5 and looks._cache_size() - before == 1
+
+
+@pytest.mark.parametrize(
+    "of, because",
+    [
+        (task(1.1), "does not fade"),
+        (task(1e40), "Nothing could be measured"),
+        (task(0.99), "No window up to 8 is known"),
+        (
+            task(train=tb.sequences(NUMBERS, NUMBERS)._replace(weights=np.eye(1, TIME) * np.ones((N, 1)))),
+            "Nothing could",
+        ),
+    ],
+    ids=["grows", "explodes", "fades slowly", "nothing is scored"],
+)
+def test_where_nothing_is_safe_windows_are_the_longest_and_the_reason_is_kept(of, because):
+    window = study.adaptive(0.01, lengths=(2, 4, 8), probe=17)
+    run = fit(of, window=window, updates=4, learning_rate=0.0, not_finite="skip")
+    (choice,) = run.choices
+    assert choice.window == run.calls[0].window == 8 and not choice.safe and because in choice.reason
+
+
+def test_a_gradient_that_fades_fast_gets_the_shortest_window_whose_bias_is_measured_to_hold():
+    run = fit(task(0.3), window=study.adaptive(0.2, lengths=(1, 2, 4, 8, 16)), updates=4, learning_rate=0.0)
+    (choice,) = run.choices
+    assert choice.safe and choice.bias_bound < 0.2 and choice.window == run.calls[0].window < 16
+    assert run.calls[0].bias_bound == choice.bias_bound
+
+
+def test_the_learning_rate_goes_by_the_steps_read():
+    step = tb.train_step(
+        tb.gradient(model(), loss), optax.chain(optax.scale(0.0), optax.add_decayed_weights(1.0), tb.schedules.by_steps(lambda steps: 0.01 * steps))
+    )  # fmt: skip
+    state = step.init(jax.random.key(0), tb.Window(NUMBERS[:, :3], NUMBERS[:, :3]))
+    for length, factor in ((3, 1.0), (5, 0.97), (2, 0.97 * 0.92)):
+        state, _ = step.update(state, tb.Window(NUMBERS[:, :length], NUMBERS[:, :length]))
+        np.testing.assert_allclose(state.params, 0.5 * factor, rtol=1e-6)
+
+
+WRONG = {
+    "tolerance": (lambda: study.adaptive(0.0), "positive"),
+    "lengths": (lambda: study.adaptive(lengths=(8, 4)), "from short to long"),
+    "probe": (lambda: study.adaptive(lengths=(4, 8), probe=9), "give at least 16"),
+    "growing": (lambda: study.growing(8, 4, updates=1), "`last` to be the longer"),
+    "neither": (lambda: study.growing(4, 8), "give one of them"),
+    "drawn": (lambda: study.drawn(lambda key, time: 7), "random_length"),
+    "long": (lambda: fit(task(), window=study.growing(16, 32, updates=1), updates=1), "longer than the stream"),
+    "replay": (lambda: fit(task(), window=told(2, 4), influence="replay:2", updates=1), "windows of one length"),
+    "stateless": (lambda: fit(task(), window=told(2, 4), stateless=True, updates=1), "know no past"),
+    "cut": (lambda: fit(study.task("first_bit"), window=told(2, 4), updates=1), "cuts its windows itself"),
+}
+
+
+@pytest.mark.parametrize("ask, sentence", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_refused_in_a_sentence(ask, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ask()
