@@ -99,9 +99,11 @@ def over_lanes(estimate: Estimate, mesh: Mesh) -> Estimate:
       The estimator, its ``update`` for windows placed by :func:`place`.
 
     Raises:
-      ValueError: now, if the mesh has no such axis; from ``init`` and ``update``, when they are traced, if the window's
+      ValueError: now, if ``mesh`` is none or has no such axis; from ``init`` and ``update``, when they are traced, if the window's
         lanes do not divide by it.
     """
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"`mesh` is {mesh!r}; it needs to be a mesh of devices: `tb.sharding.mesh(lane=2)` for two.")
     if LANE not in mesh.shape:
         raise ValueError(f"The mesh has the axes {list(mesh.shape)}; lanes are spread over an axis named {LANE!r}.")
     devices = mesh.shape[LANE]

@@ -200,3 +200,5 @@ def test_lanes_that_do_not_divide_are_refused():
     other = jax.make_mesh((2,), ("run",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(ValueError, match="lanes are spread over an axis named 'lane'"):
         sharding.over_lanes(tb.gradient(lstm(), loss), other)
+    with pytest.raises(ValueError, match=r"`mesh` is 2; it needs to be a mesh of devices"):
+        sharding.over_lanes(tb.gradient(lstm(), loss), 2)
