@@ -17,6 +17,7 @@ import optax
 from absl import flags
 
 import tbptt_jax as tb
+from benchmarks import window
 from benchmarks.turns import Maker, Side, could_not_run, prepare, table, take_turns
 from experiments import launch
 from tbptt_jax import sharding
@@ -24,8 +25,8 @@ from tbptt_jax.cells.linear_scan import Masks, diagonal, key_value
 
 SHAPES = ((8, 64, 128), (16, 128, 256), (32, 64, 64), (4, 256, 512), (64, 32, 128))  # lanes, time, units
 WAYS = ("step", "associative", "chunked", None)
+RUN = window.RUN
 HEAD = 64  # keys and values of a head
-RUN = 4  # windows in one compiled run
 RATE = 1e-4
 Shape = tuple[int, int, int]
 
@@ -104,23 +105,8 @@ def ways(seconds: float) -> str:
 
 
 def jax_window(model: tb.Recurrence, shape: Shape, devices: int = 1) -> Side:
-    """Our loop around a model, ours or a peer's."""
-    rng = np.random.default_rng(0)
-    x, cotangents = (rng.normal(size=(RUN, *shape)).astype(np.float32) for _ in range(2))
-    cut = tb.Window(x, cotangents)
-    estimate = tb.gradient(model, lambda y, window: (y * window.targets).sum(-1), normaliser=1)
-    if devices > 1:
-        mesh = sharding.mesh(lane=devices)
-        estimate, cut = sharding.over_lanes(estimate, mesh), sharding.place(cut, mesh)
-    cut = jax.device_put(cut)
-    step = tb.train_step(estimate, optax.adam(RATE))
-    state = step.init(jax.random.key(0), jax.tree.map(lambda x: x[0], cut))
-
-    def call() -> None:
-        nonlocal state
-        state, _ = jax.block_until_ready(tb.train_windows(step, state, cut))
-
-    return call
+    """As many inputs as units, and Adam."""
+    return window.jax_window(model, (*shape, shape[-1]), RUN, devices, optax.adam(RATE))
 
 
 def ours(cell: str, shape: Shape) -> Side:

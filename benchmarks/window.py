@@ -24,11 +24,12 @@ SHAPES = (
 )
 RUN = 4  # windows in one compiled run
 RATE = 1e-6
+SGD = optax.sgd(RATE)
 CELLS = {"LSTM": "OptimizedLSTMCell", "GRU": "GRUCell"}  # Flax's name of each; the others have that
 Shape = tuple[int, int, int, int]
 
 
-def jax_window(model: tb.Recurrence, shape: Shape, windows: int = RUN, devices: int = 1) -> Side:
+def jax_window(model: tb.Recurrence, shape: Shape, windows: int = RUN, devices: int = 1, optimiser: Any = SGD) -> Side:
     """Our loop around a model, ours or a peer's: ``windows`` in one compiled run, lanes over ``devices``."""
     lanes, steps, inputs, features = shape
     rng = np.random.default_rng(0)
@@ -39,7 +40,7 @@ def jax_window(model: tb.Recurrence, shape: Shape, windows: int = RUN, devices: 
         mesh = sharding.mesh(lane=devices)
         estimate, cut = sharding.over_lanes(estimate, mesh), sharding.place(cut, mesh)
     cut = jax.device_put(cut)
-    step = tb.train_step(estimate, optax.sgd(RATE))
+    step = tb.train_step(estimate, optimiser)
     state = step.init(jax.random.key(0), jax.tree.map(lambda x: x[0], cut))
 
     def call() -> None:

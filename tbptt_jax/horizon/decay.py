@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from tbptt_jax.arrays import at_least_float32, check_whole, pad, where_lanes
@@ -199,7 +200,7 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
         reason = f"Windows of {window} have a relative bias of at most {delta:.2g} on these losses, {rests}. {fits}"
         return Suggestion(window, horizon, delta, True, reason)
     reason = f"No window up to {largest} is known to keep the relative bias below {tolerance:g}; for {window} the bound is {delta:.2g}. {fits}"
-    return Suggestion(min(largest, max(window, largest)), horizon, delta, False, reason)
+    return Suggestion(largest, horizon, delta, False, reason)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "loss", "lags"))
@@ -258,24 +259,24 @@ def _traced(
 
         def weighed(params: PyTree, numbers: PyTree) -> jax.Array:
             after, losses = read(params, of_real(numbers, there), step)
-            return _dot(differentiable(after), cotangent) + jnp.where(k == 0, losses, 0)
+            return optax.tree.vdot(differentiable(after), cotangent) + jnp.where(k == 0, losses, 0)
 
         added, back = jax.grad(weighed, (0, 1))(params, differentiable(there))
         past = jnp.where(at >= 0, weights[:, probes], 0).sum() / total  # of those that have so much of it
         phi = _lane_norms(back, len(probes) * lanes).sum() / jnp.where(past > 0, past, 1)
         if fresh:  # then the parameters may also make the carry that the stream begins with
             begun = where_lanes(jnp.repeat(at == 0, lanes), back, jax.tree.map(jnp.zeros_like, back))
-            of_start = jax.grad(lambda p: _dot(differentiable(model.initial_carry(p, len(probes) * lanes)), begun))(
-                params
-            )
-            added = jax.tree.map(jnp.add, added, of_start)
+            of_start = jax.grad(
+                lambda p: optax.tree.vdot(differentiable(model.initial_carry(p, len(probes) * lanes)), begun)
+            )(params)
+            added = optax.tree.add(added, of_start)
         back = where_lanes(jnp.repeat(at > 0, lanes), back, jax.tree.map(jnp.zeros_like, back))
-        kept = jax.tree.map(jnp.add, kept, added)
-        return (back, kept), (phi, _norm(added), _norm(kept), _norm(jax.tree.map(jnp.subtract, reference, kept)))
+        kept = optax.tree.add(kept, added)
+        return (back, kept), (phi, _norm(added), _norm(kept), _norm(optax.tree.sub(reference, kept)))
 
     def all_lags(reference: PyTree, _: None) -> tuple[PyTree, tuple]:
         none = jax.tree.map(jnp.zeros_like, differentiable(merged(before, probes)))
-        begin = none, jax.tree.map(jnp.zeros_like, params)
+        begin = none, optax.tree.zeros_like(params)
         (_, kept), norms = lax.scan(functools.partial(lag, reference), begin, jnp.arange(lags + 1))
         return kept, norms
 
@@ -302,15 +303,10 @@ def _traced(
         return jax.grad(both)(params)
 
     # Once to know what all lags keep, and once to know how far from it each is: one program.
-    _, (phi, added, kept, left_out) = lax.scan(all_lags, jax.tree.map(jnp.zeros_like, params), length=2)
+    _, (phi, added, kept, left_out) = lax.scan(all_lags, optax.tree.zeros_like(params), length=2)
     whole = far_seeing()
-    windows = lax.map(lambda n: _norm(jax.tree.map(jnp.subtract, whole, by_windows(n))), lengths)
+    windows = lax.map(lambda n: _norm(optax.tree.sub(whole, by_windows(n))), lengths)
     return phi[0, :-1], added[0], kept[0], left_out[1], _norm(whole), windows
-
-
-def _dot(one: PyTree, other: PyTree) -> jax.Array:
-    parts = jax.tree.map(lambda a, b: jnp.sum(a * b).astype(at_least_float32(a.dtype)), one, other)
-    return functools.reduce(jnp.add, jax.tree.leaves(parts), jnp.float32(0))
 
 
 def _lane_norms(tree: PyTree, lanes: int) -> jax.Array:
@@ -319,8 +315,7 @@ def _lane_norms(tree: PyTree, lanes: int) -> jax.Array:
 
 
 def _norm(tree: PyTree) -> jax.Array:
-    squares = [jnp.sum(jnp.abs(x).astype(at_least_float32(jnp.abs(x).dtype)) ** 2) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(functools.reduce(jnp.add, squares, jnp.float32(0)))
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), tree))
 
 
 def _first_below(left_out: np.ndarray, at_least: np.ndarray, tolerance: float) -> tuple[int, float]:
