@@ -20,8 +20,8 @@ from jax import lax
 
 from tbptt_jax.arrays import PyTree, at_least_float32, check_whole, quoted, where_lanes
 from tbptt_jax.modules import Part, linen_parts, of_any_lanes
-from tbptt_jax.noise import Keys, check_key, drawing, fold_in, takes_key
-from tbptt_jax.recurrence import Draw, Recurrence, Segment, check_carry, recurrence, unroll_window
+from tbptt_jax.noise import Keys, drawing, fold_in, takes_key
+from tbptt_jax.recurrence import Draw, Recurrence, Segment, recurrence, unroll_window, windowed
 from tbptt_jax.window import Window, time_shape
 
 EPSILON = 1e-6  # of norms
@@ -64,29 +64,19 @@ def residual(model: Recurrence, norm: Literal["rms", "layer"] | None = "rms") ->
         _check_features(inputs)
         params = {} if norm is None else {"norm": {"scale": jnp.ones(jnp.shape(inputs)[-1])}}
         params["model"] = model.init(key, normed(params, jnp.asarray(inputs)))
-        jax.eval_shape(lambda p, x: unroll(p, initial_carry(p, lanes), x), params, inputs)  # raises what it would
+        jax.eval_shape(lambda p, x: block.unroll(p, initial_carry(p, lanes), x), params, inputs)  # raises what it would
         return params
 
     def initial_carry(params: PyTree, lanes: int) -> PyTree:
         return model.initial_carry(params["model"], lanes)
 
-    def unroll(
-        params: PyTree,
-        carry: PyTree,
-        inputs: PyTree,
-        resets: jax.Array | None = None,
-        valid: jax.Array | None = None,
-        edges: jax.Array | None = None,
-        key: jax.Array | None = None,
-    ) -> tuple[PyTree, PyTree]:
-        window = Window(inputs, resets=resets, valid=valid, edges=edges)
-        time_shape(window)
-        _check_features(inputs)
-        x = jnp.asarray(inputs)
-        if valid is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
-            x = where_lanes(jnp.asarray(valid, bool), x, jnp.zeros_like(x))
+    def read(params: PyTree, carry: PyTree, window: Window, key: jax.Array | None) -> tuple[PyTree, PyTree]:
+        _check_features(window.inputs)
+        x = jnp.asarray(window.inputs)
+        if window.valid is not None:  # a NaN in the padding would reach the gradient as 0 * NaN
+            x = where_lanes(jnp.asarray(window.valid, bool), x, jnp.zeros_like(x))
         window = window._replace(inputs=normed(params, x))
-        carry, y = unroll_window(model, params["model"], carry, window, key if takes_key(model.unroll) else None)
+        carry, y = unroll_window(model, params["model"], carry, window, key)
         if getattr(y, "shape", None) != x.shape or jnp.iscomplexobj(y) > jnp.iscomplexobj(x):
             given, made = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (x, y))
             raise ValueError(
@@ -96,7 +86,8 @@ def residual(model: Recurrence, norm: Literal["rms", "layer"] | None = "rms") ->
             )
         return carry, x + y.astype(x.dtype)
 
-    return Recurrence(init, initial_carry, drawing(unroll, takes_key(model.unroll)))
+    block = windowed(init, initial_carry, read, takes_key(model.unroll))
+    return block
 
 
 def repeat(model: Recurrence, layers: int, *, remat: bool = False) -> Recurrence:
@@ -122,30 +113,20 @@ def repeat(model: Recurrence, layers: int, *, remat: bool = False) -> Recurrence
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
         lanes, _ = time_shape(Window(inputs))
         params = lax.map(lambda key: model.init(key, inputs), jax.random.split(key, layers))
-        jax.eval_shape(lambda p, x: unroll(p, initial_carry(p, lanes), x), params, inputs)  # raises what it would
+        jax.eval_shape(
+            lambda p, x: layered.unroll(p, initial_carry(p, lanes), x), params, inputs
+        )  # raises what it would
         return params
 
     def initial_carry(params: PyTree, lanes: int) -> PyTree:
         return jax.vmap(lambda p: model.initial_carry(p, lanes), axis_size=layers, out_axes=1)(params)
 
-    def unroll(
-        params: PyTree,
-        carry: PyTree,
-        inputs: PyTree,
-        resets: jax.Array | None = None,
-        valid: jax.Array | None = None,
-        edges: jax.Array | None = None,
-        key: jax.Array | None = None,
-    ) -> tuple[PyTree, PyTree]:
-        lanes, _ = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
-        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
-        check_key(key, lanes)
+    def read(params: PyTree, carry: PyTree, window: Window, key: jax.Array | None) -> tuple[PyTree, PyTree]:
 
         def layer(x: PyTree, of_layer: tuple) -> tuple[PyTree, PyTree]:
             number, params, carry = of_layer
             own = None if key is None or not takes_key(model.unroll) else fold_in(key, number)
-            window = Window(x, resets=resets, valid=valid, edges=edges)
-            carry, y = unroll_window(model, params, carry, window, own)
+            carry, y = unroll_window(model, params, carry, window._replace(inputs=x), own)
             given, made = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (x, y))
             if given != made:
                 raise ValueError(
@@ -155,11 +136,12 @@ def repeat(model: Recurrence, layers: int, *, remat: bool = False) -> Recurrence
             return y, carry
 
         by_layer = jnp.arange(layers), params, jax.tree.map(lambda h: jnp.swapaxes(h, 0, 1), carry)
-        inputs = jax.tree.map(jnp.asarray, inputs)
+        inputs = jax.tree.map(jnp.asarray, window.inputs)
         outputs, carry = lax.scan(jax.checkpoint(layer, prevent_cse=False) if remat else layer, inputs, by_layer)
         return jax.tree.map(lambda h: jnp.swapaxes(h, 0, 1), carry), outputs
 
-    return Recurrence(init, initial_carry, drawing(unroll, takes_key(model.unroll)))
+    layered = windowed(init, initial_carry, read, takes_key(model.unroll))
+    return layered
 
 
 def pointwise(

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from tbptt_jax.arrays import PyTree, quoted, where_lanes
-from tbptt_jax.noise import fold_in, lane_keys, takes_key
-from tbptt_jax.recurrence import Draw, Recurrence, Segment, from_step, unroll_window
+from tbptt_jax.noise import fold_in, lane_keys
+from tbptt_jax.recurrence import Draw, Recurrence, Segment, from_step, unroll_window, windowed
 from tbptt_jax.window import Window, time_shape
 
 Feed = Callable[[PyTree, PyTree, jax.Array | None], PyTree]
@@ -94,7 +94,7 @@ def scheduled_sampling(
         params = model.init(key, inputs)
         lanes, _ = time_shape(Window(inputs))
         for keys in (None, lane_keys(key, lanes)):  # raises what it would
-            jax.eval_shape(lambda p, x, k=keys: unroll(p, initial_carry(p, lanes), x, key=k), params, inputs)
+            jax.eval_shape(lambda p, x, k=keys: forced.unroll(p, initial_carry(p, lanes), x, key=k), params, inputs)
         return params
 
     def step(params: PyTree, carry: ForcingCarry, x: PyTree, key: jax.Array | None = None) -> tuple[PyTree, PyTree]:
@@ -113,9 +113,7 @@ def scheduled_sampling(
             fed = jax.tree.map(lambda new, given: jnp.asarray(new, given.dtype), fed, inputs)
             inputs = where_lanes(own & carry.begun, fed, inputs)
         one_step = Window(jax.tree.map(lambda x: x[:, None], inputs))
-        end, outputs = unroll_window(
-            model, params, carry.model, one_step, of_model if takes_key(model.unroll) else None
-        )
+        end, outputs = unroll_window(model, params, carry.model, one_step, of_model)
         outputs = jax.tree.map(lambda y: y[:, 0], outputs)
         _check(
             "The model has outputs",
@@ -127,20 +125,13 @@ def scheduled_sampling(
 
     stepwise = from_step(step, init, initial_carry, checkpoint=checkpoint)
 
-    def unroll(
-        params: PyTree,
-        carry: ForcingCarry,
-        inputs: PyTree,
-        resets: jax.Array | None = None,
-        valid: jax.Array | None = None,
-        edges: jax.Array | None = None,
-        key: jax.Array | None = None,
-    ) -> tuple[ForcingCarry, PyTree]:
-        lanes, time = time_shape(Window(inputs))
-        numbered = inputs, jnp.broadcast_to(jnp.arange(time), (lanes, time))
-        return unroll_window(stepwise, params, carry, Window(numbered, resets=resets, valid=valid, edges=edges), key)
+    def read(params: PyTree, carry: ForcingCarry, window: Window, key: jax.Array | None) -> tuple[ForcingCarry, PyTree]:
+        lanes, time = time_shape(window)
+        numbered = window.inputs, jnp.broadcast_to(jnp.arange(time), (lanes, time))
+        return unroll_window(stepwise, params, carry, window._replace(inputs=numbered), key)
 
-    return Recurrence(init, initial_carry, unroll)
+    forced = windowed(init, initial_carry, read, True)
+    return forced
 
 
 def _of(value: bool | float | OfInputs, inputs: PyTree, lanes: jax.Array) -> bool | float | jax.Array:

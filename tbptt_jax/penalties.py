@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from tbptt_jax.arrays import PyTree, at_least_float32, check_whole, quoted, where_lanes
 from tbptt_jax.noise import takes_key
-from tbptt_jax.recurrence import Recurrence, check_carry, from_step, unroll_window
+from tbptt_jax.recurrence import Recurrence, from_step, unroll_window, windowed
 from tbptt_jax.window import Window, time_shape
 
 
@@ -75,22 +75,16 @@ def with_activations(
     def init(key: jax.Array, inputs: PyTree) -> PyTree:
         params = model.init(key, inputs)
         lanes, _ = time_shape(Window(inputs))
-        jax.eval_shape(lambda p, x: unroll(p, initial_carry(p, lanes), x), params, inputs)  # raises what it would
+        jax.eval_shape(
+            lambda p, x: measured.unroll(p, initial_carry(p, lanes), x), params, inputs
+        )  # raises what it would
         return params
 
-    def unroll(
-        params: PyTree,
-        carry: ActivationCarry,
-        inputs: PyTree,
-        resets: jax.Array | None = None,
-        valid: jax.Array | None = None,
-        edges: jax.Array | None = None,
-        key: jax.Array | None = None,
+    def read(
+        params: PyTree, carry: ActivationCarry, window: Window, key: jax.Array | None
     ) -> tuple[ActivationCarry, PyTree]:
-        window = Window(inputs, resets=resets, valid=valid, edges=edges)
         lanes, time = time_shape(window)
-        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
-        end, outputs = unroll_window(model, params, carry.model, window, key if takes_key(model.unroll) else None)
+        end, outputs = unroll_window(model, params, carry.model, window, key)
         activation = of(outputs)
         left = activation if dropped is None else dropped(outputs)
         for name, x in (("of", activation), ("dropped", left)):
@@ -104,7 +98,8 @@ def with_activations(
         return ActivationCarry(end, *last), {"outputs": outputs, "activation": left, "change": change}
 
     changes = from_step(_change, lambda key, inputs: (), nothing_before)
-    return Recurrence(init, initial_carry, unroll)
+    measured = windowed(init, initial_carry, read, takes_key(model.unroll))
+    return measured
 
 
 def _change(params: PyTree, before: tuple, activation: jax.Array) -> tuple[tuple, jax.Array]:

@@ -134,20 +134,10 @@ def recurrence(
             return module(params, x)
         return module(params, x, key=keys.window if draw == "window" else keys.step)
 
-    def unroll(
-        params: PyTree,
-        carry: PyTree,
-        inputs: PyTree,
-        resets: jax.Array | None = None,
-        valid: jax.Array | None = None,
-        edges: jax.Array | None = None,
-        key: jax.Array | None = None,
-    ) -> tuple[PyTree, PyTree]:
-        lanes, time = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
-        check_carry(carry, jax.eval_shape(lambda p: first_carry(p, lanes), params), lanes)
-        check_key(key, lanes)
-        inputs, edges = jax.tree.map(jnp.asarray, (inputs, edges))
-        resets, valid = jax.tree.map(lambda x: jnp.asarray(x, bool), (resets, valid))
+    def read(params: PyTree, carry: PyTree, window: Window, key: jax.Array | None) -> tuple[PyTree, PyTree]:
+        _, time = time_shape(window)
+        inputs, edges = jax.tree.map(jnp.asarray, (window.inputs, window.edges))
+        resets, valid = jax.tree.map(lambda x: jnp.asarray(x, bool), (window.resets, window.valid))
         each = None if key is None else step_keys(key, time)
 
         def segment(carry: PyTree, per_step: tuple) -> tuple[PyTree, PyTree]:
@@ -192,7 +182,37 @@ def recurrence(
         return carry if begin is None else Begun(carry, jnp.ones(lanes, bool))
 
     draws = getattr(scan, "draws", True) or any(takes_key(module) for module in (encoder, readout) if module)
-    return Recurrence(checked_init, initial_carry if begin is None else first_carry, drawing(unroll, draws))
+    return windowed(checked_init, initial_carry if begin is None else first_carry, read, draws)
+
+
+def windowed(
+    init: Callable[..., PyTree],
+    initial_carry: Callable[..., PyTree],
+    read: Callable[[PyTree, Any, Window, jax.Array | None], tuple[Any, PyTree]],
+    draws: bool,
+) -> Recurrence:
+    """A recurrence whose ``unroll`` is ``read``, ``(params, carry, window, key) -> (carry, outputs)``, and which ``draws`` or not.
+
+    Raises:
+      ValueError: from ``unroll``, if its arguments are no window, or the carry or the key does not fit its lanes.
+    """
+
+    def unroll(
+        params: PyTree,
+        carry: PyTree,
+        inputs: PyTree,
+        resets: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        edges: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        window = Window(inputs, resets=resets, valid=valid, edges=edges)
+        lanes, _ = time_shape(window)
+        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
+        check_key(key, lanes)
+        return read(params, carry, window, key)
+
+    return Recurrence(init, initial_carry, drawing(unroll, draws))
 
 
 def stack(*layers: Recurrence, remat: bool = False) -> Recurrence:
@@ -231,28 +251,16 @@ def stack(*layers: Recurrence, remat: bool = False) -> Recurrence:
     def initial_carry(params: PyTree, lanes: int) -> PyTree:
         return tuple(layer.initial_carry(p, lanes) for layer, p in zip(layers, params, strict=True))
 
-    def unroll(
-        params: PyTree,
-        carry: PyTree,
-        inputs: PyTree,
-        resets: jax.Array | None = None,
-        valid: jax.Array | None = None,
-        edges: jax.Array | None = None,
-        key: jax.Array | None = None,
-    ) -> tuple[PyTree, PyTree]:
-        lanes, _ = time_shape(Window(inputs, resets=resets, valid=valid, edges=edges))
-        check_carry(carry, jax.eval_shape(lambda p: initial_carry(p, lanes), params), lanes)
-        check_key(key, lanes)
-        carries = []
+    def read(params: PyTree, carry: PyTree, window: Window, key: jax.Array | None) -> tuple[PyTree, PyTree]:
+        carries: list[PyTree] = []
         for number, (layer, p, c) in enumerate(zip(layers, params, carry, strict=True)):
             own = None if key is None or not takes_key(layer.unroll) else fold_in(key, number)
-            window = Window(inputs, resets=resets, valid=valid, edges=edges)
             run = functools.partial(unroll_window, layer)
-            c, inputs = (jax.checkpoint(run) if remat else run)(p, c, window, own)
-            carries.append(c)
-        return tuple(carries), inputs
+            c, y = (jax.checkpoint(run) if remat else run)(p, c, window, own)
+            carries, window = [*carries, c], window._replace(inputs=y)
+        return tuple(carries), window.inputs
 
-    return Recurrence(init, initial_carry, drawing(unroll, any(takes_key(layer.unroll) for layer in layers)))
+    return windowed(init, initial_carry, read, any(takes_key(layer.unroll) for layer in layers))
 
 
 def over_steps(
@@ -340,7 +348,8 @@ def _as_given(new: PyTree, carry: PyTree) -> PyTree:
 def unroll_window(
     model: Recurrence, params: PyTree, carry: PyTree, window: Window, key: jax.Array | None = None
 ) -> tuple[PyTree, PyTree]:
-    """``model.unroll`` over a window: ``(carry, outputs [lanes, time, ...])``; with keys ``[lanes]`` if it is trained."""
+    """``model.unroll`` over a window: ``(carry, outputs [lanes, time, ...])``; with keys ``[lanes]`` if it is trained and draws."""
+    key = key if takes_key(model.unroll) else None
     some = {name: x for name, x in {"edges": window.edges, "key": key}.items() if x is not None}
     return model.unroll(params, carry, window.inputs, window.resets, window.valid, **some)
 
