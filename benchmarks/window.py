@@ -22,6 +22,12 @@ SHAPES = (
     (20, 70, 400, 1150),
     (11, 20, 1, 10),
 )
+NARROW = (
+    (32, 64, 16, 10),
+    (32, 256, 16, 10),
+    (32, 64, 16, 64),
+    (32, 256, 16, 64),
+)  # on a GPU, where they fit on the chip
 RUN = 4  # windows in one compiled run
 RATE = 1e-6
 SGD = optax.sgd(RATE)
@@ -178,7 +184,8 @@ def measure(kind: str, seconds: float) -> Section:
     results: dict[Shape, Timed] = {}
     names: list[str] = []
     failed: dict[str, str] = {}
-    for shape in SHAPES:
+    shapes = SHAPES + (NARROW if jax.default_backend() == "gpu" and kind == "LSTM" else ())
+    for shape in shapes:
         with contextlib.ExitStack() as stack:
 
             def in_torch(shape: Shape = shape, stack: contextlib.ExitStack = stack) -> Side:
@@ -199,13 +206,13 @@ def measure(kind: str, seconds: float) -> Section:
         own = times[spread if over_all else run]
         return float(np.median(times[name]) / np.median(own)) if name in times else np.nan
 
-    ratios = {name: [ratio(name, shape) for shape in SHAPES] for name in names if name not in (run, spread)}
+    ratios = {name: [ratio(name, shape) for shape in shapes] for name in names if name not in (run, spread)}
     ratios = {name: each for name, each in ratios.items() if np.isfinite(each).any()}
-    columns = [", ".join(map(str, shape)) for shape in SHAPES]
+    columns = [", ".join(map(str, shape)) for shape in shapes]
     times_table = table(
         ["ms a window: lanes, time, inputs, units", *columns],
         [
-            [name, *(quartiles(results[s].times[name]) if name in results[s].times else "–" for s in SHAPES)]
+            [name, *(quartiles(results[s].times[name]) if name in results[s].times else "–" for s in shapes)]
             for name in names
         ],
     )
@@ -224,7 +231,7 @@ def measure(kind: str, seconds: float) -> Section:
         [[name, *(f"{r:.2f}" for r in each), f"{mean(each):.2f}"] for name, each in {**ratios, **fastest}.items()],
     )
     devices_rows = []
-    for shape in SHAPES:
+    for shape in shapes:
         if spread in results[shape].times:
             one, over_all = (np.median(results[shape].times[name]) for name in (run, spread))
             row = f"{one:.2f}", f"{over_all:.2f}", f"{one / over_all:.2f}", chosen(shape), f"{ratio(run, shape):.2f}"
@@ -251,13 +258,13 @@ else one. A wider layer's two copies of the weights no longer fit into the cache
 {devices_table}{could_not_run(failed)}"""
 
     def draw(axes: Axes) -> None:
-        places, width = np.arange(len(SHAPES)), 0.85 / len(ratios)
+        places, width = np.arange(len(shapes)), 0.85 / len(ratios)
         for i, (name, each) in enumerate(ratios.items()):
             axes.bar(places + i * width, each, width, label=f"{name}, {mean(each):.1f}")
         axes.axhline(1, color="black", linewidth=1)
         axes.set(yscale="log", ylabel=f"time / {run}")
         axes.set_title(f"One {kind} train window (number: geometric mean)")
-        axes.set_xticks(places + 0.4, ["×".join(map(str, shape)) for shape in SHAPES])
+        axes.set_xticks(places + 0.4, ["×".join(map(str, shape)) for shape in shapes])
         axes.legend(frameon=False, fontsize=8, ncols=2)
 
     return Section(f"The {kind} window", text, draw)
