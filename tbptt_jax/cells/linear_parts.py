@@ -1,14 +1,18 @@
 """What linear cells are made of: gates of the inputs alone, eigenvalues on a ring, and the window that recurs."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbptt_jax.arrays import at_least_float32
-from tbptt_jax.cells.linear_scan import Implementation, Masks, diagonal
+from tbptt_jax.arrays import at_least_float32, check_whole
+from tbptt_jax.cells.layers import Options, check_inputs, layered
+from tbptt_jax.cells.linear_scan import Implementation, Masks, check_implementation, diagonal
 from tbptt_jax.cells.products import dot
+from tbptt_jax.noise import Keys
+from tbptt_jax.recurrence import Recurrence
 
 
 class Weights(NamedTuple):
@@ -23,14 +27,47 @@ class Weights(NamedTuple):
     bias: jax.Array
 
 
-def initial_weights(key: jax.Array, inputs: int, columns: int) -> Weights:
-    """LeCun normal matrices and zero biases."""
-    return Weights(jax.nn.initializers.lecun_normal()(key, (inputs, columns)), jnp.zeros(columns))
+def gated(
+    name: str,
+    features: int,
+    gates: int,
+    coefficients: Callable[..., tuple[jax.Array, jax.Array]],
+    positive_candidates: bool,
+    dtype: Any,
+    implementation: Implementation,
+    **options: Unpack[Options],
+) -> Recurrence:
+    """A recurrence h ← a ∘ h + b of gates that see the inputs alone.
 
+    Args:
+      name: of the cell, for sentences.
+      features: units of each layer.
+      gates: how many, the candidate n among them as the last.
+      coefficients: ``(*gates, n) -> (a, b)``, each ``[lanes, time, features]``.
+      positive_candidates: whether n is made positive by g.
+      dtype: of the product's operands.
+      implementation: how a window is run.
+      **options: what all cells take.
+    """
+    check_whole("features", features)
+    check_implementation(implementation)
 
-def gates(dtype: Any, weights: Weights, x: jax.Array, number: int) -> list[jax.Array]:
-    """``x @ input + bias`` in that many parts, operands of the product in ``dtype``."""
-    return jnp.split(dot(dtype, x.astype(weights.input.dtype), weights.input) + weights.bias, number, -1)
+    def weights(key: jax.Array, inputs: int) -> Weights:
+        columns = gates * features
+        return Weights(jax.nn.initializers.lecun_normal()(key, (inputs, columns)), jnp.zeros(columns))
+
+    def zeros(weights: Weights, lanes: int) -> jax.Array:
+        return jnp.zeros((lanes, features), weights.input.dtype)
+
+    def run(
+        weights: Weights, h: jax.Array, x: jax.Array, *masks: jax.Array | None, starts: jax.Array | None, keys: Keys
+    ) -> tuple[jax.Array, jax.Array]:
+        check_inputs(name, x, weights.input.shape[0])
+        *parts, n = jnp.split(dot(dtype, x.astype(weights.input.dtype), weights.input) + weights.bias, gates, -1)
+        a, b = coefficients(*parts, positive(n) if positive_candidates else n)
+        return recur(a, b, h, starts, Masks(*masks), implementation)
+
+    return layered(name, weights, zeros, run, features, **options)
 
 
 def positive(x: jax.Array) -> jax.Array:

@@ -3,13 +3,10 @@
 from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 
-from tbptt_jax.arrays import check_whole
-from tbptt_jax.cells.layers import Options, check_inputs, layered
-from tbptt_jax.cells.linear_parts import Weights, gates, initial_weights, positive, recur
-from tbptt_jax.cells.linear_scan import Implementation, Masks, check_implementation
-from tbptt_jax.noise import Keys
+from tbptt_jax.cells.layers import Options
+from tbptt_jax.cells.linear_parts import gated
+from tbptt_jax.cells.linear_scan import Implementation
 from tbptt_jax.recurrence import Recurrence
 
 
@@ -39,22 +36,9 @@ def min_lstm(
     Raises:
       ValueError: as :func:`tbptt_jax.lstm`.
     """
-    check_whole("features", features)
-    check_implementation(implementation)
 
-    def weights(key: jax.Array, inputs: int) -> Weights:
-        return initial_weights(key, inputs, 3 * features)
-
-    def zeros(weights: Weights, lanes: int) -> jax.Array:
-        return jnp.zeros((lanes, features), weights.input.dtype)
-
-    def run(
-        weights: Weights, h: jax.Array, x: jax.Array, *masks: jax.Array | None, starts: jax.Array | None, keys: Keys
-    ) -> tuple[jax.Array, jax.Array]:
-        check_inputs("minLSTM", x, weights.input.shape[0])
-        f, i, n = gates(dtype, weights, x, 3)
+    def coefficients(f: jax.Array, i: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
         odds = jax.nn.log_sigmoid(f) - jax.nn.log_sigmoid(i)  # f / (f + i) = σ(log f − log i), also where both are 0
-        n = positive(n) if positive_candidates else n
-        return recur(jax.nn.sigmoid(odds), jax.nn.sigmoid(-odds) * n, h, starts, Masks(*masks), implementation)
+        return jax.nn.sigmoid(odds), jax.nn.sigmoid(-odds) * n
 
-    return layered("minLSTM", weights, zeros, run, features, **options)
+    return gated("minLSTM", features, 3, coefficients, positive_candidates, dtype, implementation, **options)
