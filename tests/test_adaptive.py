@@ -212,3 +212,10 @@ WRONG = {
 def test_what_is_wrong_is_refused_in_a_sentence(ask, sentence):
     with pytest.raises(ValueError, match=sentence):
         ask()
+
+
+def test_growing_windows_double_in_equal_stages():
+    by_updates, by_steps = study.growing(4, 16, updates=10), study.growing(4, 16, epochs=2)
+    places = [lengths.Place(updates=n, steps=10 * n, time=50) for n in range(12)]
+    assert [by_updates.next(place).length for place in places] == [4] * 5 + [8] * 5 + [16] * 2
+    assert [by_steps.next(place).length for place in places] == [4] * 5 + [8] * 5 + [16] * 2

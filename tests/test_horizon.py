@@ -220,3 +220,13 @@ def test_a_loss_in_half_precision_is_measured_with_room(kind):
     exact = horizon.bias(model, large, params, window, 10)
     got = horizon.bias(model, lambda o, w: large(o, w).astype(kind), params, window, 10)
     np.testing.assert_allclose(got.relative_bias, exact.relative_bias, rtol=0.05)
+
+
+def test_what_is_beyond_the_lags_counts_against_a_window():
+    seen = fading(np.full(3, 0.5), 0.5)._replace(
+        beyond=1.0, whole=10.0, lengths=np.array([4, 8]), windows=np.array([2.0, 0.0])
+    )
+    short, whole = (horizon.suggest(seen, tolerance=tolerance) for tolerance in (0.34, 0.12))
+    assert (short.window, short.safe, whole.window, whole.safe) == (4, True, 8, True)
+    np.testing.assert_allclose((short.relative_bias, whole.relative_bias), (3 / 9, 1 / 9))
+    assert not horizon.suggest(seen, tolerance=0.11).safe
