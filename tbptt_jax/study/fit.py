@@ -75,7 +75,7 @@ def fit(
     *,
     window: int | Lengths,
     updates: int | None = None,
-    epochs: int | None = None,
+    epochs: float | None = None,
     workdir: str | pathlib.Path | None = None,
     influence: tb.Influence | str | None = None,
     optimiser: Any = None,
@@ -111,7 +111,7 @@ def fit(
       window: steps of a window, or a schedule of them: :func:`adaptive`, :func:`growing`, :func:`drawn`. With ``epochs`` the learning
         rate of a schedule's run then falls by the steps read, not by updates; with ``updates`` as ever.
       updates: one for each window, in all.
-      epochs: times to read the training data, instead.
+      epochs: times to read the training data, instead, also a part of one.
       workdir: where checkpoints and ``run.json`` go. None: nothing is kept.
       influence: what the gradient knows of the past, or its name, such as ``"replay:3"``; default :func:`tbptt_jax.truncate`.
       optimiser: an optax transformation. None: the gradient clipped to a norm of 1, then Adam.
@@ -149,7 +149,10 @@ def fit(
         check_whole(name, number)
     if (updates is None) == (epochs is None):
         raise ValueError(f"`updates` is {updates} and `epochs` is {epochs}: give one of them.")
-    check_whole("updates" if epochs is None else "epochs", updates if epochs is None else epochs)  # type: ignore[arg-type]
+    if epochs is None:
+        check_whole("updates", updates)  # type: ignore[arg-type]
+    elif isinstance(epochs, bool) or not 0 < epochs < float("inf"):
+        raise ValueError(f"`epochs` is {epochs}; it needs to be a positive number.")
     if not_finite not in ("stop", "skip"):
         raise ValueError(f"`not_finite` is {not_finite!r}; it needs to be 'stop' or 'skip'.")
     needs_valid = patience is not None or (average is not None and average.nonmonotone is not None)
