@@ -15,7 +15,7 @@ from tbptt_jax import study
 
 FLAGS = flags.FLAGS
 tasks.define(None)
-training.define("runs/fit", schedules=True)
+training.define("runs/fit")
 
 
 def main() -> None:
