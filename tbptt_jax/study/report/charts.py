@@ -189,6 +189,8 @@ def schedule_panels(rows: list[Row], tolerances: Row) -> list[Spec]:
         steps = along("steps of training")
         line = {"type": "line", "interpolate": "step-after", "strokeWidth": 1.8, "opacity": 0.8}
         y = vertical("window, steps", [at["y"] for at in windows], log_from=3)
+        if len(lengths := sorted({at["y"] for at in windows})) <= 8:
+            y["axis"] = {"values": lengths}
         says = f"The windows of each seed against the steps read: {title}."
         panels.append(panel(f"{title}: its windows", says, windows, steps, y, [layer(line, stroke=colour)]))
         if bounds := finite(at["y"] for at in looks):

@@ -138,27 +138,20 @@ def on_schedules(rows: list[Row], metric: Row) -> list[Row]:
     best = best_rates([{**row, "series": series_of(row)} for row in rows], higher=higher)
     for row in (row for budget in BUDGETS for row in best if row["budget"] == budget and not is_fixed(row)):
         fixed = [r for r in best if is_fixed(r) and (r["budget"], r["series"]) == (row["budget"], row["series"])]
+        said = f"{capital(row['window'])} ({row['series']}), at {BUDGETS[row['budget']]}, ends at a {metric['name']} of {value(row['final_metric'])}"
+        if finite(r["final_metric"] for r in [row]) and finite(r["final_metric"] for r in fixed):
+            top = best_of(fixed, higher=higher)
+            good = as_good([*fixed, row], higher=higher)
+            how = "as good as" if row in good and top in good else "better than" if row in good else "worse than"
+            said += f", {how} the best window of one length, {top['window']}, with {value(top['final_metric'])}"
+            said += ", within the spread of seeds" if how == "as good as" else ""
         shares = [f"{share:.0%} in windows of {k}" for k, share in _shares(row.get("windows") or []).items()]
         read = " and ".join([*filter(None, [", ".join(shares[:-1])]), *shares[-1:]])
-        who = f"{capital(row['window'])}, {row['series']}, at {BUDGETS[row['budget']]}"
-        said = f"{who}: of its steps it read {read}, which have {value(row['mean_window'])} steps in the mean"
+        said += f". Of its steps it read {read}; a window had {value(row['mean_window'])} steps in the mean. "
         looks = [look for each in row.get("looks") or [] for look in each]
-        unsafe = sum(not look["safe"] for look in looks)
-        if unsafe:
-            said += f"; at {unsafe} of {len(looks)} looks no window was known to be safe, and the longest was used"
-        said += f". It ends at a {metric['name']} of {value(row['final_metric'])}"
-        if finite(r["final_metric"] for r in fixed):
-            top = best_of(fixed, higher=higher)
-            sign = 1 if higher else -1
-            good = row in as_good([*fixed, row], higher=higher) and top in as_good([*fixed, row], higher=higher)
-            ahead = sign * (number(row["final_metric"]) - number(top["final_metric"])) > 0
-            beside = "as good as" if good else "better than" if ahead else "worse than"
-            within = ", within the spread of seeds" if good else ""
-            said += (
-                f", {beside} the best window of one length, {top['window']}, with {value(top['final_metric'])}{within}"
-            )
-        said += f". {_cost(row, fixed, looks)}"
-        found.append({**row, "sentence": said})
+        if unsafe := sum(not look["safe"] for look in looks):
+            said += f"At {unsafe} of {len(looks)} looks no window was known to be safe, and the longest was used. "
+        found.append({**row, "sentence": said + _cost(row, fixed, looks)})
     return found
 
 
@@ -175,14 +168,14 @@ def looks_of(rows: list[Row]) -> list[Row]:
 
 def _cost(row: Row, fixed: list[Row], looks: list[Row]) -> str:
     """What a schedule's trainings cost beside those of all windows of one length."""
-    seconds, steps, compiled = (sum(finite(r[name] for r in fixed)) for name in ("seconds", "steps", "compile_seconds"))
     said = f"It took {value(row['seconds'])} s"
-    said += f", of them {value(row['look_seconds'])} for its looks" if looks else ""
-    if not seconds or not steps:
+    said += f", of them {value(row['look_seconds'])} for {len(looks)} looks" if looks else ""
+    steps, seconds, compiled = (sum(finite(r[name] for r in fixed)) for name in ("steps", "seconds", "compile_seconds"))
+    if not steps:
         return f"{said}."
-    they = f"the {len(fixed)} windows of one length" if len(fixed) > 1 else "the window of one length"
-    said += f", for {number(row['steps']) / steps:.0%} of the steps that {they} read in {value(seconds)} s"
-    return f"{said}, and compiled for {value(row['compile_seconds'])} s, they for {value(compiled)} s."
+    they = f"The {len(fixed)} windows of one length" if len(fixed) > 1 else "The window of one length"
+    said += f", and {value(row['compile_seconds'])} s to compile. {they} took {value(seconds)} s and {value(compiled)} s to compile"
+    return f"{said}, and read {steps / number(row['steps']):.3g} times as many steps."
 
 
 def _shares(windows: list[list[list[int]]]) -> dict[int, float]:
