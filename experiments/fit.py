@@ -34,12 +34,12 @@ def main() -> None:
     curve = [(call.updates, call.loss) for call in run.calls]
     shown = "; ".join(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in each.items()) for name, each in scores.items())
     launch.say(
-        f"{task.name}, windows of {FLAGS.window}, {run.updates} updates: {shown or f'loss {run.calls[-1].loss:.4g}'}. "
+        f"{task.name}, {training.windows_told()}, {run.updates} updates: {shown or f'loss {run.calls[-1].loss:.4g}'}. "
         f"{told['seconds']:.0f} s."
     )
     launch.write_results(
         FLAGS.workdir,
-        {"task": task.name, "scores": scores, **told, "curve": curve, "choices": [c._asdict() for c in run.choices]},
+        {"task": task.name, "scores": scores, **told, "curve": curve},
         more=", run.json, checkpoints",
     )
 

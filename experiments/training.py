@@ -83,12 +83,18 @@ def told_of(run: study.Run) -> dict[str, Any]:
         "epochs": run.epochs,
         "seconds": seconds,
         **study.health_of(run.calls),
+        **({"choices": [choice._asdict() for choice in run.choices]} if run.choices else {}),
     }
 
 
 def window() -> int | study.Lengths:
     """What ``--window`` names."""
     return lengths_of(FLAGS.window, "window", FLAGS.lengths, FLAGS.look_every, FLAGS.seed)
+
+
+def windows_told() -> str:
+    """What ``--window`` names, in words."""
+    return f"windows of {FLAGS.window}" if isinstance(window(), int) else f"windows {FLAGS.window}"
 
 
 def lengths_of(wanted: str, flag: str, lengths: Sequence[int | str], every: int, seed: int = 0) -> int | study.Lengths:

@@ -44,6 +44,15 @@ def rows_of(task: Task, point: Point, trained: Trained, settings: dict[str, Any]
     rows = []
     for i, rate in enumerate(settings["learning_rates"]):
         mine = slice(i * seeds, (i + 1) * seeds)
+        told = (
+            trained.told[i]
+            if trained.told
+            else {
+                "updates": updates,
+                "steps": round(updates * steps_each),
+                "curve": curve(trained.losses[mine], trained.weights[mine], steps_each),
+            }
+        )
         rows.append(
             {
                 "task": settings["task"],
@@ -51,15 +60,7 @@ def rows_of(task: Task, point: Point, trained: Trained, settings: dict[str, Any]
                 "params": dict(point.params),
                 "learning_rate": rate,
                 "seeds": seeds,
-                **(
-                    trained.told[i]
-                    if trained.told
-                    else {
-                        "updates": updates,
-                        "steps": round(updates * steps_each),
-                        "curve": curve(trained.losses[mine], trained.weights[mine], steps_each),
-                    }
-                ),
+                **told,
                 "final_loss": float(trained.scores[mine, 0].mean()),
                 "final_metric": float(trained.scores[mine, 1].mean()),
                 "losses": trained.scores[mine, 0].tolist(),
