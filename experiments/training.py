@@ -14,7 +14,7 @@ from tbptt_jax.arrays import check_whole
 FLAGS = flags.FLAGS
 SCHEDULES = "auto, growing:FIRST:LAST:EPOCHS, random:BASE as AWD-LSTM has it, artbp:BASE."
 PASSED = (
-    *("influence", "stateless", "burn_in", "learning_rate", "epochs", "seed", "windows_per_call"),
+    *("stateless", "burn_in", "learning_rate", "epochs", "seed", "windows_per_call"),
     *("checkpoint_every", "patience", "not_finite", "profile", "resume"),
 )
 
@@ -25,14 +25,14 @@ def define(
     """Defines them, with these defaults; ``--window`` may be a schedule of lengths, or is a number."""
     if schedules:
         flags.DEFINE_string("window", str(window), f"Steps of a window, or a schedule of them: {SCHEDULES}")
-        flags.DEFINE_float("tolerance", 0.5, "Of --window=auto: the relative bias of the gradient that is allowed.")
         flags.DEFINE_list("lengths", ["8", "16", "32", "64"], "Of --window=auto: the windows to choose from.")
-        flags.DEFINE_integer(
-            "look_every", 1000, "Of --window=auto: updates from one choice to the next.", lower_bound=1
-        )
     else:
         flags.DEFINE_integer("window", window, "Steps of a window.", lower_bound=1)
-    flags.DEFINE_string("influence", "truncate", launch.INFLUENCES)
+    flags.DEFINE_string("influence", "truncate", f"{launch.INFLUENCES} Or replay:auto, which chooses out of --depths.")
+    auto = "--window=auto and --influence=replay:auto" if schedules else "--influence=replay:auto"
+    flags.DEFINE_list("depths", ["0", "1", "2", "4", "8"], "Of --influence=replay:auto: the windows to go back.")
+    flags.DEFINE_float("tolerance", 0.5, f"Of {auto}: the relative bias of the gradient that is allowed.")
+    flags.DEFINE_integer("look_every", 1000, f"Of {auto}: updates from one choice to the next.", lower_bound=1)
     flags.DEFINE_bool("stateless", False, "Begin each window from the initial carry, for comparison.")
     flags.DEFINE_integer("burn_in", 0, "Steps that a stateless window reads to find its state, before those it scores: windows overlap by so many, every step is scored once, and no gradient flows into the burn-in.", lower_bound=0)  # fmt: skip
     flags.DEFINE_float("learning_rate", learning_rate, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0)  # fmt: skip
@@ -54,7 +54,7 @@ def check() -> None:
     """Raises a ``ValueError`` if flags do not go together, or name no influence, average or listener."""
     if FLAGS.updates and FLAGS.epochs:
         raise ValueError(f"--updates={FLAGS.updates} and --epochs={FLAGS.epochs} were both given: give one of them.")
-    launch.influence(FLAGS.influence, 1, "influence")
+    influence()
     window()
     averaging(FLAGS.average)
     listeners(FLAGS.log, pathlib.Path())
@@ -65,6 +65,7 @@ def fitted(task: study.Task, updates: int, **more: Any) -> study.Run:
     directory = launch.expanded(FLAGS.workdir)
     asked: dict[str, Any] = {name: FLAGS[name].value for name in PASSED} | {
         "window": window(),
+        "influence": influence(),
         "updates": None if FLAGS.epochs else FLAGS.updates or updates,
         "workdir": directory,
         "average": averaging(FLAGS.average),
@@ -82,6 +83,7 @@ def told_of(run: study.Run) -> dict[str, Any]:
         "updates": run.updates,
         "epochs": run.epochs,
         "seconds": seconds,
+        "choices": [choice._asdict() for choice in run.choices],
         **study.health_of(run.calls),
     }
 
@@ -107,6 +109,17 @@ def window() -> int | study.Lengths:
             f"--window={launch.short(wanted)}: {launch.short(error)} Give steps, or {SCHEDULES}"
         ) from error
     return steps
+
+
+def influence() -> str | study.Depths:
+    """What ``--influence`` names."""
+    if FLAGS.influence != "replay:auto":
+        launch.influence(FLAGS.influence, 1, "influence")
+        return FLAGS.influence
+    try:
+        return study.adaptive_replay(FLAGS.tolerance, depths=list(map(int, FLAGS.depths)), every=FLAGS.look_every)
+    except ValueError as error:
+        raise ValueError(f"--influence=replay:auto: {launch.short(error)}") from error
 
 
 def averaging(wanted: str | None) -> Any:
