@@ -149,7 +149,17 @@ def decay(
             )
         tried = np.repeat(tried, len(deep))
     found = _traced(
-        model, loss, lags, min(stretch, time), deep, params, carry, window, jnp.asarray(steps), jnp.asarray(tried)
+        model,
+        loss,
+        lags,
+        burn_in,
+        min(stretch, time),
+        deep,
+        params,
+        carry,
+        window,
+        jnp.asarray(steps),
+        jnp.asarray(tried),
     )
     phi, added, kept, left_out, whole, windows = (np.asarray(x, np.float64) for x in found)
     if not np.isfinite(phi).all():
@@ -239,11 +249,12 @@ def always(t: jax.Array) -> bool:
     return True
 
 
-@functools.partial(jax.jit, static_argnames=("model", "loss", "lags", "stretch", "depths"))
+@functools.partial(jax.jit, static_argnames=("model", "loss", "lags", "burn_in", "stretch", "depths"))
 def _traced(
     model: Recurrence,
     loss: Loss,
     lags: int,
+    burn_in: int,
     stretch: int,
     depths: tuple[int, ...],
     params: PyTree,
@@ -330,12 +341,16 @@ def _traced(
     def left_out(gradient: PyTree) -> jax.Array:
         return _norm(optax.tree.sub(whole, gradient))
 
+    def of_steps(steps: int) -> np.ndarray:
+        """Where the stretches of so many begin that have a loss."""
+        return np.arange(burn_in // steps * steps, time, steps)
+
     def by_windows(length: jax.Array) -> jax.Array:
-        return left_out(stretches(np.arange(0, time, stretch), stretch, uncut=lambda t: t % length > 0)[1])
+        return left_out(stretches(of_steps(stretch), stretch, uncut=lambda t: t % length > 0)[1])
 
     def further(state: tuple, depth: jax.Array) -> tuple[tuple, jax.Array]:
         """One window further back from all windows."""
-        state = stretches(np.arange(0, time, stretch) - depth * stretch, stretch, state, counted=lambda t: depth == 0)
+        state = stretches(of_steps(stretch) - depth * stretch, stretch, state, counted=lambda t: depth == 0)
         return state, left_out(state[1])
 
     # Once to know what all lags keep, and once to know how far from it each is: one program.
@@ -344,12 +359,12 @@ def _traced(
     if time <= 2 * lags:
         _, whole = stretches(np.array([0]), time)
     else:
-        _, whole = stretches(np.arange(0, time, lags) - lags, 2 * lags, counted=lambda t: t >= lags)
+        _, whole = stretches(of_steps(lags) - lags, 2 * lags, counted=lambda t: t >= lags)
     if depths:
-        _, windows = lax.scan(further, nothing(-(-time // stretch)), jnp.arange(depths[-1] + 1))
+        _, windows = lax.scan(further, nothing(len(of_steps(stretch))), jnp.arange(depths[-1] + 1))
         windows = windows[np.array(depths)]
     else:
-        windows = lax.map(by_windows, lengths)
+        windows = lax.map(by_windows, lengths, batch_size=min(4, len(lengths)))  # what is read is the same for a batch
     return phi[0, :-1], added[0], kept[0], without[1], _norm(whole), windows
 
 
