@@ -45,7 +45,7 @@ flags.DEFINE_integer("seeds", 3, "Trainings of each system.", lower_bound=1)
 flags.DEFINE_string(
     "window", "32", f"Steps of a window, or the mean of those that are drawn. Without these: {training.SCHEDULES}"
 )
-training.define_auto(["8", "16", "32", "64"], 200)
+training.define_auto(["8", "16", "32", "64"], 200, "windows auto")
 flags.DEFINE_integer("updates", 1600, "Updates at most, one a window.", lower_bound=1)
 flags.DEFINE_integer("look", 50, "Updates from one look at the validation part to the next.", lower_bound=1)
 flags.DEFINE_integer("patience", 6, "Looks without a better one, after which a training ends.", lower_bound=1)

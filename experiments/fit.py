@@ -3,6 +3,7 @@
 python -m experiments.fit --task=mine.py:task --window=32 --updates=2000 --workdir=runs/mine
 python -m experiments.fit --task=lag --set=hidden=32 --window=10 --epochs=3
 python -m experiments.fit --task=lag --window=auto --tolerance=0.2 --lengths=5,10,20,40 --epochs=3
+python -m experiments.fit --task=lag --window=5 --influence=replay:auto --tolerance=0.2 --depths=0,1,2,4,8 --epochs=3
 
 A task is a function that returns a ``study.Task``. Interrupted in any way, the same command goes on from the last checkpoint
 and ends with the same bits; with more ``--updates`` it goes on after its end. ``study.load(workdir)`` gives the model back.

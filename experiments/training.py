@@ -14,7 +14,7 @@ from tbptt_jax.arrays import check_whole
 FLAGS = flags.FLAGS
 SCHEDULES = "auto, growing:FIRST:LAST:EPOCHS, random:BASE as AWD-LSTM has it, artbp:BASE."
 PASSED = (
-    *("influence", "stateless", "burn_in", "learning_rate", "epochs", "seed", "windows_per_call"),
+    *("stateless", "burn_in", "learning_rate", "epochs", "seed", "windows_per_call"),
     *("checkpoint_every", "patience", "not_finite", "profile", "resume"),
 )
 
@@ -22,8 +22,9 @@ PASSED = (
 def define(workdir: str, *, window: int = 16, learning_rate: float = 0.01, updates: int = 2000) -> None:
     """Defines them, with these defaults."""
     flags.DEFINE_string("window", str(window), f"Steps of a window, or a schedule of them: {SCHEDULES}")
-    define_auto(["8", "16", "32", "64"], 1000)
-    flags.DEFINE_string("influence", "truncate", launch.INFLUENCES)
+    flags.DEFINE_string("influence", "truncate", f"{launch.INFLUENCES} Or replay:auto, which chooses out of --depths.")
+    define_auto(["8", "16", "32", "64"], 1000, "--window=auto and --influence=replay:auto")
+    flags.DEFINE_list("depths", ["0", "1", "2", "4", "8"], "Of --influence=replay:auto: the windows to go back.")
     flags.DEFINE_bool("stateless", False, "Begin each window from the initial carry, for comparison.")
     flags.DEFINE_integer("burn_in", 0, "Steps that a stateless window reads to find its state, before those it scores: windows overlap by so many, every step is scored once, and no gradient flows into the burn-in.", lower_bound=0)  # fmt: skip
     flags.DEFINE_float("learning_rate", learning_rate, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0)  # fmt: skip
@@ -41,20 +42,20 @@ def define(workdir: str, *, window: int = 16, learning_rate: float = 0.01, updat
     flags.DEFINE_string("workdir", workdir, "Where run.json, results.json, checkpoints and the rest go.")
 
 
-def define_auto(lengths: list[str] | None, every: int | None) -> None:
-    """Those of a window that chooses itself, with these defaults."""
-    flags.DEFINE_float("tolerance", 0.5, "Of windows auto: the relative bias of the gradient that is allowed.")
+def define_auto(lengths: list[str] | None, every: int | None, of: str) -> None:
+    """Those of what chooses itself, with these defaults; None: as the launch says."""
     told = "default those of --windows" if lengths is None else "from short to long"
     flags.DEFINE_list("lengths", lengths, f"Of windows auto: the lengths to choose from, {told}.")
+    flags.DEFINE_float("tolerance", 0.5, f"Of {of}: the relative bias of the gradient that is allowed.")
     told = "; default a fifth of --updates" if every is None else ""
-    flags.DEFINE_integer("look_every", every, f"Of windows auto: updates from one choice to the next{told}.", lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer("look_every", every, f"Of {of}: updates from one choice to the next{told}.", lower_bound=1)
 
 
 def check() -> None:
     """Raises a ``ValueError`` if flags do not go together, or name no influence, average or listener."""
     if FLAGS.updates and FLAGS.epochs:
         raise ValueError(f"--updates={FLAGS.updates} and --epochs={FLAGS.epochs} were both given: give one of them.")
-    launch.influence(FLAGS.influence, 1, "influence")
+    influence()
     window()
     averaging(FLAGS.average)
     listeners(FLAGS.log, pathlib.Path())
@@ -65,6 +66,7 @@ def fitted(task: study.Task, updates: int, **more: Any) -> study.Run:
     directory = launch.expanded(FLAGS.workdir)
     asked: dict[str, Any] = {name: FLAGS[name].value for name in PASSED} | {
         "window": window(),
+        "influence": influence(),
         "updates": None if FLAGS.epochs else FLAGS.updates or updates,
         "workdir": directory,
         "average": averaging(FLAGS.average),
@@ -82,8 +84,8 @@ def told_of(run: study.Run) -> dict[str, Any]:
         "updates": run.updates,
         "epochs": run.epochs,
         "seconds": seconds,
+        "choices": [choice._asdict() for choice in run.choices],
         **study.health_of(run.calls),
-        **({"choices": [choice._asdict() for choice in run.choices]} if run.choices else {}),
     }
 
 
@@ -115,6 +117,17 @@ def lengths_of(wanted: str, flag: str, lengths: Sequence[int | str], every: int,
             f"--{flag}={launch.short(wanted)}: {launch.short(error)} Give steps, or {SCHEDULES}"
         ) from error
     return steps
+
+
+def influence() -> str | study.Depths:
+    """What ``--influence`` names."""
+    if FLAGS.influence != "replay:auto":
+        launch.influence(FLAGS.influence, 1, "influence")
+        return FLAGS.influence
+    try:
+        return study.adaptive_replay(FLAGS.tolerance, depths=list(map(int, FLAGS.depths)), every=FLAGS.look_every)
+    except ValueError as error:
+        raise ValueError(f"--influence=replay:auto: {launch.short(error)}") from error
 
 
 def averaging(wanted: str | None) -> Any:

@@ -32,7 +32,7 @@ flags.DEFINE_multi_string("param", [], "name=value,value: an argument of the tas
 flags.DEFINE_list(
     "windows", ["1", "2", "5", "10", "20"], f"Window lengths, in steps, and schedules: {training.SCHEDULES}"
 )
-training.define_auto(None, None)
+training.define_auto(None, None, "windows auto")
 flags.DEFINE_list("carry", ["stateful", "stateless"], "stateful: carried on; stateless: each window begins anew.")
 flags.DEFINE_list("influences", ["truncate"], f"{launch.INFLUENCES} Stateless windows: truncate.")
 flags.DEFINE_list("learning_rates", ["0.02"], "Adam's rates at the start; each falls to zero along a cosine.")

@@ -45,6 +45,16 @@ def told(*windows):
     return study.adaptive(lengths=sizes)._replace(look=lengths.Look(4, 9, choose))
 
 
+def told_depths(*wanted):
+    """The same of depths."""
+
+    def choose(model, loss, params, probe, carry):
+        return horizon.Suggestion(4, 1, 0.1, True, "told", wanted[seen.pop(0) % len(wanted)])
+
+    seen = list(range(1000))
+    return study.adaptive_replay(depths=(0, 1, 3))._replace(look=lambda window: lengths.Look(4, 8, choose))
+
+
 def same(one, other):
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(left, right)
@@ -81,7 +91,7 @@ def test_every_step_is_read_once_in_its_order_and_reset_where_the_data_is(schedu
     place, done, parts = source.begin, 0, []
     while (last := source.end(place, done)) > done:
         if source.looks(place, done):
-            place = source.look(place, training.TrainState((), (), tb.gradient(model(), loss).init(jax.random.key(0), jnp.ones(1), stream.read(0, 2)), 0))  # fmt: skip
+            place, _ = source.look(place, training.TrainState((), (), tb.gradient(model(), loss).init(jax.random.key(0), jnp.ones(1), stream.read(0, 2)), 0))  # fmt: skip
         last = source.end(place, done)
         windows = source.read(place, done, last)
         for i in range(last - done):
@@ -109,11 +119,16 @@ def test_the_carry_at_a_change_of_length_is_that_of_reading_the_same_steps():
     np.testing.assert_allclose(run.state.stream.carry, carry, rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "window", [study.adaptive(0.05, lengths=(2, 4, 8, 16), every=8), study.drawn(tb.schedules.constant_tail(4))]
-)
-def test_killed_again_and_again_it_ends_with_the_same_bits_and_the_same_choices(tmp_path, window):
-    ask = {"window": window, "epochs": 3, "checkpoint_every": 8, "learning_rate": 0.1}
+ADAPTIVE = {
+    "window": {"window": study.adaptive(0.05, lengths=(2, 4, 8, 16), every=8)},
+    "drawn": {"window": study.drawn(tb.schedules.constant_tail(4))},
+    "replay": {"window": 4, "influence": study.adaptive_replay(0.05, depths=(0, 1, 2), every=8)},
+}
+
+
+@pytest.mark.parametrize("how", ADAPTIVE.values(), ids=ADAPTIVE)
+def test_killed_again_and_again_it_ends_with_the_same_bits_and_the_same_choices(tmp_path, how):
+    ask = {**how, "epochs": 3, "checkpoint_every": 8, "learning_rate": 0.1}
     whole = fit(task(), **ask)
     kills = 0
 
@@ -135,8 +150,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bits_and_the_same_choices(
     loaded = study.load(tmp_path, task())
     assert loaded.choices == run.choices and loaded.epochs == run.epochs == 3
     assert len(json.loads((tmp_path / "run.json").read_text())["choices"]) == len(run.choices)
-    with pytest.raises(ValueError, match="there window"):
-        fit(task(), workdir=tmp_path, **{**ask, "window": study.growing(2, 4, updates=3)})
+    other = {"influence": "replay:2"} if "influence" in how else {"window": study.growing(2, 4, updates=3)}
+    with pytest.raises(ValueError, match=f"there {[*how][-1]}"):
+        fit(task(), workdir=tmp_path, **{**ask, **other})
 
 
 def test_more_epochs_go_on_bit_for_bit(tmp_path):
@@ -184,6 +200,48 @@ def test_a_gradient_that_fades_fast_gets_the_shortest_window_whose_bias_is_measu
     assert run.calls[0].bias_bound == choice.bias_bound
 
 
+def test_a_depth_holds_from_the_next_window_on_as_if_it_had_always_been_that():
+    params, cut = jnp.full(1, 0.9), tb.split(tb.sequences(NUMBERS[:LANES], NUMBERS[:LANES]), 2)
+
+    def read(influence, *reaches):
+        estimate, grads = tb.gradient(model(), loss, influence=influence), []
+        update = jax.jit(estimate.update)
+        state = estimate.init(jax.random.key(0), params, jax.tree.map(lambda x: x[0], cut))
+        for n, reach in enumerate(reaches):
+            if reach is not None:
+                state = state._replace(influence=state.influence._replace(reach=jnp.int32(reach)))
+            gradient, state, _ = update(params, state, jax.tree.map(lambda x, n=n: x[n], cut))
+            grads.append(gradient)
+        return np.array(grads)
+
+    changing = read(tb.replay(3), None, 0, 0, 0, 0, 3, 1, 2, 0, 3)
+    always = {0: read(tb.truncate(), *[None] * 10)} | {n: read(tb.replay(n), *[None] * 10) for n in (1, 2, 3)}
+    expected = [always[n][i] for i, n in enumerate((3, 0, 0, 0, 0, 3, 1, 2, 0, 3))]
+    np.testing.assert_allclose(changing, expected, rtol=1e-12)
+
+
+def test_depths_that_are_told_are_gone_back_by_in_one_program():
+    ask = {"window": 4, "updates": 22, "learning_rate": 0.1}
+    programs = training._train_windows._cache_size()
+    run = fit(task(), influence=told_depths(3, 0, 1), **ask)
+    assert training._train_windows._cache_size() - programs == 2  # the last call is a shorter one
+    assert [call.depth for call in run.calls] == [choice.depth for choice in run.choices] == [3, 0, 1, 3, 0, 1]
+    assert {call.bias_bound for call in run.calls} == {0.1} and run.state.stream.influence.reach == 1
+    same(bits(fit(task(), influence=told_depths(3), **ask)), bits(fit(task(), influence="replay:3", **ask)))
+    none, truncated = (fit(task(), influence=past, **ask) for past in (told_depths(0), "truncate"))
+    np.testing.assert_allclose(none.params, truncated.params, rtol=1e-12)
+    assert none.epochs == truncated.epochs and not np.allclose(run.params, none.params)
+
+
+@pytest.mark.parametrize("factor, depth, safe", [(0.0, 0, True), (0.5, 1, True), (0.99, 3, False), (1e40, 3, False)])
+def test_the_smallest_depth_is_chosen_that_is_safe_or_the_deepest(factor, depth, safe):
+    influence = study.adaptive_replay(0.05, depths=(0, 1, 3))
+    run = fit(task(factor), window=4, influence=influence, updates=4, learning_rate=0.0, not_finite="skip")
+    (choice,) = run.choices
+    assert (choice.window, choice.depth, choice.safe) == (4, depth, safe)
+    assert safe == (choice.bias_bound < 0.05)
+
+
 def test_the_learning_rate_goes_by_the_steps_read():
     step = tb.train_step(
         tb.gradient(model(), loss), optax.chain(optax.scale(0.0), optax.add_decayed_weights(1.0), tb.schedules.by_steps(lambda steps: 0.01 * steps))
@@ -203,6 +261,14 @@ WRONG = {
     "drawn": (lambda: study.drawn(lambda key, time: 7), "random_length"),
     "long": (lambda: fit(task(), window=study.growing(16, 32, updates=1), updates=1), "longer than the stream"),
     "replay": (lambda: fit(task(), window=told(2, 4), influence="replay:2", updates=1), "windows of one length"),
+    "depths": (lambda: study.adaptive_replay(depths=(2, 1)), "from small to large"),
+    "few": (lambda: study.adaptive_replay(depths=(0, 3), probe=7), "give at least 8"),
+    "never": (lambda: study.adaptive_replay(0.0), "positive"),
+    "both": (lambda: fit(task(), window=told(2, 4), influence=told_depths(1), updates=1), "windows of one length"),
+    "no past": (
+        lambda: fit(task(), window=2, influence=told_depths(1), stateless=True, updates=1),
+        "no past to go back",
+    ),
     "stateless": (lambda: fit(task(), window=told(2, 4), stateless=True, updates=1), "know no past"),
     "cut": (lambda: fit(study.task("first_bit"), window=told(2, 4), updates=1), "cuts its windows itself"),
 }

@@ -90,6 +90,20 @@ def test_what_is_called_safe_is_and_what_is_chosen_is_the_shortest_that_holds():
     assert len(cases) > 8 and any(case > 0.01 for case in cases)
 
 
+def test_what_replay_leaves_out_is_what_is_measured_of_it():
+    model, params, window = lstm(), params_of(lstm(), 3.0), stream(time=41, rubbish=np.nan)
+    depths = (0, 1, 2, 5)
+    got = horizon.decay(model, loss, params, window, lags=40, lengths=[4], depths=depths)
+    measured = [
+        horizon.bias(model, loss, params, window, 4, tb.replay(n) if n else tb.truncate()).relative_bias for n in depths
+    ]
+    np.testing.assert_allclose(got.windows / got.whole, measured, rtol=1e-6)
+    for tolerance in (0.5, 0.2, 0.1, 0.01):
+        suggestion = horizon.suggest(got, tolerance=tolerance)
+        holding = [n for n, bias in zip(depths, measured, strict=True) if bias < tolerance]
+        assert suggestion.safe == bool(holding) and suggestion.depth == min(holding, default=5)
+
+
 def test_in_the_middle_of_a_stream_the_past_goes_on():
     """From a carry the lags that reach over the window's beginning are not known, and the bound says so."""
     window, params = tb.Window(np.random.default_rng(0).normal(size=(2, 20, 1))), {"b": jnp.array(0.1)}
@@ -167,6 +181,7 @@ def test_a_hundred_thousand_steps_fit():
         (lambda: horizon.suggest(fading(np.ones(3), 0.5), largest=0), "`largest` is 0"),
         (lambda: horizon.bias(lstm(), loss, None, probe(), 5, draws=0), "`draws` is 0"),
         (lambda: horizon.decay(lstm(), loss, None, probe(), lags=20, burn_in=60), "`burn_in` is 60"),
+        (lambda: horizon.decay(lstm(), loss, None, probe(), lags=9, lengths=[4, 8], depths=[0, 1]), "and one length"),
         (lambda: horizon.choose(lstm(), loss, None, probe(), 0.0), "`tolerance` is 0.0"),
         (
             lambda: horizon.choose(lstm(), loss, None, probe(), lengths=[61]),

@@ -1,7 +1,8 @@
 """How gradients fade with the lag, and the window whose bias is bounded by what is seen of that."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from tbptt_jax.arrays import at_least_float32, check_whole, pad, where_lanes
+from tbptt_jax.arrays import at_least_float32, check_whole, where_lanes
 from tbptt_jax.gradient import Loss, differentiable, objective, of_real, step_losses, weighted_mean
-from tbptt_jax.recurrence import Recurrence, scale_cotangent, unroll_window
+from tbptt_jax.recurrence import Recurrence, unroll_window
 from tbptt_jax.window import Window, check, is_scored, step_weights, time_shape
 
 PyTree = Any
@@ -30,7 +31,8 @@ class Decay(NamedTuple):
       beyond: a bound on what is further back than ``lags``, if φ goes on shrinking by β̂; 0 where nothing is.
       whole: ‖ĝ‖ of all the window's losses, where each sees ``lags`` steps back or more.
       lengths: of windows, ``[n]``, from short to long.
-      windows: how far from that the gradient by windows of each length with ``truncate()`` is, ``[n]``.
+      windows: how far from that the gradient by windows of each length is, ``[n]``.
+      depths: of ``replay`` with them, ``[n]``; None: all are with ``truncate()``.
     """
 
     norms: np.ndarray
@@ -42,17 +44,19 @@ class Decay(NamedTuple):
     whole: float
     lengths: np.ndarray
     windows: np.ndarray
+    depths: np.ndarray | None = None
 
 
 class Suggestion(NamedTuple):
     """A truncation, and what it leaves out.
 
     Attributes:
-      window: steps of a window for ``truncate()``.
+      window: steps of a window.
       horizon: steps that every loss needs to see back, as with ``replay(m)`` and windows of k ≥ horizon / m.
       relative_bias: the bound δ on the relative bias of that window; infinite where nothing bounds it.
       safe: whether it is below the tolerance.
       reason: a sentence, with what the bound rests on.
+      depth: windows before it that ``replay`` goes back; 0: ``truncate()``.
     """
 
     window: int
@@ -60,6 +64,7 @@ class Suggestion(NamedTuple):
     relative_bias: float
     safe: bool
     reason: str
+    depth: int = 0
 
 
 def decay(
@@ -74,11 +79,13 @@ def decay(
     burn_in: int = 0,
     probes: int | None = None,
     lengths: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
 ) -> Decay:
     """How the gradient of a step's loss fades with the lag, and what of the parameters' gradient is kept up to each.
 
     Probes are traced back together, a lag at a time: that takes ``2 * lags`` steps, forward and backward, of as many lanes as there
-    are probes. Then windows of some lengths are tried on all losses. Memory is that of the window's carries.
+    are probes. Then windows of some lengths are tried on all losses: each takes as many steps as the window has, or, side by side,
+    as the least common multiple of the lengths. Memory is that of the window's carries.
 
     Args:
       model: the recurrence.
@@ -92,10 +99,12 @@ def decay(
       probes: steps, spread evenly, whose losses are traced back. None: all, or so many that there are 1024 with those of all
         lanes.
       lengths: of the windows to try, from short to long. None: four an octave, up to the window's steps.
+      depths: of ``replay``, from 0, ``truncate()``, to deep, to try with windows of a single length in ``lengths``.
 
     Raises:
       ValueError: if the window or the loss's shape is not as for :func:`tbptt_jax.gradient`, ``lags`` is not from 2 to the
-        window's steps, ``tail`` not from 1 to ``lags - 1``, no probe is scored, or a gradient is not finite.
+        window's steps, ``tail`` not from 1 to ``lags - 1``, ``lengths`` or ``depths`` are not as described, no probe is scored, or a gradient is
+        not finite.
 
     Reference: Aicher, Foti & Fox 2019, *Adaptively truncating backpropagation through time to control gradient bias*,
     section 3.
@@ -130,7 +139,28 @@ def decay(
         raise ValueError(
             f"`lengths` are {tried.tolist()}; this probe window has {time} steps, so choose from 1 to {time}."
         )
-    found = _traced(model, loss, lags, params, carry, window, jnp.asarray(steps), jnp.asarray(tried))
+    stretch = math.lcm(*tried.tolist())
+    deep = () if depths is None else tuple(depths)
+    if deep:
+        whole_numbers = all(isinstance(depth, int | np.integer) and depth >= 0 for depth in deep)
+        if len(tried) > 1 or not whole_numbers or list(deep) != sorted(set(deep)):
+            raise ValueError(
+                f"`depths` are {list(deep)}, and `lengths` {tried.tolist()}: give depths from 0 or more to deep, and one length."
+            )
+        tried = np.repeat(tried, len(deep))
+    found = _traced(
+        model,
+        loss,
+        lags,
+        burn_in,
+        min(stretch, time),
+        deep,
+        params,
+        carry,
+        window,
+        jnp.asarray(steps),
+        jnp.asarray(tried),
+    )
     phi, added, kept, left_out, whole, windows = (np.asarray(x, np.float64) for x in found)
     if not np.isfinite(phi).all():
         raise ValueError(
@@ -142,7 +172,9 @@ def decay(
     if time > lags + 1 or carry is not None:  # a lag adds at most so much for what it has of φ
         most = np.max(added[1:] / np.where(phi > 0, phi, np.inf), initial=0.0)
         beyond = float(most * phi[-1] * rate / (1 - rate)) if rate < 1 else float("inf")
-    return Decay(phi, rate, int(scored.sum()), kept, left_out, beyond, float(whole), tried, windows)
+    return Decay(
+        phi, rate, int(scored.sum()), kept, left_out, beyond, float(whole), tried, windows, np.array(deep) if deep else None
+    )  # fmt: skip
 
 
 def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Suggestion:
@@ -162,7 +194,7 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
       largest: the longest window allowed, in steps, at least 1; returned where none is safe.
 
     Returns:
-      The shortest of the measured windows from which on all are below the tolerance. A longer horizon than ``lags`` is one that
+      The shortest of the measured windows, or the smallest depth, from which on all are below the tolerance. A longer horizon than ``lags`` is one that
       φ would need if it went on as it does.
 
     Raises:
@@ -174,12 +206,14 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
         raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.1 for a bias of a tenth.")
     if largest < 1:
         raise ValueError(f"`largest` is {largest}; a window has at least 1 step.")
+    depths = np.zeros_like(fading.lengths) if fading.depths is None else fading.depths
+    most, deepest = (largest if fading.depths is None else int(fading.lengths[-1])), int(depths[-1])
     if fading.rate >= 1:
         reason = (
             f"The gradient does not fade: from one lag to the next it changes by a factor of {fading.rate:.4f}. No window "
-            f"is safe; {largest} is the largest allowed."
+            f"is safe; {_named(most, deepest)} is the largest allowed."
         )
-        return Suggestion(largest, largest, float("inf"), False, reason)
+        return Suggestion(most, largest, float("inf"), False, reason, deepest)
 
     lags = len(fading.norms)
     further = fading.beyond * fading.rate ** np.arange(1, max(0, largest - lags) + 1)
@@ -189,7 +223,7 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
     allowed = fading.lengths <= largest
     at_least = np.full(allowed.sum(), fading.whole - fading.beyond)
     index, delta = _first_below(fading.windows[allowed] + fading.beyond, at_least, tolerance)
-    window = int(fading.lengths[allowed][index - 1])
+    window, depth = (int(tried[allowed][index - 1]) for tried in (fading.lengths, depths))
     rests = (
         f"if gradients fade by {fading.rate:.4f} a lag beyond lag {lags} too"
         if fading.beyond
@@ -197,17 +231,32 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
     )
     fits = f"β̂ is {fading.rate:.4f}; every loss should see {horizon} steps back."
     if delta < tolerance:
-        reason = f"Windows of {window} have a relative bias of at most {delta:.2g} on these losses, {rests}. {fits}"
-        return Suggestion(window, horizon, delta, True, reason)
-    reason = f"No window up to {largest} is known to keep the relative bias below {tolerance:g}; for {window} the bound is {delta:.2g}. {fits}"
-    return Suggestion(largest, horizon, delta, False, reason)
+        reason = f"Windows of {_named(window, depth)} have a relative bias of at most {delta:.2g} on these losses, {rests}. {fits}"
+        return Suggestion(window, horizon, delta, True, reason, depth)
+    reason = (
+        f"No window up to {_named(most, deepest)} is known to keep the relative bias below {tolerance:g}; for "
+        f"{_named(window, depth)} the bound is {delta:.2g}. {fits}"
+    )
+    return Suggestion(most, horizon, delta, False, reason, deepest)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "loss", "lags"))
+def _named(window: int, depth: int) -> str:
+    return f"{window} with replay({depth})" if depth else str(window)
+
+
+def always(t: jax.Array) -> bool:
+    """True, whatever the step."""
+    return True
+
+
+@functools.partial(jax.jit, static_argnames=("model", "loss", "lags", "burn_in", "stretch", "depths"))
 def _traced(
     model: Recurrence,
     loss: Loss,
     lags: int,
+    burn_in: int,
+    stretch: int,
+    depths: tuple[int, ...],
     params: PyTree,
     carry: PyTree,
     window: Window,
@@ -215,98 +264,108 @@ def _traced(
     lengths: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """φ ``[lags]``; norms of gradients by the parameters: of what each lag adds and of what is kept up to it, ``[lags + 1]``; of
-    what that leaves out; of the whole, and of what windows of ``lengths`` leave out of it."""
+    what that leaves out; of the whole, and of what windows of ``lengths`` leave out of it, which all are cut every ``stretch``
+    steps, or windows of ``stretch`` where replay goes back by each of the ``depths``."""
     lanes, time = time_shape(window)
     fresh = carry is None
     along = jax.tree.map(lambda x: x.swapaxes(0, 1), window)
     weights = functools.reduce(jnp.add, jax.tree.leaves(window.weights))
-    total = weights[:, probes].sum()
-
-    def start(params: PyTree) -> PyTree:
-        return model.initial_carry(params, lanes) if fresh else carry
+    of_all, of_probes = weights.sum(), weights[:, probes].sum()
 
     def read(params: PyTree, carry: PyTree, step: Window) -> tuple[PyTree, jax.Array]:
         """One step ``[lanes, ...]``, and the sum of its losses by their weights."""
         step = jax.tree.map(lambda x: x[:, None], step)
         carry, outputs = unroll_window(model, params, carry, step)
-        return carry, objective(weighted_mean(step_losses(loss, outputs, step), step), 1.0) / total
+        return carry, objective(weighted_mean(step_losses(loss, outputs, step), step), 1.0)
 
-    def total_loss(params: PyTree, carry: PyTree, steps: Window, uncut: jax.Array) -> jax.Array:
-        """Of steps ``[time, lanes, ...]``; gradients go back through the carry into a step where it is not cut."""
-
-        @jax.checkpoint
-        def one(carry: PyTree, at_t: tuple) -> tuple[PyTree, jax.Array]:
-            step, edge = at_t
-            return read(params, scale_cotangent(edge.astype(jnp.float32), carry), step)
-
-        return lax.scan(one, carry, (steps, uncut))[1].sum()
-
-    def by_windows(length: jax.Array) -> PyTree:
-        uncut = (jnp.arange(time) % length > 0) | (jnp.arange(time) == 0)
-        return jax.grad(lambda p: total_loss(p, start(p), along, uncut))(params)
-
-    before = lax.scan(lambda h, step: (read(params, h, step)[0], h), start(params), along)[1]
+    first = model.initial_carry(params, lanes) if fresh else carry
+    before = lax.scan(lambda h, step: (read(params, h, step)[0], h), first, along)[1]
 
     def merged(tree: PyTree, at: jax.Array) -> PyTree:
-        """The steps at which the probes are, as so many lanes."""
-        return jax.tree.map(lambda x: x[jnp.maximum(at, 0)].reshape(-1, *x.shape[2:]), tree)
+        """The steps ``at`` as so many lanes."""
+        return jax.tree.map(lambda x: x[jnp.clip(at, 0, time - 1)].reshape(-1, *x.shape[2:]), tree)
 
-    def lag(reference: PyTree, state: tuple, k: jax.Array) -> tuple[tuple, tuple]:
-        """Adds what the step k before each probe gives its parameters; cotangents are of the carry after it, then before it."""
+    def nothing(places: int) -> tuple[PyTree, PyTree]:
+        begin = merged(before, jnp.zeros(places, int))
+        return optax.tree.zeros_like(differentiable(begin)), optax.tree.zeros_like(params)
+
+    def back(state: tuple, at: jax.Array, counted: Any, uncut: Any, total: jax.Array) -> tuple[tuple, tuple]:
+        """One step back from several places: ``(cotangents of the carries, gradient so far)``, before the step from after it.
+
+        Args:
+          state: of after the step.
+          at: ``[places]``, the steps' numbers; what is outside of the window is not there.
+          counted: whether their losses are added.
+          uncut: whether cotangents go on beyond them.
+          total: what losses are divided by.
+        """
         cotangent, kept = state
-        at = probes - k
         there, step = merged(before, at), merged(along, at)
+        scored = jnp.repeat(counted & (at >= 0) & (at < time), lanes)
+        step = step._replace(weights=jax.tree.map(lambda w: jnp.where(scored, w, 0), step.weights))
 
         def weighed(params: PyTree, numbers: PyTree) -> jax.Array:
             after, losses = read(params, of_real(numbers, there), step)
-            return optax.tree.vdot(differentiable(after), cotangent) + jnp.where(k == 0, losses, 0)
+            return optax.tree.vdot(differentiable(after), cotangent) + losses / total
 
-        added, back = jax.grad(weighed, (0, 1))(params, differentiable(there))
-        past = jnp.where(at >= 0, weights[:, probes], 0).sum() / total  # of those that have so much of it
-        phi = _lane_norms(back, len(probes) * lanes).sum() / jnp.where(past > 0, past, 1)
+        added, edge = jax.grad(weighed, (0, 1))(params, differentiable(there))
+        none = optax.tree.zeros_like(edge)
         if fresh:  # then the parameters may also make the carry that the stream begins with
-            begun = where_lanes(jnp.repeat(at == 0, lanes), back, jax.tree.map(jnp.zeros_like, back))
+            begun = where_lanes(jnp.repeat(at == 0, lanes), edge, none)
             of_start = jax.grad(
-                lambda p: optax.tree.vdot(differentiable(model.initial_carry(p, len(probes) * lanes)), begun)
+                lambda p: optax.tree.vdot(differentiable(model.initial_carry(p, len(at) * lanes)), begun)
             )(params)
             added = optax.tree.add(added, of_start)
-        back = where_lanes(jnp.repeat(at > 0, lanes), back, jax.tree.map(jnp.zeros_like, back))
-        kept = optax.tree.add(kept, added)
-        return (back, kept), (phi, _norm(added), _norm(kept), _norm(optax.tree.sub(reference, kept)))
+        cotangent = where_lanes(jnp.repeat((at > 0) & uncut, lanes), edge, none)
+        return (cotangent, optax.tree.add(kept, added)), (edge, added)
+
+    def lag(reference: PyTree, state: tuple, k: jax.Array) -> tuple[tuple, tuple]:
+        """Adds what the step k before each probe gives its parameters."""
+        state, (edge, added) = back(state, probes - k, k == 0, True, of_probes)
+        past = jnp.where(probes >= k, weights[:, probes], 0).sum() / of_probes  # of those that have so much of it
+        phi = _lane_norms(edge, len(probes) * lanes).sum() / jnp.where(past > 0, past, 1)
+        return state, (phi, _norm(added), _norm(state[1]), _norm(optax.tree.sub(reference, state[1])))
 
     def all_lags(reference: PyTree, _: None) -> tuple[PyTree, tuple]:
-        none = jax.tree.map(jnp.zeros_like, differentiable(merged(before, probes)))
-        begin = none, optax.tree.zeros_like(params)
-        (_, kept), norms = lax.scan(functools.partial(lag, reference), begin, jnp.arange(lags + 1))
+        (_, kept), norms = lax.scan(functools.partial(lag, reference), nothing(len(probes)), jnp.arange(lags + 1))
         return kept, norms
 
-    def far_seeing() -> PyTree:
-        """The gradient of all losses, each of which sees ``lags`` steps back: stretches, each with the one before it."""
-        if time <= 2 * lags:
-            return by_windows(jnp.array(time))
-        steps = jax.tree.map(lambda x: pad(x, 0, -time % lags), along)
-        stretches = jax.tree.map(lambda x: x.reshape(-1, lags, *x.shape[1:]), steps)
+    def stretches(begin: Any, steps: int, state: tuple | None = None, *, counted: Callable = always, uncut: Callable = always) -> tuple:  # fmt: skip
+        """Back through stretches side by side, which begin at these steps; step t of each is ``counted(t)`` and ``uncut(t)``."""
 
-        def with_the_one_before(x: jax.Array) -> jax.Array:
-            """``[2 * lags, stretches - 1 · lanes, ...]``."""
-            both = jnp.concatenate([x[:-1], x[1:]], 1).swapaxes(0, 1)
-            return both.reshape(2 * lags, -1, *both.shape[3:])
+        def step(state: tuple, t: jax.Array) -> tuple[tuple, None]:
+            return back(state, begin + t, counted(t), uncut(t), of_all)[0], None
 
-        later = jax.tree.map(with_the_one_before, stretches)
-        later = later._replace(weights=jax.tree.map(lambda w: w.at[:lags].set(0), later.weights))
-        carries = merged(before, jnp.arange(len(jax.tree.leaves(stretches)[0]) - 1) * lags)
+        return lax.scan(step, nothing(len(begin)) if state is None else state, jnp.arange(steps), reverse=True)[0]
 
-        def both(params: PyTree) -> jax.Array:
-            first = total_loss(params, start(params), jax.tree.map(lambda x: x[:lags], along), jnp.ones(lags, bool))
-            return first + total_loss(params, carries, later, jnp.ones(2 * lags, bool))
+    def left_out(gradient: PyTree) -> jax.Array:
+        return _norm(optax.tree.sub(whole, gradient))
 
-        return jax.grad(both)(params)
+    def of_steps(steps: int) -> np.ndarray:
+        """Where the stretches of so many begin that have a loss."""
+        return np.arange(burn_in // steps * steps, time, steps)
+
+    def by_windows(length: jax.Array) -> jax.Array:
+        return left_out(stretches(of_steps(stretch), stretch, uncut=lambda t: t % length > 0)[1])
+
+    def further(state: tuple, depth: jax.Array) -> tuple[tuple, jax.Array]:
+        """One window further back from all windows."""
+        state = stretches(of_steps(stretch) - depth * stretch, stretch, state, counted=lambda t: depth == 0)
+        return state, left_out(state[1])
 
     # Once to know what all lags keep, and once to know how far from it each is: one program.
-    _, (phi, added, kept, left_out) = lax.scan(all_lags, optax.tree.zeros_like(params), length=2)
-    whole = far_seeing()
-    windows = lax.map(lambda n: _norm(optax.tree.sub(whole, by_windows(n))), lengths)
-    return phi[0, :-1], added[0], kept[0], left_out[1], _norm(whole), windows
+    _, (phi, added, kept, without) = lax.scan(all_lags, optax.tree.zeros_like(params), length=2)
+    # All losses, each of which sees ``lags`` steps back: stretches, each with the one before it.
+    if time <= 2 * lags:
+        _, whole = stretches(np.array([0]), time)
+    else:
+        _, whole = stretches(of_steps(lags) - lags, 2 * lags, counted=lambda t: t >= lags)
+    if depths:
+        _, windows = lax.scan(further, nothing(len(of_steps(stretch))), jnp.arange(depths[-1] + 1))
+        windows = windows[np.array(depths)]
+    else:
+        windows = lax.map(by_windows, lengths, batch_size=min(4, len(lengths)))  # what is read is the same for a batch
+    return phi[0, :-1], added[0], kept[0], without[1], _norm(whole), windows
 
 
 def _lane_norms(tree: PyTree, lanes: int) -> jax.Array:

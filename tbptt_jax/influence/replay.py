@@ -17,7 +17,8 @@ class Replay(NamedTuple):
     """Attributes:
     ring: the vjps of the last windows; window n is at n modulo the ring's length.
     pushed: int32, windows seen so far.
-    reach: int32, how many windows the next gradient goes back.
+    reach: int32, how many windows the next gradient goes back, those that have been seen. With a survival of 1 it stays as it
+      is: ``state._replace(reach=jnp.int32(2))`` goes back two from here on, of those that are kept anyway.
     """
 
     ring: WindowVJP
@@ -54,7 +55,7 @@ def replay(windows: int, survival: float = 1.0) -> Influence:
     def init(params: PyTree, carry: PyTree, vjp: WindowVJP) -> Replay:
         del params, carry
         ring = jax.tree.map(lambda r: jnp.zeros((windows, *r.shape), r.dtype), vjp)
-        return Replay(ring, jnp.int32(0), jnp.int32(0))
+        return Replay(ring, jnp.int32(0), jnp.int32(windows))
 
     def pullback(state: Replay, carry_cotangent: PyTree) -> PyTree:
         def pull(back: jax.Array, cotangent: PyTree) -> tuple[PyTree, PyTree]:
@@ -80,7 +81,9 @@ def replay(windows: int, survival: float = 1.0) -> Influence:
                 "side: cut a stream into windows of one shape, as `split` does, with `resets` and `valid` in all or none."
             )
         ring = dataclasses.replace(state.ring, residuals=[s.at[slot].set(n) for s, n in zip(stored, new, strict=True)])
-        survived = jax.random.bernoulli(key, survival, (windows,)) if survival < 1 else jnp.ones(windows, bool)
-        return Replay(ring, state.pushed + 1, jnp.cumprod(survived).sum(dtype=jnp.int32))
+        reach = state.reach
+        if survival < 1:
+            reach = jnp.cumprod(jax.random.bernoulli(key, survival, (windows,))).sum(dtype=jnp.int32)
+        return Replay(ring, state.pushed + 1, reach)
 
     return Influence(init, pullback, push)

@@ -14,6 +14,8 @@ from tbptt_jax.study.lengths import Place as Place
 from tbptt_jax.study.lengths import Span as Span
 from tbptt_jax.study.lengths import Look as Look
 from tbptt_jax.study.lengths import Chosen as Chosen
+from tbptt_jax.study.depths import adaptive_replay as adaptive_replay
+from tbptt_jax.study.depths import Depths as Depths
 from tbptt_jax.study.averaging import ema as ema
 from tbptt_jax.study.averaging import asgd as asgd
 from tbptt_jax.study.loop import Event as Event

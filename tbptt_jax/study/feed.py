@@ -29,7 +29,7 @@ class Feed(NamedTuple):
       windows: of these in one reading of the data.
       steps: of a lane in one reading, where it is not so many windows of one length, else None.
       looks: ``(place, done) -> bool``: whether the stream is looked at before the next call.
-      look: ``(place, state) -> place``.
+      look: ``(place, state) -> (place, state)``.
     """
 
     begin: Any
@@ -44,7 +44,7 @@ class Feed(NamedTuple):
     windows: int = 1
     steps: int | None = None
     looks: Callable[[Any, int], bool] = lambda place, done: False
-    look: Callable[[Any, TrainState], Any] = lambda place, state: place
+    look: Callable[[Any, TrainState], tuple[Any, TrainState]] = lambda place, state: (place, state)
 
 
 class Stream(NamedTuple):
@@ -177,7 +177,7 @@ def of_lengths(
         every = lengths.look.every
         return not course.choices or done // every > course.choices[-1].updates // every
 
-    def look(course: Course, state: TrainState) -> Course:
+    def look(course: Course, state: TrainState) -> tuple[Course, TrainState]:
         assert lengths.look is not None
         probe = stream.read(course.steps, course.steps + lengths.look.steps)
         params, carry = jax.device_get((state.params, state.stream.carry))
@@ -185,7 +185,7 @@ def of_lengths(
         choice = Chosen(
             course.updates, course.steps, int(found.window), float(found.relative_bias), int(found.horizon), bool(found.safe), found.reason
         )  # fmt: skip
-        return course._replace(choices=(*course.choices, choice))
+        return course._replace(choices=(*course.choices, choice)), state
 
     def restored(kept: list) -> Course:
         return Course(kept[0], kept[1], choices_of(kept))

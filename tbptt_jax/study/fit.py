@@ -16,6 +16,7 @@ from tbptt_jax.arrays import check_whole
 from tbptt_jax.checkpoint import newest
 from tbptt_jax.sharding import over_lanes, own_lanes, place
 from tbptt_jax.study import averaging
+from tbptt_jax.study.depths import Depths, with_depths
 from tbptt_jax.study.feed import check_same_state, choices_of, feed_of
 from tbptt_jax.study.guard import first_not_finite
 from tbptt_jax.study.influences import influence as named_influence
@@ -43,7 +44,7 @@ class Run(NamedTuple):
     windows: in one reading of the training data; where a schedule decides their lengths, of its longest.
     workdir: where it is kept, or None.
     settings: what makes it this run, as ``run.json`` has it.
-    choices: of windows over time, as :func:`tbptt_jax.study.lengths.adaptive` made them.
+    choices: of windows over time, as :func:`adaptive` made them, or of depths, as :func:`adaptive_replay` did.
     steps: of a lane in one reading, where a schedule decides the windows' lengths, else None.
     """
 
@@ -77,7 +78,7 @@ def fit(
     updates: int | None = None,
     epochs: float | None = None,
     workdir: str | pathlib.Path | None = None,
-    influence: tb.Influence | str | None = None,
+    influence: tb.Influence | Depths | str | None = None,
     optimiser: Any = None,
     learning_rate: float = 0.01,
     stateless: bool = False,
@@ -113,7 +114,8 @@ def fit(
       updates: one for each window, in all.
       epochs: times to read the training data, instead, also a part of one.
       workdir: where checkpoints and ``run.json`` go. None: nothing is kept.
-      influence: what the gradient knows of the past, or its name, such as ``"replay:3"``; default :func:`tbptt_jax.truncate`.
+      influence: what the gradient knows of the past, or its name, such as ``"replay:3"``; default :func:`tbptt_jax.truncate`. Or how
+        its depth is chosen: :func:`adaptive_replay`.
       optimiser: an optax transformation. None: the gradient clipped to a norm of 1, then Adam.
       learning_rate: Adam's at the start; it falls to zero along a cosine.
       stateless: begin each window from the initial carry, for comparison.
@@ -166,13 +168,15 @@ def fit(
     feed = feed_of(
         task, data, window, lanes, stateless=stateless, burn_in=burn_in, per_call=windows_per_call, updates=updates, epochs=epochs
     )  # fmt: skip
+    if isinstance(influence, Depths):
+        feed = with_depths(feed, influence, task, window, stateless)
     first = jax.tree.map(lambda x: x[0], feed.read(feed.begin, 0, 1))
     lanes = len(jax.tree.leaves(first.inputs)[0])
     begin_from = None if start is None else (start if isinstance(start, Run) else load(start)).params
     identity = {
         "window": window.settings if isinstance(window, Lengths) else window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
         "data": checksum(data), "average": average and list(average), "start": None if begin_from is None else checksum(begin_from),
-        **({"influence": influence} if isinstance(influence, str) else {}),
+        **({"influence": influence} if isinstance(influence, str) else {"influence": influence.settings} if isinstance(influence, Depths) else {}),
         **({"learning rate by": feed.unit} if feed.unit == "steps" else {}),
         **({"checkpoint_every": checkpoint_every} if needs_valid else {}),
         **(settings or {}),
@@ -181,7 +185,8 @@ def fit(
         legs = _legs(directory, feed.until, None if optimiser is not None else learning_rate, resume, feed.unit)
         units = max([h.shape[-1] for h in jax.tree.leaves(_carry(task, first)) if h.ndim > 1] or [1])
         mesh = lane_mesh(lanes=lanes, window=feed.longest, units=units, devices=devices)
-        past = named_influence(influence, feed.windows, "influence") if isinstance(influence, str) else influence
+        past = tb.replay(influence.depths[-1]) if isinstance(influence, Depths) else influence
+        past = named_influence(past, feed.windows, "influence") if isinstance(past, str) else past
         estimate = tb.gradient(task.model, task.loss, influence=past)
         estimate = estimate if mesh.size == 1 else over_lanes(estimate, mesh)
         chosen = _adam(legs, feed.unit) if optimiser is None else optimiser
@@ -225,7 +230,7 @@ def fit(
                 show=lambda calls: report(getattr(calls[-1], feed.unit), (show or _shown)(calls)), listeners=listeners, profile=profile,
             )  # fmt: skip
         reached = getattr(calls[-1], feed.unit) if calls else 0
-        if calls and (reached < feed.until or isinstance(window, Lengths)):
+        if calls and (reached < feed.until or isinstance(window, Lengths) or choices_of(at)):
             record |= {"ended": calls[-1].updates, "reached": reached, "choices": [c._asdict() for c in choices_of(at)]}
             keep_record()
     return _run(task, kept, calls, feed.windows, directory, identity, choices_of(at), feed.steps)

@@ -34,6 +34,7 @@ class Chosen(NamedTuple):
       horizon: steps that every loss needs to see back.
       safe: whether the bound is below the tolerance.
       reason: a sentence, with what the bound rests on.
+      depth: windows that ``replay`` goes back from here on, where that is chosen (:func:`adaptive_replay`), else None.
     """
 
     updates: int
@@ -43,6 +44,7 @@ class Chosen(NamedTuple):
     horizon: int
     safe: bool
     reason: str
+    depth: int | None = None
 
 
 class Place(NamedTuple):
@@ -131,35 +133,48 @@ def adaptive(
     Reference: Aicher, Foti & Fox 2019, *Adaptively truncating backpropagation through time to control gradient bias*, algorithm 1.
     """
     sizes = tuple(lengths)
-    if not tolerance > 0:
-        raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.5 for a bias of a half.")
     for length in sizes:
         check_whole("lengths", length)
     if not sizes or list(sizes) != sorted(set(sizes)) or sizes[-1] < 2:
         raise ValueError(f"`lengths` are {list(sizes)}; give them from short to long, the longest at least 2.")
-    check_whole("every", every)
     longest = int(sizes[-1])
     probe = 4 * longest if probe is None else probe
     check_whole("probe", probe)
     if probe < 2 * longest:
         raise ValueError(f"`probe` is {probe}; with windows of up to {longest} give at least {2 * longest}.")
 
-    def choose(model: Recurrence, loss: Loss, params: Any, window: Window, carry: Any) -> tb.horizon.Suggestion:
-        lanes = len(jax.tree.leaves(window.inputs)[0])
-        try:
-            fading = tb.horizon.decay(
-                model, loss, params, window, lags=longest, carry=carry, burn_in=longest, probes=max(1, 64 // lanes), lengths=sizes
-            )  # fmt: skip
-        except ValueError as error:  # it explodes, or no step is scored
-            return tb.horizon.Suggestion(longest, longest, float("inf"), False, f"Nothing could be measured: {error}")
-        return tb.horizon.suggest(fading, tolerance=tolerance, largest=longest)
-
     def next_span(place: Place) -> Span:
         length = longest if place.choice is None else place.choice.window
         return Span(length, length)
 
     settings = {"adaptive": tolerance, "lengths": list(sizes), "every": every, "probe": probe}
-    return Lengths(next_span, sizes, settings, Look(every, probe, choose), "auto")
+    return Lengths(next_span, sizes, settings, looking(tolerance, every, probe, longest, sizes), "auto")
+
+
+def looking(
+    tolerance: float, every: int, steps: int, lags: int, lengths: Sequence[int], depths: Sequence[int] | None = None
+) -> Look:
+    """A look that suggests one of ``lengths``, or with a single one, of the ``depths`` of replay; the last where none is safe.
+
+    Raises:
+      ValueError: if ``tolerance`` is not positive or ``every`` not a whole number of at least 1.
+    """
+    if not tolerance > 0:
+        raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.5 for a bias of a half.")
+    check_whole("every", every)
+
+    def choose(model: Recurrence, loss: Loss, params: Any, window: Window, carry: Any) -> tb.horizon.Suggestion:
+        lanes = len(jax.tree.leaves(window.inputs)[0])
+        try:
+            fading = tb.horizon.decay(
+                model, loss, params, window, lags=lags, carry=carry, burn_in=lags, probes=max(1, 64 // lanes), lengths=lengths, depths=depths
+            )  # fmt: skip
+        except ValueError as error:  # it explodes, or no step is scored
+            said, deepest = f"Nothing could be measured: {error}", depths[-1] if depths else 0
+            return tb.horizon.Suggestion(lengths[-1], lags, float("inf"), False, said, deepest)
+        return tb.horizon.suggest(fading, tolerance=tolerance, largest=lags)
+
+    return Look(every, steps, choose)
 
 
 def growing(first: int, last: int, *, updates: int | None = None, epochs: float | None = None) -> Lengths:

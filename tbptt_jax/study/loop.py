@@ -42,7 +42,8 @@ class Call(NamedTuple):
     valid: the figures on the validation data after it, the one that decides first; None if it was not asked.
     window: the steps of its longest window, where a schedule decides them (:func:`tbptt_jax.study.lengths.adaptive`), else None.
     steps: of a lane, read at its end, likewise.
-    bias_bound: of its windows, as :class:`tbptt_jax.study.lengths.Chosen` has it, likewise.
+    bias_bound: of its windows, as :class:`tbptt_jax.study.lengths.Chosen` has it, where a look chose them.
+    depth: windows that ``replay`` goes back, likewise.
     """
 
     loss: float
@@ -57,6 +58,7 @@ class Call(NamedTuple):
     window: int | None = None
     steps: int | None = None
     bias_bound: float | None = None
+    depth: int | None = None
 
 
 class Event(NamedTuple):
@@ -163,7 +165,7 @@ def train(
         state, best = saved.state if saved else begin()
         place = feed.restored(saved.data.get("place", ())) if saved else feed.begin
         while done < number:
-            place = feed.look(place, state) if feed.looks(place, done) else place
+            place, state = feed.look(place, state) if feed.looks(place, done) else (place, state)
             last = min(feed.end(place, done), number)
             state, _ = tb.train_windows(step, state, feed.read(place, done, last))
             done, place = last, feed.after(place, last)
@@ -191,7 +193,7 @@ def train(
         stop, ahead = largest(asked()), None
         while feed.end(place, done) > done and not stop and not _early(calls, judge, feed.unit):
             began = time.perf_counter()
-            place = feed.look(place, state) if feed.looks(place, done) else place
+            place, state = feed.look(place, state) if feed.looks(place, done) else (place, state)
             last = feed.end(place, done)
             after = feed.after(place, last)
             ends = feed.end(after, last) == last
