@@ -138,7 +138,7 @@ def on_schedules(rows: list[Row], metric: Row) -> list[Row]:
     best = best_rates([{**row, "series": series_of(row)} for row in rows], higher=higher)
     for row in (row for budget in BUDGETS for row in best if row["budget"] == budget and not is_fixed(row)):
         fixed = [r for r in best if is_fixed(r) and (r["budget"], r["series"]) == (row["budget"], row["series"])]
-        said = f"{capital(row['window'])} ({row['series']}), at {BUDGETS[row['budget']]}, ends at a {metric['name']} of {value(row['final_metric'])}"
+        said = f"{capital(row['window'])} ({row['series']}), at {BUDGETS[row['budget']]}, ends at {metric['name']} {value(row['final_metric'])}"
         if finite(r["final_metric"] for r in [row]) and finite(r["final_metric"] for r in fixed):
             top = best_of(fixed, higher=higher)
             good = as_good([*fixed, row], higher=higher)
