@@ -183,10 +183,11 @@ def schedule_panels(rows: list[Row], tolerances: Row) -> list[Spec]:
         colour = nominal("seed", seeds, [COLOURS[i % len(COLOURS)] for i in seeds], {"title": "seed", "columns": 8})
         windows = [{"x": x, "y": y, "seed": seed} for seed, each in enumerate(row["windows"]) for x, y in each]
         looks = [
-            {"x": look["steps"], "y": known(look["bias_bound"]), "seed": seed, "safe": look["safe"]}
+            {"x": look["steps"], "y": known(look["bias_bound"]), "seed": seed, "colour": COLOURS[seed % len(COLOURS)]}
             for seed, each in enumerate(row["looks"]) for look in each
         ]  # fmt: skip
-        steps = along("steps of training")
+        end = max((at["x"] for at in windows), default=1)
+        steps = along("steps of training", scale={"domain": [0, end], "nice": False})
         line = {"type": "line", "interpolate": "step-after", "strokeWidth": 1.8, "opacity": 0.8}
         y = vertical("window, steps", [at["y"] for at in windows], log_from=3)
         if len(lengths := sorted({at["y"] for at in windows})) <= 8:
