@@ -386,7 +386,7 @@ def test_killed_at_its_looks_a_sweep_with_a_schedule_ends_with_the_same_numbers(
 
 def test_schedules_of_one_name_or_too_long_are_refused(tmp_path):
     two = [study.adaptive(0.5, lengths=(2, 4)), study.adaptive(0.1, lengths=(2, 4))]
-    with pytest.raises(ValueError, match="are called 'auto'"):
+    with pytest.raises(ValueError, match="is called 'auto'"):
         study.sweep(TINY, [3, *two], workdir=tmp_path, **ASK)
     with pytest.raises(ValueError, match="Windows of 64 steps are longer"):
         study.sweep(TINY, [3, two[0], study.adaptive()._replace(name="long")], workdir=tmp_path, **ASK)

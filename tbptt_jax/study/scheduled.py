@@ -57,9 +57,10 @@ def train(
                 updates=None if training.epochs else training.updates, epochs=training.epochs, learning_rate=rate,
                 not_finite="skip", devices=devices, listeners=[on_the_way], quiet=True,
             )  # fmt: skip
-            done.append(run)
             found = list(evaluate(judged, run.params, seed=0 if is_shared(task) else seed).values())
             scores.append([np.nan] * 2 if any(call.skipped for call in run.calls) else found)  # it diverged
+            kept = jax.device_get(run.params) if seed == 0 else None
+            done.append(run._replace(state=None, params=kept))  # type: ignore[arg-type]  # states are large
         compile_seconds = compiled()
     each_rate = [slice(i, i + training.seeds) for i in range(0, len(runs), training.seeds)]
     looks = sum(map(sum, looked))
@@ -67,7 +68,7 @@ def train(
         {**_told(done[mine], looked[mine], training.epochs is None, shape.rows * shape.steps), "look_seconds": looks}
         for mine in each_rate
     )
-    params = jax.tree.map(lambda *x: np.stack(x), *(jax.device_get(run.params) for run in done[:: training.seeds]))
+    params = jax.tree.map(lambda *x: np.stack(x), *(run.params for run in done[:: training.seeds]))
     seconds = time.perf_counter() - began - compile_seconds
     none = np.zeros((len(runs), 0))
     return Trained(none, none, np.array(scores), params, seconds, compile_seconds, None, told)

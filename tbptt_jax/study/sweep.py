@@ -164,9 +164,7 @@ def plan_of(
         for each in budgets
     ]
     counts: dict[Any, tuple[int, int]] = {(c, k): windows_of(tasks[c], k) for c in chosen for k in lengths}
-    counts |= {
-        (c, name): counts[c, lengths[-1]] for c in chosen for name in schedules
-    }  # their data is that of the longest
+    counts |= {(c, name): counts[c, lengths[-1]] for c in chosen for name in schedules}  # as much data as the longest
 
     def updates_of(point: Point) -> int:
         if point.budget == "updates":
@@ -200,7 +198,8 @@ def _schedules(windows: Sequence[int | Lengths], carry: Sequence[str], influence
         name = schedule.name
         if not name or name.isdecimal() or found.get(name, schedule).settings != schedule.settings:
             raise ValueError(
-                f"Two schedules of windows are called {short(name)!r}: give each a name, schedule._replace(name='auto .1')."
+                f"A schedule of windows is called {short(name)!r}, which is a number, empty or another's name: give it one of its own, "
+                "schedule._replace(name='auto .1')."
             )
         if "stateful" not in carry:
             raise ValueError(f"--windows has {short(name)}, and --carry no stateful: its windows carry the state on.")
@@ -218,17 +217,13 @@ def _do(plan: Plan, mine: list[Point], directory: pathlib.Path, engine: Engine, 
     """Does those points that are missing, each kept as it is done. Whether one failed."""
     kept_in = directory / "points"
     done = {p for p in mine if (kept_in / f"{p.name}.json").exists()}
-    rates, seeds = tuple(plan.settings["learning_rates"]), plan.settings["seeds"]
     groups: dict[Any, list[Point]] = {}  # equal data and equal updates are one training where the updates are as many
     for point in mine:
         if point not in done:
             groups.setdefault((point[1:], plan.updates[point], plan.epochs.get(point)), []).append(point)
-    jobs = [
-        Job(plan.tasks[p.params], Training(plan.schedules.get(str(p.window), p.window), p.carry, p.influence, plan.updates[p], rates, seeds, plan.epochs.get(p)), str(p))  # type: ignore[arg-type]
-        for p, *_ in groups.values()
-    ]  # fmt: skip
+    jobs = [Job(plan.tasks[p.params], _training(plan, p), str(p)) for p, *_ in groups.values()]
     members, began, failed, stop, ended = list(groups.values()), time.perf_counter(), False, 0, 0
-    runs = len(rates) * seeds
+    runs = len(plan.settings["learning_rates"]) * plan.settings["seeds"]
     if not jobs:
         console.print(_table(plan, mine, done, {}))
         return False
@@ -269,6 +264,12 @@ def _do(plan: Plan, mine: list[Point], directory: pathlib.Path, engine: Engine, 
         say(f"Stopped after {ended} of {sum(map(len, members))} points; the same command does the others.")
         sys.exit(128 + stop)
     return failed
+
+
+def _training(plan: Plan, point: Point) -> Training:
+    window = point.window if isinstance(point.window, int) else plan.schedules[point.window]
+    rates, seeds = tuple(plan.settings["learning_rates"]), plan.settings["seeds"]
+    return Training(window, point.carry, point.influence, plan.updates[point], rates, seeds, plan.epochs.get(point))
 
 
 def _table(plan: Plan, points: list[Point], done: set[Point], needed: dict[Point, int]) -> Table:
@@ -325,6 +326,7 @@ def _finish(
             like, tree = jax.tree.flatten(params["untrained"])
             params["trained"] = jax.tree.unflatten(tree, [leaves[f"arr_{i}"][which] for i in range(len(like))])
     console.print("Measuring the bias of each window, untrained and trained.", soft_wrap=True)
+    fixed = [row for row, p in done if p.window not in plan.schedules]
     metric = {"name": figure.name, "unit": figure.unit, "better": figure.better}
     results = {
         "task": plan.settings["task"],
@@ -333,11 +335,7 @@ def _finish(
         "rows": rows,
         **gradients(task, plan.settings["windows"], plan.settings["influences"], params),
         "failed": [json.loads(path.read_text()) for path in failures.values()],
-        "recommendation": recommend(
-            [row for row, p in done if p.window not in plan.schedules],
-            metric,
-            task.exact(False, 1) if task.exact else None,
-        ),
+        "recommendation": recommend(fixed, metric, task.exact(False, 1) if task.exact else None),
         "settings": plan.settings,
         **about_launch,
     }
