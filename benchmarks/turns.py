@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 Side = Callable[[], None]
 Maker = Callable[[], Side]
 VISIT = 0.03  # seconds: a shorter call is repeated to fill them
+PAUSE = 0.02  # seconds, after which no thread of another side's waits for work at full speed, as those of OpenMP do
 
 
 class Section(NamedTuple):
@@ -71,6 +72,7 @@ def take_turns(makers: dict[str, Maker], seconds: float, least: int = 5) -> Time
     while order and (time.perf_counter() < end or len(times[order[0]]) < least):
         for name in order:
             side, repeats = sides[name]
+            time.sleep(PAUSE)
             times[name].append(clock(side, repeats))
         order.append(order.pop(0))
     return Timed({name: np.array(each) for name, each in times.items()}, failed)
