@@ -89,8 +89,10 @@ def clock(side: Side, repeats: int = 1) -> float:
 @contextlib.contextmanager
 def elsewhere(make: Callable[..., Side], *args: Any, **environment: str) -> Iterator[Side]:
     """The side ``make(*args)`` in a process of its own, ready when this is entered; ``make`` is a module's function."""
+    module = sys.modules[make.__module__].__spec__
+    assert module is not None
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.turns", make.__module__, make.__name__, json.dumps(args)],
+        [sys.executable, "-m", "benchmarks.turns", module.name, make.__name__, json.dumps(args)],
         env={**os.environ, **environment, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

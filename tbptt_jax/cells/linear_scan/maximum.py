@@ -3,6 +3,8 @@
 It keeps exponential gates from overflowing (Beck et al. 2024, *xLSTM*, equation 15).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -38,8 +40,8 @@ def maximum(
     start = jnp.broadcast_to(start if start.ndim == a.ndim else start[:, None], a.shape)
     if valid is not None:  # what changes nothing
         a, b = where_lanes(valid, (a, b), (jnp.zeros_like(a), jnp.full_like(b, -jnp.inf)))
-    way = "step" if implementation == "step" or edges is not None else None
-    ways = {"step": _steps, "associative": _at_once}
+    way: Implementation = "step" if implementation == "step" or edges is not None else None
+    ways: dict[str, Callable] = {"step": _steps, "associative": _at_once}
     return run_by(way, ways, a, b, m, start, resets, edges, cpu="step", others="associative")
 
 
