@@ -114,8 +114,8 @@ def mlstm(
         log_i, f = jnp.split(dot(dtype, x, weights.gates) + weights.gates_bias, 2, -1)
         m, log_decay, log_write = _stabilised(log_i, jax.nn.log_sigmoid(f), carry, starts, masks, implementation)
         k = scale(k, jnp.exp(log_write) / key_size**0.5)
-        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)  # the normaliser is the memory of what is always 1
         begun = None if starts is None else _joined(starts)
+        # The normaliser is the memory of a further value, which is always 1.
         memory, read = key_value(KeyValue(log_decay, k, v, q), _joined(carry), begun, masks, implementation)
         o = jax.nn.sigmoid(dot(dtype, x, weights.output_gate) + weights.output_bias)
         h = _normalised(read, m)
