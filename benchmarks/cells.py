@@ -261,8 +261,11 @@ def _torch_cell(name: str, units: int):  # type: ignore[no-untyped-def]
             q, k, v = (y.unflatten(-1, (heads, HEAD)).transpose(1, 2) for y in self.into(x).chunk(3, -1))
             i, f = (y.transpose(1, 2) for y in self.gates(x).chunk(2, -1))
             if name == "mlstm, chunkwise":
-                o = mlstm_chunkwise__native_autograd(q, k, v, i, f, chunk_size=min(64, x.shape[1]))
-            else:
+                c, n, m = (h.new_zeros(len(x), heads, *size) for size in ((HEAD, HEAD), (HEAD,), (1,)))
+                o, _ = mlstm_chunkwise__native_autograd(
+                    q, k, v, i, f, c, n, m, return_last_states=True, chunk_size=min(64, x.shape[1])
+                )
+            else:  # takes no state, and returns none
                 o = mlstm_parallel__native_stablef_autograd(q, k, v, i, f)
             return o.transpose(1, 2).flatten(-2) * self.output_gate(x).sigmoid()
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 Side = Callable[[], None]
 Maker = Callable[[], Side]
-VISIT = 0.03  # seconds: a shorter call is repeated to fill them
+VISIT = 0.15  # seconds: a shorter call is repeated to fill them, as training does
 PAUSE = 0.02  # seconds, after which no thread of another side's waits for work at full speed, as those of OpenMP do
 
 
@@ -73,6 +73,8 @@ def take_turns(makers: dict[str, Maker], seconds: float, least: int = 5) -> Time
         for name in order:
             side, repeats = sides[name]
             time.sleep(PAUSE)
+            if repeats > 1:
+                side()  # the caches are another's
             times[name].append(clock(side, repeats))
         order.append(order.pop(0))
     return Timed({name: np.array(each) for name, each in times.items()}, failed)
