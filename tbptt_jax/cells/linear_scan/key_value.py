@@ -23,7 +23,7 @@ from tbptt_jax.cells.linear_scan.choice import Implementation, Masks
 from tbptt_jax.cells.linear_scan.diagonal import later
 from tbptt_jax.recurrence import scale_cotangent
 
-CHUNK = 64
+CHUNK = 64  # steps; a CPU solves two systems of half as many steps faster, and a GPU takes as long
 
 
 class KeyValue(NamedTuple):
@@ -57,7 +57,7 @@ def key_value(
 
     Args:
       coefficients: of the window.
-      s: ``[lanes, heads, keys, values]``, before the window.
+      s: ``[lanes, heads, keys, values]``, before the window. With one value more than v has, that is written as 1 by each key.
       start: what a reset returns to, ``[lanes, heads, keys, values]``, or of each step ``[lanes, time, heads, keys, values]``.
         None: zeros.
       masks: of the window.
@@ -68,7 +68,7 @@ def key_value(
     time = coefficients.k.shape[1]
     begins_from_data = masks.resets is not None and start is not None and start.ndim > s.ndim
     if implementation == "step" or masks.edges is not None or begins_from_data or time < 2:
-        return _steps(coefficients, s, start, masks)
+        return _steps(coefficients._replace(v=_with_ones(coefficients.v, s)), s, start, masks)
     return _chunks(coefficients, s, start, masks, "associative" if implementation == "associative" else "step")
 
 
@@ -94,6 +94,11 @@ def _steps(coefficients: KeyValue, s: jax.Array, start: jax.Array | None, masks:
     return s, o.swapaxes(0, 1)
 
 
+def _with_ones(v: jax.Array, s: jax.Array) -> jax.Array:
+    more = s.shape[-1] - v.shape[-1]
+    return jnp.pad(v, ((0, 0),) * (v.ndim - 1) + ((0, more),), constant_values=1) if more else v
+
+
 class _Decays(NamedTuple):
     """Of chunks.
 
@@ -113,7 +118,7 @@ def _chunks(
     coefficients: KeyValue, s: jax.Array, start: jax.Array | None, masks: Masks, join: Implementation
 ) -> tuple[jax.Array, jax.Array]:
     lanes, time, heads = coefficients.log_decay.shape
-    chunks = -(-time // CHUNK)
+    chunks = -(-time // (CHUNK if coefficients.beta is None else CHUNK // 2))
     c = -(-time // chunks)
     resets, valid, _ = masks
     log_decay, k, v, q, beta = coefficients
@@ -149,7 +154,7 @@ def _chunks(
     sees = decays.before != 0  # what no step sees may be anything
     before, u, last = _over_chunks(join, kept, into, u, reads, sees, returned, s)
     seen = jnp.where(sees[..., None], scale(q @ before, decays.before), 0)
-    o = (decays.between * (q @ k.mT)) @ u + seen + of_start(q)
+    o = _written(decays.between * (q @ k.mT), u, s) + seen + of_start(q)
     o = jnp.moveaxis(o.reshape(chunks, lanes, heads, c, -1), (0, 2), (1, 3)).reshape(lanes, chunks * c, heads, -1)
     return last.reshape(shape), o[:, :time]
 
@@ -232,7 +237,7 @@ def _over_chunks(
         s, (before, u) = lax.scan(chunk, s, (kept, into, u, reads, sees, returned), unroll=one)
         return _flat(before), _flat(u), s
 
-    b = into @ u
+    b = _written(into, u, s)
     b = b if returned is None else b + returned
     if join == "step":
         s, before = lax.scan(lambda s, kb: (on(kb[0], s, kb[1]), s), s, (kept, b), unroll=one)
@@ -252,6 +257,12 @@ def _over_chunks(
         d *= 2
     before = seen(jnp.concatenate([s[None], b[:-1]]), sees)
     return _flat(before), _flat(left(u, reads, before, sees)), b[-1]
+
+
+def _written(by: jax.Array, u: jax.Array, s: jax.Array) -> jax.Array:
+    """``by @ u``, with the sums of ``by`` beside it where S has one value more than u: a product with 1 is slower."""
+    found = by @ u
+    return found if u.shape[-1] == s.shape[-1] else jnp.concatenate([found, by.sum(-1, keepdims=True)], -1)
 
 
 def _flat(x: jax.Array) -> jax.Array:
