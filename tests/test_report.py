@@ -293,7 +293,7 @@ def test_what_a_schedule_chose_how_well_it_did_and_what_it_cost_is_told(scores, 
     assert data["sentence"] == (
         f"Auto (stateful, truncate), at equal data, ends at accuracy {score}, {beside} Of its steps it read 50% in windows "
         "of 2 and 50% in windows of 8; a window had 3.2 steps in the mean. At 2 of 4 looks no window was known to be safe, "
-        "and the longest was used. It took 3 s, of them 1 for 4 looks, and 1 s to compile. The 2 windows of one length took "
+        "and the longest was used. It took 3 s, of them 1 for its looks, and 1 s to compile. The 2 windows of one length took "
         "20 s and 2 s to compile, and read 2 times as many steps."
     )
     assert "at equal updates" in updates["sentence"] and "read 1.25 times as many steps" in updates["sentence"]

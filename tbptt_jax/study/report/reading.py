@@ -145,9 +145,11 @@ def on_schedules(rows: list[Row], metric: Row) -> list[Row]:
             how = "as good as" if row in good and top in good else "better than" if row in good else "worse than"
             said += f", {how} the best window of one length, {top['window']}, with {value(top['final_metric'])}"
             said += ", within the spread of seeds" if how == "as good as" else ""
-        shares = [f"{share:.0%} in windows of {k}" for k, share in _shares(row.get("windows") or []).items()]
-        read = " and ".join([*filter(None, [", ".join(shares[:-1])]), *shares[-1:]])
-        said += f". Of its steps it read {read}; a window had {value(row['mean_window'])} steps in the mean. "
+        shares = _shares(row.get("windows") or [])
+        parts = [f"{share:.0%} in windows of {k}" for k, share in shares.items()]
+        read = " and ".join([*filter(None, [", ".join(parts[:-1])]), *parts[-1:]])
+        read = f"Of its steps it read {read}" if len(parts) <= 6 else f"It read windows of up to {max(shares)} steps"
+        said += f". {read}; a window had {value(row.get('mean_window'))} steps in the mean. "
         looks = [look for each in row.get("looks") or [] for look in each]
         if unsafe := sum(not look["safe"] for look in looks):
             said += f"At {unsafe} of {len(looks)} looks no window was known to be safe, and the longest was used. "
@@ -169,7 +171,7 @@ def looks_of(rows: list[Row]) -> list[Row]:
 def _cost(row: Row, fixed: list[Row], looks: list[Row]) -> str:
     """What a schedule's trainings cost beside those of all windows of one length."""
     said = f"It took {value(row['seconds'])} s"
-    said += f", of them {value(row['look_seconds'])} for {len(looks)} looks" if looks else ""
+    said += f", of them {value(row.get('look_seconds'))} for its looks" if looks else ""
     steps, seconds, compiled = (sum(finite(r[name] for r in fixed)) for name in ("steps", "seconds", "compile_seconds"))
     if not steps:
         return f"{said}."
