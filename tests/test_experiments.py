@@ -140,6 +140,7 @@ MISTAKES = {
     "odd": ("first_bit", ["--train=11"], "--train=11 is odd"),
     "lanes": ("first_bit", ["--lanes=3000"], "--lanes=3000 is more than --train=1000"),
     "influence": ("gradient_bias", ["--influences=replay"], "--influences has replay, which is none. Any of truncate"),
+    "depths": ("char_lm", ["--influence=replay:auto", "--depths=4,2"], "--influence=replay:auto: `depths` are [4, 2]; give them from small"),
     "survival": ("gradient_bias", ["--influences=replay:2:1.5"], "`survival` is 1.5"),
     "window": ("gradient_bias", ["--windows=5,0"], "--windows has '0': give whole numbers from 1 to 400"),
     "no influence": ("copy_memory", ["--influences="], "--influences is empty. Any of truncate"),
