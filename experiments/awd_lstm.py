@@ -14,7 +14,7 @@ import optax
 from absl import flags
 
 import tbptt_jax as tb
-from experiments import launch, tasks
+from experiments import launch, tasks, training
 from tbptt_jax import study
 from tbptt_jax.study.process.writing import write_json
 
@@ -42,7 +42,10 @@ flags.DEFINE_string("text", None, "A file. None: the reference manual that ships
 flags.DEFINE_multi_string("set", [], "name=value: another argument of the task; may be given again.")
 flags.DEFINE_list("systems", list(SYSTEMS), "Which to train: full, plain, 'without weight-drop' and so on.")
 flags.DEFINE_integer("seeds", 3, "Trainings of each system.", lower_bound=1)
-flags.DEFINE_integer("window", 32, "Steps of a window, or the mean of those that are drawn.", lower_bound=1)
+flags.DEFINE_string(
+    "window", "32", f"Steps of a window, or the mean of those that are drawn. Without these: {training.SCHEDULES}"
+)
+training.define_auto(["8", "16", "32", "64"], 200, "windows auto")
 flags.DEFINE_integer("updates", 1600, "Updates at most, one a window.", lower_bound=1)
 flags.DEFINE_integer("look", 50, "Updates from one look at the validation part to the next.", lower_bound=1)
 flags.DEFINE_integer("patience", 6, "Looks without a better one, after which a training ends.", lower_bound=1)
@@ -52,12 +55,16 @@ flags.DEFINE_float("clip", 0.25, "The norm to which a gradient is clipped.", low
 flags.DEFINE_string("workdir", "runs/awd_lstm", "Where results.json, flags.txt and a directory for each training go.")
 
 
+def window() -> int | study.Lengths:
+    return training.lengths_of(FLAGS.window, "window", FLAGS.lengths, FLAGS.look_every)
+
+
 def optimiser(clip: float | None, scaled: bool) -> optax.GradientTransformation:
     """Adam of a clipped gradient, and its step by the window's length where that varies."""
     parts = [
         *([optax.clip_by_global_norm(clip)] if clip is not None else []),
         optax.adam(FLAGS.learning_rate),
-        *([tb.schedules.scale_by_length(FLAGS.window)] if scaled else []),
+        *([tb.schedules.scale_by_length(int(FLAGS.window))] if scaled else []),
     ]
     return optax.chain(*parts)
 
@@ -72,7 +79,7 @@ def trained(name: str, seed: int) -> dict[str, Any]:
     looks = recipe["nonmonotone"]
     run = study.fit(
         task,
-        window=FLAGS.window,
+        window=window(),
         updates=FLAGS.updates,
         optimiser=optimiser(recipe["clip"], arguments.get("random_lengths", True)),
         average=None if looks is None else study.asgd(looks),
@@ -107,6 +114,13 @@ def main() -> None:
     unknown = [name for name in FLAGS.systems if name not in SYSTEMS]
     if unknown or not FLAGS.systems:
         raise ValueError(f"--systems has {launch.short(''.join(unknown[:1]))!r}: give any of {', '.join(SYSTEMS)}.")
+    given = tasks.arguments_of(FLAGS.set)
+    own = [name for name in FLAGS.systems if (given | SYSTEMS[name]).get("random_lengths", True)]
+    if own and not isinstance(window(), int):
+        raise ValueError(
+            f"--window={FLAGS.window}: the system {own[0]!r} draws the lengths of its windows itself. Give steps, or "
+            "--systems='without random lengths,plain'."
+        )
     directory, rows = launch.expanded(FLAGS.workdir), dict[str, list[dict[str, Any]]]()
     order = [(name, seed) for seed in range(FLAGS.seeds) for name in FLAGS.systems]
     with launch.progress(len(order), "trainings") as report:

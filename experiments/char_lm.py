@@ -2,6 +2,7 @@
 
 python -m experiments.char_lm
 python -m experiments.char_lm --text=mine.txt --window=32 --stateless --workdir=runs/mine
+python -m experiments.char_lm --window=auto --lengths=8,16,32,64 --workdir=runs/auto
 python -m experiments.char_lm --text=poems.txt --documents='\\n\\n' --unit=bytes --workdir=runs/poems
 python -m experiments.char_lm --workdir=runs/mine --prompt="Once upon" --temperature=0.7     asks a finished run
 python -m experiments.char_lm --text=other.txt --init_from=runs/mine --workdir=runs/other    begins from one
@@ -43,7 +44,7 @@ def picture(curve: list[tuple[int, float]], held_out: float, one: str) -> Figure
     axes.plot(characters, bits, label="training text, as read")
     axes.axhline(held_out, color="C1", linestyle="--", label=f"held-out text, at the end: {held_out:.3f}")
     axes.set(xlabel=f"{one}s read", ylabel=f"bits per {one}")
-    axes.set_title(f"{'Stateless' if FLAGS.stateless else 'Stateful'} LSTM, windows of {FLAGS.window}")
+    axes.set_title(f"{'Stateless' if FLAGS.stateless else 'Stateful'} LSTM, {training.windows_told()}")
     axes.legend()
     return figure
 
@@ -81,18 +82,21 @@ def main() -> None:
         return f"{calls[-1].loss / math.log(2):.3f} bits per {one}, {speed(calls):,.0f} {one}s/s"
 
     run = training.fitted(task, updates=5000, start=before, show=shown)
-    how: Any = {name: FLAGS[name].value for name in ("window", "stateless", "burn_in")}
+    window = training.window() if isinstance(training.window(), int) else None
+    how: Any = {"window": window, "stateless": FLAGS.stateless, "burn_in": FLAGS.burn_in}
     (scores,) = study.evaluate(task, run.params, **how).values()
     read_by = itertools.accumulate(round(call.weight) for call in run.calls)
     curve = [(read, call.loss / math.log(2)) for read, call in zip(read_by, run.calls, strict=True)]
     first = held_out_text(task)
     told = written(run, first) if first else ""
     results = {
-        **{name: FLAGS[name].value for name in ("window", "stateless", "seed")},
+        "window": window or FLAGS.window,
+        "stateless": FLAGS.stateless,
+        "seed": FLAGS.seed,
         f"bits_per_{one}": scores,
         f"{one}s_per_second": speed(run.calls),
         **training.told_of(run),
-        "steps": run.updates * FLAGS.window,  # of each lane
+        "steps": run.calls[-1].steps or run.updates * (window or 0),  # of each lane
         "vocabulary": len(task.codec.get("vocabulary", range(256))),
         "curve": curve,
         "prompt": first,
@@ -104,7 +108,7 @@ def main() -> None:
     launch.console.rule()
     kind = "stateless" if FLAGS.stateless else "stateful"
     launch.say(
-        f"Held-out text, {kind}, windows of {FLAGS.window}: {scores:.4f} bits per {one}. {speed(run.calls):,.0f} {one}s/s, "
+        f"Held-out text, {kind}, {training.windows_told()}: {scores:.4f} bits per {one}. {speed(run.calls):,.0f} {one}s/s, "
         f"{results['seconds']:.0f} s in all."
     )
     launch.write_results(FLAGS.workdir, results, picture(curve, scores, one), more=", run.json")

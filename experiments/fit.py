@@ -16,7 +16,7 @@ from tbptt_jax import study
 
 FLAGS = flags.FLAGS
 tasks.define(None)
-training.define("runs/fit", schedules=True)
+training.define("runs/fit")
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     curve = [(call.updates, call.loss) for call in run.calls]
     shown = "; ".join(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in each.items()) for name, each in scores.items())
     launch.say(
-        f"{task.name}, windows of {FLAGS.window}, {run.updates} updates: {shown or f'loss {run.calls[-1].loss:.4g}'}. "
+        f"{task.name}, {training.windows_told()}, {run.updates} updates: {shown or f'loss {run.calls[-1].loss:.4g}'}. "
         f"{told['seconds']:.0f} s."
     )
     launch.write_results(

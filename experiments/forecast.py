@@ -46,7 +46,8 @@ def check_flags() -> None:
         raise ValueError("--stateful and --stateless contradict each other: give one of them.")
     if FLAGS.burn_in and not is_stateless():
         raise ValueError(f"--burn_in={FLAGS.burn_in} is for windows that begin anew: give --stateless as well.")
-    if FLAGS.burn_in >= FLAGS.window:
+    window = training.window()
+    if isinstance(window, int) and FLAGS.burn_in >= window:
         raise ValueError(
             f"--burn_in={FLAGS.burn_in} leaves no step to score: choose less than --window={FLAGS.window}."
         )
@@ -71,9 +72,11 @@ def main() -> None:
     own = {} if FLAGS.train else {f"{name}.csv": csv_bytes(*tables.columns(each)) for name, each in data.items()}
     check_own(launch.expanded(FLAGS.workdir), own)
     streams = task.train()
-    series.check_long_enough(streams, data["train"], FLAGS.lanes, FLAGS.window, FLAGS.train or "The series")
+    window = training.window()
+    longest = window if isinstance(window, int) else max(window.sizes, default=1)
+    series.check_long_enough(streams, data["train"], FLAGS.lanes, longest, FLAGS.train or "The series")
     how: dict[str, Any] = {"stateless": is_stateless(), "burn_in": FLAGS.burn_in}
-    count, *_ = reader(task, streams, FLAGS.window, FLAGS.lanes, **how)
+    count, *_ = reader(task, streams, longest, FLAGS.lanes, **how)
     updates = FLAGS.epochs * count if FLAGS.epochs else FLAGS.updates or 4000
     directory = launch.workdir(FLAGS.workdir)
     write_files(directory, own)
@@ -90,10 +93,11 @@ def main() -> None:
     results = forecasting.evaluate(layout, data["train"], data["test"], predictions, FLAGS.season, FLAGS.origins)
     write_files(directory, {"predictions.csv": csv_bytes(*forecasting.table(layout, data["test"], predictions, FLAGS.series, FLAGS.time))})  # fmt: skip
     curve = [(call.updates, call.loss, next(iter((call.valid or {}).values()), None)) for call in run.calls]
-    kind = f"{'stateless' if is_stateless() else 'stateful'}, windows of {FLAGS.window}"
+    kind = f"{'stateless' if is_stateless() else 'stateful'}, {training.windows_told()}"
     shown, title = forecasting.shown(layout, data["test"], predictions), f"LSTM of {FLAGS.hidden} units, {kind}"
     figure = pictures.forecast(layout.targets, *shown, curve, results["test_mse"], title)
-    results |= {name: FLAGS[name].value for name in ("window", "influence", "seed", "fill", "season")}
+    results |= {name: FLAGS[name].value for name in ("influence", "seed", "fill", "season")}
+    results["window"] = window if isinstance(window, int) else FLAGS.window
     results["warm_up"] = FLAGS.warm_up or "0"
     results |= {"stateless": is_stateless(), "valid_mse": min((x for *_, x in curve if x is not None), default=None)}
     results |= {**tables.counts(data), **training.told_of(run), "curve": curve}

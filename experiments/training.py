@@ -1,7 +1,7 @@
 """The flags of a training that lasts, and the run that they ask for."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -19,20 +19,12 @@ PASSED = (
 )
 
 
-def define(
-    workdir: str, *, window: int = 16, learning_rate: float = 0.01, updates: int = 2000, schedules: bool = False
-) -> None:
-    """Defines them, with these defaults; ``--window`` may be a schedule of lengths, or is a number."""
-    if schedules:
-        flags.DEFINE_string("window", str(window), f"Steps of a window, or a schedule of them: {SCHEDULES}")
-        flags.DEFINE_list("lengths", ["8", "16", "32", "64"], "Of --window=auto: the windows to choose from.")
-    else:
-        flags.DEFINE_integer("window", window, "Steps of a window.", lower_bound=1)
+def define(workdir: str, *, window: int = 16, learning_rate: float = 0.01, updates: int = 2000) -> None:
+    """Defines them, with these defaults."""
+    flags.DEFINE_string("window", str(window), f"Steps of a window, or a schedule of them: {SCHEDULES}")
     flags.DEFINE_string("influence", "truncate", f"{launch.INFLUENCES} Or replay:auto, which chooses out of --depths.")
-    auto = "--window=auto and --influence=replay:auto" if schedules else "--influence=replay:auto"
+    define_auto(["8", "16", "32", "64"], 1000, "--window=auto and --influence=replay:auto")
     flags.DEFINE_list("depths", ["0", "1", "2", "4", "8"], "Of --influence=replay:auto: the windows to go back.")
-    flags.DEFINE_float("tolerance", 0.5, f"Of {auto}: the relative bias of the gradient that is allowed.")
-    flags.DEFINE_integer("look_every", 1000, f"Of {auto}: updates from one choice to the next.", lower_bound=1)
     flags.DEFINE_bool("stateless", False, "Begin each window from the initial carry, for comparison.")
     flags.DEFINE_integer("burn_in", 0, "Steps that a stateless window reads to find its state, before those it scores: windows overlap by so many, every step is scored once, and no gradient flows into the burn-in.", lower_bound=0)  # fmt: skip
     flags.DEFINE_float("learning_rate", learning_rate, "Adam's rate at the start; it falls to zero along a cosine.", lower_bound=0.0)  # fmt: skip
@@ -48,6 +40,15 @@ def define(
     flags.DEFINE_string("init_from", None, "A run's workdir, whose parameters are begun from.")
     flags.DEFINE_bool("resume", True, "Go on from the checkpoint in the workdir, if there is one; --noresume begins afresh.")  # fmt: skip
     flags.DEFINE_string("workdir", workdir, "Where run.json, results.json, checkpoints and the rest go.")
+
+
+def define_auto(lengths: list[str] | None, every: int | None, of: str) -> None:
+    """Those of what chooses itself, with these defaults; None: as the launch says."""
+    told = "default those of --windows" if lengths is None else "from short to long"
+    flags.DEFINE_list("lengths", lengths, f"Of windows auto: the lengths to choose from, {told}.")
+    flags.DEFINE_float("tolerance", 0.5, f"Of {of}: the relative bias of the gradient that is allowed.")
+    told = "; default a fifth of --updates" if every is None else ""
+    flags.DEFINE_integer("look_every", every, f"Of {of}: updates from one choice to the next{told}.", lower_bound=1)
 
 
 def check() -> None:
@@ -90,23 +91,30 @@ def told_of(run: study.Run) -> dict[str, Any]:
 
 def window() -> int | study.Lengths:
     """What ``--window`` names."""
-    wanted = FLAGS.window
-    if isinstance(wanted, int):
-        return wanted
+    return lengths_of(FLAGS.window, "window", FLAGS.lengths, FLAGS.look_every, FLAGS.seed)
+
+
+def windows_told() -> str:
+    """What ``--window`` names, in words."""
+    return f"windows of {FLAGS.window}" if isinstance(window(), int) else f"windows {FLAGS.window}"
+
+
+def lengths_of(wanted: str, flag: str, lengths: Sequence[int | str], every: int, seed: int = 0) -> int | study.Lengths:
+    """Steps, or the schedule of the name ``wanted``, of which auto looks ``every`` so many updates and chooses from ``lengths``."""
     kind, *numbers = wanted.split(":")
     try:
         if kind == "auto" and not numbers:
-            return study.adaptive(FLAGS.tolerance, lengths=list(map(int, FLAGS.lengths)), every=FLAGS.look_every)
+            return study.adaptive(FLAGS.tolerance, lengths=list(map(int, lengths)), every=every)
         if kind == "growing":
             first, last, epochs = map(int, numbers)
-            return study.growing(first, last, epochs=epochs)
+            return study.growing(first, last, epochs=epochs)._replace(name=wanted)
         if kind in ("random", "artbp"):
             draw = tb.schedules.random_length if kind == "random" else tb.schedules.polynomial_tail
-            return study.drawn(draw(*map(int, numbers)), seed=FLAGS.seed)
-        check_whole("window", steps := int(wanted))
+            return study.drawn(draw(*map(int, numbers)), seed=seed)._replace(name=wanted)
+        check_whole(flag, steps := int(wanted))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"--window={launch.short(wanted)}: {launch.short(error)} Give steps, or {SCHEDULES}"
+            f"--{flag}={launch.short(wanted)}: {launch.short(error)} Give steps, or {SCHEDULES}"
         ) from error
     return steps
 

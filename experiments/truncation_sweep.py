@@ -3,6 +3,7 @@
 python -m experiments.truncation_sweep
 python -m experiments.truncation_sweep --task=mine.py:task --windows=4,16,64 --influences=truncate,replay:3 --seeds=3
 python -m experiments.truncation_sweep --task=lag --param=hidden=8,16 --windows=5,20
+python -m experiments.truncation_sweep --task=lag --windows=5,10,20,40,auto
 python -m experiments.truncation_sweep --task=forecast --set=train=past.csv --set=test=next.csv --set=targets=load
 
 A point is one budget, carry, influence and window. Each is kept as it is done: the same command goes on with those that are
@@ -22,13 +23,16 @@ from typing import Any
 
 from absl import flags
 
-from experiments import launch, tasks
+from experiments import launch, tasks, training
 from tbptt_jax import study
 
 FLAGS = flags.FLAGS
 tasks.define("first_bit")
 flags.DEFINE_multi_string("param", [], "name=value,value: an argument of the task to sweep, too; may be given again.")
-flags.DEFINE_list("windows", ["1", "2", "5", "10", "20"], "Window lengths, in steps.")
+flags.DEFINE_list(
+    "windows", ["1", "2", "5", "10", "20"], f"Window lengths, in steps, and schedules: {training.SCHEDULES}"
+)
+training.define_auto(None, None, "windows auto")
 flags.DEFINE_list("carry", ["stateful", "stateless"], "stateful: carried on; stateless: each window begins anew.")
 flags.DEFINE_list("influences", ["truncate"], f"{launch.INFLUENCES} Stateless windows: truncate.")
 flags.DEFINE_list("learning_rates", ["0.02"], "Adam's rates at the start; each falls to zero along a cosine.")
@@ -68,6 +72,16 @@ def rates() -> list[float]:
     return [float(rate) for rate in FLAGS.learning_rates]
 
 
+def lengths() -> list[int | study.Lengths]:
+    """The windows of ``--windows``, and schedules of them; what chooses itself does among these, unless ``--lengths`` says."""
+    numbers = [each for each in FLAGS.windows if each.strip().isdecimal()]
+    among = FLAGS.lengths or sorted(set(map(int, numbers))) or [2]
+    every = FLAGS.look_every or max(1, FLAGS.updates // 5)
+    names = [each for each in FLAGS.windows if each not in numbers]
+    schedules = [training.lengths_of(name, "windows", among, every) for name in names]
+    return [*launch.positive_integers("windows", numbers, at_most=10**9), *schedules]
+
+
 def git_revision() -> str | None:
     asked = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
@@ -76,7 +90,7 @@ def git_revision() -> str | None:
 
 
 def main() -> None:
-    windows = launch.positive_integers("windows", FLAGS.windows, at_most=10**9)
+    windows = lengths()
     launch.check_influences(FLAGS.influences)
     part, learning_rates = share(FLAGS.points), rates()
     launch.join_processes(0)  # they share the trainings, not the lanes

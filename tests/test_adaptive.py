@@ -173,6 +173,16 @@ def test_each_length_is_compiled_once_and_the_look_once():
     assert len(run.choices) == 5 and looks._cache_size() - before == 1
 
 
+def test_another_seed_of_the_same_settings_compiles_nothing():
+    of, window = task(), study.growing(2, 4, updates=8)
+    fit(of, window=window, updates=16)
+    programs = training._train_windows._cache_size()
+    fit(of, window=window, updates=16, seed=1)
+    assert training._train_windows._cache_size() == programs
+    fit(of, window=window, updates=16, learning_rate=0.02)
+    assert training._train_windows._cache_size() == programs + 2  # lengths
+
+
 @pytest.mark.parametrize(
     "of, because",
     [

@@ -266,6 +266,62 @@ def test_what_is_lacking_is_left_out(lacking, tmp_path):
     assert ("Failed points" in page.text) == bool(told.get("failed"))
 
 
+def scheduled(scores=(0.6, 0.6), seconds=3.0):
+    """Results with a schedule's rows: two seeds of 64 steps, in windows of 2, then 8; a look of each found nothing safe."""
+    told = results(rates=(0.01,), series=SERIES[:1])
+    for row in [row for row in told["rows"] if row["window"] == 8]:
+        score = sum(scores) / len(scores)
+        looks = [{"updates": n, "steps": at, "window": k, "bias_bound": b, "horizon": 3, "safe": safe, "reason": "Why.", "seconds": 0.25}
+                 for n, at, k, b, safe in ((0, 0, 2, 0.25, True), (16, 32, 8, None, False))]  # fmt: skip
+        told["rows"].append({**row, "window": "auto", "updates": 20, "steps": 64, "final_metric": score, "metrics": list(scores), "exact_metric": None,
+                             "seconds": seconds, "look_seconds": 1.0, "mean_window": 3.2, "temp_bytes": None,
+                             "windows": [[[0, 2], [32, 8], [64, 8]]] * 2, "looks": [looks] * 2})  # fmt: skip
+    return {**told, "settings": {"schedules": {"auto": {"adaptive": 0.5}}}}
+
+
+@pytest.mark.parametrize(
+    ("scores", "beside"),
+    [
+        ((0.6, 0.6), "worse than the best window of one length, 8, with 0.79."),
+        ((0.7, 0.88), "as good as the best window of one length, 8, with 0.79, within the spread of seeds."),
+        ((0.95, 0.95), "better than the best window of one length, 8, with 0.79."),
+    ],
+)
+def test_what_a_schedule_chose_how_well_it_did_and_what_it_cost_is_told(scores, beside):
+    (data, updates) = reading.on_schedules(scheduled(scores)["rows"], {"name": "accuracy", "better": "higher"})
+    score = reading.value(sum(scores) / 2)
+    assert data["sentence"] == (
+        f"Auto (stateful, truncate), at equal data, ends at accuracy {score}, {beside} Of its steps it read 50% in windows "
+        "of 2 and 50% in windows of 8; a window had 3.2 steps in the mean. At 2 of 4 looks no window was known to be safe, "
+        "and the longest was used. It took 3 s, of them 1 for 4 looks, and 1 s to compile. The 2 windows of one length took "
+        "20 s and 2 s to compile, and read 2 times as many steps."
+    )
+    assert "at equal updates" in updates["sentence"] and "read 1.25 times as many steps" in updates["sentence"]
+
+
+def test_a_schedule_stands_beside_the_windows_and_its_choices_are_drawn_and_kept(tmp_path, files):
+    made = written(tmp_path, scheduled())
+    page, text = Page(made["report.html"].decode()), " ".join(Page(made["report.html"].decode()).text)
+    assert "Windows that change in training" in page.text and "Auto at equal data" in page.text
+    assert ">auto<" in made["final_metric.svg"].decode() and ">auto<" in made["curves.svg"].decode()
+    assert {"schedules.svg", "looks.csv"} == set(made) - set(files)
+    looks = list(csv.DictReader(made["looks.csv"].decode().splitlines()))
+    assert [(x["budget"], x["seed"], x["steps"], x["chosen"], x["bias_bound"], x["safe"]) for x in looks] == [
+        (budget, seed, *look)
+        for budget in ("data", "updates")
+        for seed in "01"
+        for look in (("0", "2", "0.25", "True"), ("32", "8", "", "False"))
+    ]
+    rows = list(csv.DictReader(made["rows.csv"].decode().splitlines()))
+    assert [row["mean_window"] for row in rows if row["window"] == "auto"] == ["3.2"] * 2
+    assert not {"nan", "None", "undefined"} & set(text.split())
+    (windows, bias, *_) = charts.schedule_panels(reading.on_schedules(scheduled()["rows"], {"name": "a", "better": "higher"}), {"auto": 0.5})  # fmt: skip
+    assert [(at["x"], at["y"]) for at in windows["data"]["values"]] == [(0, 2), (32, 8), (64, 8)] * 2
+    assert [at["y"] for at in bias["data"]["values"]] == [0.25, None] * 2
+    study.report(tmp_path, results())
+    assert not (tmp_path / "looks.csv").exists() and not (tmp_path / "schedules.svg").exists()
+
+
 def test_what_is_told_is_text_never_markup(tmp_path):
     told = results(windows=(2,), rates=(0.01,), series=[("<script>a</script>", "$x_1$ & \"'</svg>")], budgets=("data",))
     told["failed"] = [{"error": "<script>b</script>"}]

@@ -11,13 +11,15 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import ENVIRONMENT, program_of, refused
 
 import tbptt_jax as tb
-from tbptt_jax import study
+from tbptt_jax import horizon, study
 from tbptt_jax.study.findings import recommend
+from tbptt_jax.study.lengths import Look
 from tbptt_jax.study.points import mark
 from tbptt_jax.study.task import NAMES
 from tbptt_jax.study.trainings import Training, compiled, cut, train
@@ -264,6 +266,11 @@ WRONG = {
     "a carry": (["--carry=statefull"], "stateful, stateless or both"),
     "a share": (["--points=3/2"], "from 1 to N"),
     "files that do not go together": (["--task=forecast", "--train=x.csv"], "give train, test and targets"),
+    "a schedule alone": (["--windows=auto"], "--windows is empty: give at least one number"),
+    "a schedule of a task with cuts of its own": (["--windows=5,auto"], "'first_bit' cuts its windows itself"),
+    "a schedule that carries nothing": (["--task=lag", "--windows=5,auto", "--carry=stateless"], "--carry no stateful"),
+    "a schedule and replay": (["--task=lag", "--windows=5,auto", "--influences=replay:1"], "add truncate"),
+    "a schedule that is none": (["--task=lag", "--windows=5,growing:8:4:2"], "`last` to be the longer"),
     "a text that is not there": (["--task=char_lm", "--text=nowhere.txt"], "cannot be read"),
 }
 
@@ -308,3 +315,79 @@ def test_the_workdir_of_another_sweep_is_refused(program, tmp_path, monkeypatch)
     mark(tmp_path, {"task": "first_bit", "seeds": 3})
     refused(program, monkeypatch, tmp_path, [*SMALL, "--seeds=4"], "seeds 3, here 4")
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+
+
+NUMBERS = np.sin(np.arange(180.0)).reshape(3, 60, 1)  # two groups of two lanes, the last with one that is empty
+STREAMS = tb.sequences(NUMBERS, NUMBERS.cumsum(1) / 10)
+TINY = study.Task(
+    model=tb.from_step(
+        lambda a, h, x: (a * h + x, a * h + x),
+        lambda key, x: 0.1 + 0.3 * jax.random.uniform(key, (1,), float),
+        lambda a, n: jnp.zeros((n, 1)),
+    ),
+    loss=lambda y, window: ((y - window.targets) ** 2)[..., 0],
+    train=STREAMS,
+    test=STREAMS,
+    lanes=2,
+)
+ASK = {"carry": ["stateful"], "learning_rates": (0.02, 0.1), "seeds": 2, "updates": 60, "budget": "data"}
+
+
+def by_parameter(stop=()):
+    """Windows that are chosen by the model's parameter alone; a look whose number is in ``stop`` ends the launch, once."""
+
+    def choose(model, loss, params, probe, carry):
+        seen.append(None)
+        if len(seen) in stop:
+            stop.remove(len(seen))
+            raise KeyboardInterrupt
+        return horizon.Suggestion((2, 8)[int(abs(float(params[0])) * 1e4) % 2], 3, 0.1, True, "by its parameter")
+
+    seen = []
+    return study.adaptive(lengths=(2, 8))._replace(look=Look(50, 9, choose))
+
+
+def test_a_schedules_row_is_that_of_a_fit_for_each_seed_and_rate_bit_for_bit(tmp_path):
+    told = study.sweep(TINY, [3, 10, by_parameter()], workdir=tmp_path, **ASK)
+    rows = [row for row in told["rows"] if row["window"] == "auto"]
+    longest = 12  # windows of 10 in a reading
+    for rate, row in zip(ASK["learning_rates"], rows, strict=True):
+        how = {"learning_rate": rate, "not_finite": "skip", "quiet": True, "epochs": 60 / longest}
+        runs = [study.fit(TINY, window=by_parameter(), seed=seed, **how) for seed in range(2)]
+        assert row["metrics"] == row["losses"] == [study.evaluate(TINY, run.params)["loss"] for run in runs]
+        for run, looks, windows in zip(runs, row["looks"], row["windows"], strict=True):
+            assert [(look["updates"], look["window"]) for look in looks] == [(c.updates, c.window) for c in run.choices]
+            assert len(looks) > 2 and windows[0] == [0, run.choices[0].window] and windows[-1][0] == 180 * 5
+        assert row["updates"] == round(np.mean([run.updates for run in runs]))
+        assert row["mean_window"] == np.mean([600 / run.updates for run in runs])
+        with np.load(tmp_path / "points" / "data-stateful-truncate-auto.npz") as kept:
+            (params,) = kept.values()
+        np.testing.assert_array_equal(params[ASK["learning_rates"].index(rate)], runs[0].params)
+    assert {row["steps"] for row in told["rows"]} == {180 * 5}  # of all, at equal data
+    assert told["recommendation"]["window"] in (3, 10)  # what is recommended is a number
+
+
+def test_killed_at_its_looks_a_sweep_with_a_schedule_ends_with_the_same_numbers(tmp_path):
+    ask, stop, found = {**ASK, "learning_rates": (0.1,), "budget": "both"}, [7, 3, 2], []
+    for name, kills in (("whole", []), ("killed", stop)):
+        while kills:
+            with pytest.raises(KeyboardInterrupt):
+                study.sweep(TINY, [3, by_parameter(kills)], workdir=tmp_path / name, **ask)
+        study.sweep(TINY, [3, by_parameter()], workdir=tmp_path / name, **ask)
+        found.append(numbers(tmp_path / name))
+        for row in found[-1]["rows"]:
+            row.pop("look_seconds", None)
+            for look in (look for each in row.get("looks", []) for look in each):
+                del look["seconds"]
+    assert found[0] == found[1] and not stop
+    with pytest.raises(ValueError, match="there schedules"):
+        study.sweep(TINY, [3], workdir=tmp_path / "killed", **ask)
+
+
+def test_schedules_of_one_name_or_too_long_are_refused(tmp_path):
+    two = [study.adaptive(0.5, lengths=(2, 4)), study.adaptive(0.1, lengths=(2, 4))]
+    with pytest.raises(ValueError, match="is called 'auto'"):
+        study.sweep(TINY, [3, *two], workdir=tmp_path, **ASK)
+    with pytest.raises(ValueError, match="Windows of 64 steps are longer"):
+        study.sweep(TINY, [3, two[0], study.adaptive()._replace(name="long")], workdir=tmp_path, **ASK)
+    assert not list(tmp_path.iterdir())

@@ -1,11 +1,14 @@
 """Engines: where the trainings of a sweep run."""
 
 import concurrent.futures
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from tbptt_jax.study import scheduled
+from tbptt_jax.study.lengths import Lengths
 from tbptt_jax.study.process.machine import cores, memory
 from tbptt_jax.study.process.machine import mesh as devices_mesh
 from tbptt_jax.study.task import Task
@@ -33,7 +36,7 @@ def local(devices: int | None = None) -> Engine:
     """This process, or the processes that work together: all seeds and rates of a job over their devices, job after job.
 
     Programs are compiled first and side by side, each once: jobs that differ in their updates or carry share one. Memory is
-    looked at before anything is trained.
+    looked at before anything is trained. Runs whose windows a schedule decides are not of one program: they come one by one.
 
     Args:
       devices: to use at most; default all.
@@ -43,7 +46,8 @@ def local(devices: int | None = None) -> Engine:
         programs: dict[Any, Program | Exception] = {}
         with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
             asked: dict[Any, Any] = {}
-            for job in jobs:
+            fixed = [job for job in jobs if not isinstance(job.training.window, Lengths)]
+            for job in fixed:
                 place = _program_of(job)
                 if place in asked or place in programs:
                     continue
@@ -55,7 +59,8 @@ def local(devices: int | None = None) -> Engine:
                     programs[place] = error
             for place, future in asked.items():
                 programs[place] = future.exception() or future.result()
-        needed = {i: p.bytes for i, job in enumerate(jobs) if isinstance(p := programs[_program_of(job)], Program)}
+        found = [None if isinstance(job.training.window, Lengths) else programs[_program_of(job)] for job in jobs]
+        needed = {i: program.bytes for i, program in enumerate(found) if isinstance(program, Program)}
         plan(needed)
         limit = memory() // jax.local_device_count()
         for i, most in needed.items():
@@ -66,13 +71,18 @@ def local(devices: int | None = None) -> Engine:
                     f"{limit / 1e9:,.1f} GB: leave them out of `windows` or `influences`, or choose fewer `seeds`, `lanes` or "
                     "a smaller model."
                 )
-        for i, job in enumerate(jobs):
-            program = programs[_program_of(job)]
+        for i, (job, program) in enumerate(zip(jobs, found, strict=True)):
             if isinstance(program, Exception):
                 yield i, program
                 continue
+            tell = functools.partial(report, i)
             try:
-                yield i, train(job.training, program, lambda updates, loss, i=i: report(i, updates, loss))  # type: ignore[misc]
+                if program is None:  # in a thread, which no signal stops in the middle of its point
+                    with concurrent.futures.ThreadPoolExecutor(1) as alone:
+                        trained = alone.submit(scheduled.train, job.task, job.training, tell, devices).result()
+                else:
+                    trained = train(job.training, program, tell)
+                yield i, trained
             except Exception as error:  # whatever it is, the others go on
                 yield i, error
 
@@ -142,6 +152,8 @@ def _do(job: Any) -> Trained:
     for name, value in config.items():
         jax.config.update(name, value)
     task = cloudpickle.loads(pickled) if source is None else make(source[0], **source[1])
+    if isinstance(training.window, Lengths):
+        return scheduled.train(task, training)
     runs = len(training.rates) * training.seeds
     trained = train(training, compiled(task, training, devices_mesh(runs=runs))())
     return trained._replace(params=jax.device_get(trained.params))

@@ -73,7 +73,7 @@ class Course(NamedTuple):
 
 def feed_of(
     task: Task, data: Any, window: int | Lengths, lanes: int, *, stateless: bool, burn_in: int, per_call: int,
-    updates: int | None, epochs: int | None,
+    updates: int | None, epochs: float | None,
 ) -> Feed:  # fmt: skip
     """The windows of a task's data for so many updates, or readings of it.
 
@@ -81,16 +81,11 @@ def feed_of(
       ValueError: as from :func:`tbptt_jax.study.task.reader`, or if the windows of a schedule cannot be cut.
     """
     if isinstance(window, Lengths):
-        if stateless:
-            raise ValueError(
-                "Stateless windows know no past, whatever their lengths: give `window` a number, or leave `stateless`."
-            )
-        if window.look and jax.process_count() > 1:
-            raise ValueError("A schedule that looks at the stream runs in one process: give `window` a number.")
+        check_schedule(task, window, stateless)
         stream = stream_of(task, data, lanes)
         return of_lengths(task, window, stream, per_call=per_call, updates=updates, epochs=epochs)
     read = reader(task, data, window, lanes, stateless=stateless, burn_in=burn_in)
-    feed = of_windows(read.read, updates or (epochs or 0) * read.windows, per_call)
+    feed = of_windows(read.read, updates or max(1, round((epochs or 0) * read.windows)), per_call)
     return feed._replace(longest=window, windows=read.windows)
 
 
@@ -108,18 +103,15 @@ def of_windows(read: Callable[[int, int], tb.Window], updates: int, per_call: in
 
 
 def of_lengths(
-    task: Task, lengths: Lengths, stream: Stream, *, per_call: int, updates: int | None, epochs: int | None
+    task: Task, lengths: Lengths, stream: Stream, *, per_call: int, updates: int | None, epochs: float | None
 ) -> Feed:  # fmt: skip
     """Windows whose lengths a schedule decides, for so many updates, or readings of the data.
 
     Raises:
       ValueError: if the longest are longer than the stream.
     """
-    if lengths.sizes and lengths.sizes[-1] > stream.time:
-        raise ValueError(
-            f"Windows of {lengths.sizes[-1]} steps are longer than the stream, whose lanes have {stream.time}: choose shorter ones."
-        )
-    last_step = None if epochs is None else epochs * stream.total
+    check_longest(lengths, stream.time)
+    last_step = None if epochs is None else max(1, round(epochs * stream.total))
     whole = len(lengths.sizes) == 1 and stream.time % lengths.sizes[0] == 0  # then no window is ever short
 
     def spans(course: Course) -> list[tuple[int, Span]]:
@@ -208,13 +200,8 @@ def stream_of(task: Task, data: Any, lanes: int) -> Stream:
     """The steps of a task's data, as :func:`tbptt_jax.split` and :func:`tbptt_jax.streams.windows` lay them into lanes.
 
     Raises:
-      ValueError: if the task cuts its windows itself, or the data does not fit the lanes.
+      ValueError: if the data does not fit the lanes.
     """
-    if task.cut is not Task._field_defaults["cut"]:
-        raise ValueError(
-            f"The task {task.name!r} cuts its windows itself, so their lengths cannot change: give `window` a number, or the task "
-            "no `cut` of its own (awd_lstm: random_lengths=False)."
-        )
     if not isinstance(data, tb.Window):
         total, one = tb.streams.cutter(*data, lanes=lanes, length=1)
 
@@ -239,6 +226,29 @@ def stream_of(task: Task, data: Any, lanes: int) -> Stream:
 def choices_of(place: Any) -> tuple[Chosen, ...]:
     """What a schedule has chosen, by a feed's place or what JSON has made of it."""
     return tuple(Chosen(*choice) for choice in place[2]) if place else ()
+
+
+def check_schedule(task: Task, lengths: Lengths, stateless: bool = False) -> None:
+    """Raises a ``ValueError`` if a task's windows cannot have the lengths of a schedule."""
+    if stateless:
+        raise ValueError(
+            "Stateless windows know no past, whatever their lengths: give `window` a number, or leave `stateless`."
+        )
+    if lengths.look and jax.process_count() > 1:
+        raise ValueError("A schedule that looks at the stream runs in one process: give `window` a number.")
+    if task.cut is not Task._field_defaults["cut"]:
+        raise ValueError(
+            f"The task {task.name!r} cuts its windows itself, so their lengths cannot change: give `window` a number, or the task "
+            "no `cut` of its own (awd_lstm: random_lengths=False)."
+        )
+
+
+def check_longest(lengths: Lengths, time: int) -> None:
+    """Raises a ``ValueError`` if the longest windows of a schedule are longer than a lane of so many steps."""
+    if lengths.sizes and lengths.sizes[-1] > time:
+        raise ValueError(
+            f"Windows of {lengths.sizes[-1]} steps are longer than the stream, whose lanes have {time}: choose shorter ones."
+        )
 
 
 def check_same_state(step: TrainStep, first: tb.Window) -> None:

@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import tbptt_jax as tb
 from tbptt_jax.arrays import check_whole
 from tbptt_jax.checkpoint import newest
-from tbptt_jax.sharding import over_lanes, own_lanes, place
+from tbptt_jax.sharding import own_lanes, place
 from tbptt_jax.study import averaging
 from tbptt_jax.study.depths import Depths, with_depths
 from tbptt_jax.study.feed import check_same_state, choices_of, feed_of
 from tbptt_jax.study.guard import first_not_finite
-from tbptt_jax.study.influences import influence as named_influence
 from tbptt_jax.study.lengths import Chosen, Lengths
 from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
 from tbptt_jax.study.process.console import progress, quieted
@@ -27,6 +25,7 @@ from tbptt_jax.study.process.lock import holding
 from tbptt_jax.study.process.machine import mesh as lane_mesh
 from tbptt_jax.study.process.writing import short, write_json
 from tbptt_jax.study.scoring import measure, test_reader
+from tbptt_jax.study.steps import step_of
 from tbptt_jax.study.task import Task, check_task, checksum, data_of, figures, keys_of, maker
 from tbptt_jax.study.task import task as make_task
 from tbptt_jax.training import TrainState, TrainStep
@@ -76,7 +75,7 @@ def fit(
     *,
     window: int | Lengths,
     updates: int | None = None,
-    epochs: int | None = None,
+    epochs: float | None = None,
     workdir: str | pathlib.Path | None = None,
     influence: tb.Influence | Depths | str | None = None,
     optimiser: Any = None,
@@ -112,7 +111,7 @@ def fit(
       window: steps of a window, or a schedule of them: :func:`adaptive`, :func:`growing`, :func:`drawn`. With ``epochs`` the learning
         rate of a schedule's run then falls by the steps read, not by updates; with ``updates`` as ever.
       updates: one for each window, in all.
-      epochs: times to read the training data, instead.
+      epochs: times to read the training data, instead, also a part of one.
       workdir: where checkpoints and ``run.json`` go. None: nothing is kept.
       influence: what the gradient knows of the past, or its name, such as ``"replay:3"``; default :func:`tbptt_jax.truncate`. Or how
         its depth is chosen: :func:`adaptive_replay`.
@@ -151,7 +150,10 @@ def fit(
         check_whole(name, number)
     if (updates is None) == (epochs is None):
         raise ValueError(f"`updates` is {updates} and `epochs` is {epochs}: give one of them.")
-    check_whole("updates" if epochs is None else "epochs", updates if epochs is None else epochs)  # type: ignore[arg-type]
+    if epochs is None:
+        check_whole("updates", updates)  # type: ignore[arg-type]
+    elif isinstance(epochs, bool) or not 0 < epochs < float("inf"):
+        raise ValueError(f"`epochs` is {epochs}; it needs to be a positive number.")
     if not_finite not in ("stop", "skip"):
         raise ValueError(f"`not_finite` is {not_finite!r}; it needs to be 'stop' or 'skip'.")
     needs_valid = patience is not None or (average is not None and average.nonmonotone is not None)
@@ -182,12 +184,9 @@ def fit(
         legs = _legs(directory, feed.until, None if optimiser is not None else learning_rate, resume, feed.unit)
         units = max([h.shape[-1] for h in jax.tree.leaves(_carry(task, first)) if h.ndim > 1] or [1])
         mesh = lane_mesh(lanes=lanes, window=feed.longest, units=units, devices=devices)
-        past = tb.replay(influence.depths[-1]) if isinstance(influence, Depths) else influence
-        past = named_influence(past, feed.windows, "influence") if isinstance(past, str) else past
-        estimate = tb.gradient(task.model, task.loss, influence=past)
-        estimate = estimate if mesh.size == 1 else over_lanes(estimate, mesh)
-        chosen = _adam(legs, feed.unit) if optimiser is None else optimiser
-        step = tb.train_step(estimate, chosen if average is None else averaging.averaged(chosen, average))
+        past = f"replay:{influence.depths[-1]}" if isinstance(influence, Depths) else influence
+        falls = tuple(map(tuple, legs))
+        step = step_of(task.model, task.loss, past, feed.windows, mesh, optimiser, falls, feed.unit, average)
         if isinstance(window, Lengths):
             check_same_state(step, first)
 
@@ -320,22 +319,6 @@ def _legs(
         f"learned, start={short(path.parent)} (--init_from) and another workdir; to begin afresh, resume=False "
         "(--noresume)."
     )
-
-
-def _adam(legs: list[list[float]], unit: str) -> optax.GradientTransformation:
-    """Adam with clipped gradients; over each leg the rate falls to zero along a cosine (Loshchilov and Hutter 2017, SGDR)."""
-
-    def rate(count: jax.Array) -> jax.Array:
-        value = jnp.float32(0)
-        for first, last, height in legs:
-            falls = optax.cosine_decay_schedule(height, int(last - first))(count - int(first))
-            value = jnp.where(count >= int(first), falls, value)
-        return value
-
-    schedule = rate if len(legs) > 1 else optax.cosine_decay_schedule(legs[0][2], int(legs[0][1]))
-    if unit == "steps":
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), tb.schedules.by_steps(schedule))
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
 def _carry(task: Task, first: tb.Window) -> Any:

@@ -1,5 +1,6 @@
 """What stops a run: a loss, a gradient or a carry that is not finite, and where it was first."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,14 +25,16 @@ class Watched(NamedTuple):
     finite: Any
 
 
-def watched(step: TrainStep) -> TrainStep:
-    """The same step, its metrics :class:`Watched`."""
+@functools.lru_cache(maxsize=8)
+def watched(step: TrainStep, skip: bool = False) -> TrainStep:
+    """The same step, its metrics :class:`Watched`; with ``skip`` it leaves windows out in which something is not finite."""
 
     def update(state: TrainState, window: tb.Window) -> tuple[TrainState, Any]:
         new, metrics = step.update(state, window)
         return new, Watched(*metrics, stays_finite(state, new, metrics))
 
-    return step._replace(update=update)
+    watching = step._replace(update=update)
+    return tb.skip_not_finite(watching) if skip else watching
 
 
 def not_finite(

@@ -100,12 +100,14 @@ class Lengths(NamedTuple):
       sizes: what windows are padded to, from short to long; () where that is not known before.
       settings: what makes it this schedule, as JSON; a run is gone on with by the same one only.
       look: how it looks at the stream, or None.
+      name: for people.
     """
 
     next: Callable[[Place], Span]
     sizes: tuple[int, ...]
     settings: dict[str, Any]
     look: Look | None = None
+    name: str = "schedule"
 
 
 def adaptive(
@@ -146,7 +148,7 @@ def adaptive(
         return Span(length, length)
 
     settings = {"adaptive": tolerance, "lengths": list(sizes), "every": every, "probe": probe}
-    return Lengths(next_span, sizes, settings, looking(tolerance, every, probe, longest, sizes))
+    return Lengths(next_span, sizes, settings, looking(tolerance, every, probe, longest, sizes), "auto")
 
 
 def looking(
@@ -202,7 +204,7 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
         length = sizes[min(int(part * stages), stages)]
         return Span(length, length)
 
-    return Lengths(next_span, sizes, {"growing": [first, last], "updates": updates, "epochs": epochs})
+    return Lengths(next_span, sizes, {"growing": [first, last], "updates": updates, "epochs": epochs}, name="growing")
 
 
 def drawn(schedule: tb.schedules.Schedule, *, seed: int = 0) -> Lengths:
@@ -235,4 +237,4 @@ def drawn(schedule: tb.schedules.Schedule, *, seed: int = 0) -> Lengths:
         units = 2 ** (-(-(end - begin) // cuts.unit) - 1).bit_length()
         return Span(end - begin, min(units * cuts.unit, place.time), edges)
 
-    return Lengths(next_span, (), {"drawn": own, "seed": seed})
+    return Lengths(next_span, (), {"drawn": own, "seed": seed}, name="drawn")

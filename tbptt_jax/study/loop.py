@@ -131,8 +131,7 @@ def train(
     if not resume and directory is not None:
         _put_aside(directory)
     settings = {**settings, "updates in a call": per_call}
-    step = watched(step)
-    step = tb.skip_not_finite(step) if skip else step
+    step = watched(step, skip)
     health, fine = jax.jit(tb.carry_health), jax.jit(all_finite)
     like = Kept(state_of, state_of.params if judge else ())
     wrong = ""

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 from typing import Any, NamedTuple
 
@@ -21,25 +22,37 @@ class Point(NamedTuple):
     budget: str  # "data" or "updates", what is equal for all windows
     carry: str  # "stateful" or "stateless"
     influence: str
-    window: int
+    window: int | str  # steps, or a schedule's name
     params: tuple[tuple[str, Any], ...] = ()  # of the task's arguments those that are swept
 
     @property
     def name(self) -> str:
         chosen = "".join(f"-{name}={value}" for name, value in self.params).replace("/", "_")
-        return f"{self.budget}-{self.carry}-{self.influence.replace(':', '_')}-{self.window}{chosen}"
+        window = re.sub(r"[^\w.-]", "_", str(self.window))
+        return f"{self.budget}-{self.carry}-{self.influence.replace(':', '_')}-{window}{chosen}"
 
     def __str__(self) -> str:
         chosen = "".join(f", {name} {value}" for name, value in self.params)
-        return f"{self.carry}, {self.influence}, windows of {self.window}{chosen}, equal {self.budget}"
+        windows = f"windows of {self.window}" if isinstance(self.window, int) else f"windows {self.window}"
+        return f"{self.carry}, {self.influence}, {windows}{chosen}, equal {self.budget}"
 
 
 def rows_of(task: Task, point: Point, trained: Trained, settings: dict[str, Any], steps_each: float) -> list[dict]:
-    """A row for each learning rate; ``steps_each`` are the steps of an update."""
+    """A row for each learning rate; ``steps_each`` are the steps of an update by windows of one length."""
     seeds, updates = settings["seeds"], trained.losses.shape[1]
+    carried, window = point.carry == "stateful", point.window
     rows = []
     for i, rate in enumerate(settings["learning_rates"]):
         mine = slice(i * seeds, (i + 1) * seeds)
+        told = (
+            trained.told[i]
+            if trained.told
+            else {
+                "updates": updates,
+                "steps": round(updates * steps_each),
+                "curve": curve(trained.losses[mine], trained.weights[mine], steps_each),
+            }
+        )
         rows.append(
             {
                 "task": settings["task"],
@@ -47,14 +60,12 @@ def rows_of(task: Task, point: Point, trained: Trained, settings: dict[str, Any]
                 "params": dict(point.params),
                 "learning_rate": rate,
                 "seeds": seeds,
-                "updates": updates,
-                "steps": round(updates * steps_each),
+                **told,
                 "final_loss": float(trained.scores[mine, 0].mean()),
                 "final_metric": float(trained.scores[mine, 1].mean()),
                 "losses": trained.scores[mine, 0].tolist(),
                 "metrics": trained.scores[mine, 1].tolist(),
-                "exact_metric": task.exact(point.carry == "stateful", point.window) if task.exact else None,
-                "curve": curve(trained.losses[mine], trained.weights[mine], steps_each),
+                "exact_metric": task.exact(carried, window) if task.exact and isinstance(window, int) else None,
                 "seconds": trained.seconds,
                 "compile_seconds": trained.compile_seconds,
                 "temp_bytes": trained.temp_bytes,
@@ -96,7 +107,8 @@ def check_same_sweep(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{short(path)} is broken, so its sweep is not known: give another --workdir.") from error
     here = json.loads(json.dumps(settings))
-    differ = [f"{k} {short(there.get(k))}, here {short(here[k])}" for k in here if there.get(k) != here[k]]
+    every = {**here, **there}
+    differ = [f"{k} {short(there.get(k))}, here {short(here.get(k))}" for k in every if there.get(k) != here.get(k)]
     if differ:
         other = f"{short(directory)} holds another sweep: there {'; '.join(differ)}."
         raise ValueError(f"{other} Give its flags to go on with it, or another --workdir.")

@@ -19,8 +19,10 @@ import numpy as np
 from rich.table import Table
 
 from tbptt_jax.study.engines import Engine, Job, local
+from tbptt_jax.study.feed import check_longest, check_schedule
 from tbptt_jax.study.findings import gradients, recommend
 from tbptt_jax.study.influences import check_influences
+from tbptt_jax.study.lengths import Lengths
 from tbptt_jax.study.points import Point, check_same_sweep, found_in, keep, keep_failed, mark, rows_of, write_events
 from tbptt_jax.study.process.console import console, progress, say, table
 from tbptt_jax.study.process.lock import expanded, holding
@@ -28,6 +30,7 @@ from tbptt_jax.study.process.machine import largest, meet
 from tbptt_jax.study.process.signals import stop_asked
 from tbptt_jax.study.process.writing import finite, plain, short, write_json
 from tbptt_jax.study.report import report
+from tbptt_jax.study.report.reading import on_schedules
 from tbptt_jax.study.task import Task, checksum, data_of, figures, is_drawn, keys_of
 from tbptt_jax.study.trainings import Training, check_sizes, shape_of, streams_of, windows_of
 
@@ -41,12 +44,14 @@ class Plan(NamedTuple):
     points: list[Point]
     updates: dict[Point, int]
     steps: dict[Point, float]  # of an update
+    schedules: dict[str, Lengths]  # of windows, by name
+    epochs: dict[Point, float]  # of a schedule's runs, at equal data
     settings: dict[str, Any]  # what makes it this sweep and no other, as JSON
 
 
 def sweep(
     task: Task | Callable[..., Task],
-    windows: Sequence[int],
+    windows: Sequence[int | Lengths],
     *,
     carry: Sequence[str] = CARRIES,
     influences: Sequence[str] = ("truncate",),
@@ -66,7 +71,8 @@ def sweep(
 
     Args:
       task: the task, or what makes it of the arguments in ``params``.
-      windows: lengths in steps.
+      windows: lengths in steps; beside them schedules of lengths, such as :func:`adaptive`, each of a name of its own. They carry
+        the state, and leave out replay, which keeps windows of one length. Each of their trainings is a :func:`fit`.
       carry: of ``"stateful"`` and ``"stateless"``.
       influences: names, such as ``"replay:3"``. Stateless windows have no past: there it is truncate.
       learning_rates: Adam's at the start; each falls to zero along a cosine.
@@ -117,7 +123,7 @@ def sweep(
 
 
 def plan_of(
-    task: Task | Callable[..., Task], windows: Sequence[int], *, carry: Sequence[str], influences: Sequence[str],
+    task: Task | Callable[..., Task], windows: Sequence[int | Lengths], *, carry: Sequence[str], influences: Sequence[str],
     learning_rates: Sequence[float], seeds: int, budget: str, updates: int, params: Mapping[str, Sequence[Any]],
 ) -> Plan:  # fmt: skip
     """The sweep that is asked for; refuses what is not as :func:`sweep` describes it."""
@@ -132,31 +138,38 @@ def plan_of(
     if params and isinstance(task, Task):
         raise ValueError("`params` are arguments of what makes the task: give the function that makes it, not a Task.")
     tasks = {each: task if isinstance(task, Task) else task(**dict(each)) for each in chosen}
-    windows = sorted(set(windows))
+    schedules = _schedules(windows, carry, influences)
+    lengths = sorted({window for window in windows if not isinstance(window, Lengths)})
     for each in tasks.values():
         steps = shape_of(each).steps
-        if not windows or max(windows) > steps:
-            most = max(windows, default="nothing")
+        if not lengths or max(lengths) > steps:
+            most = max(lengths, default="no number")
             raise ValueError(
                 f"--windows has {most}; streams of {each.name} have {steps} steps: give from 1 to {steps}."
             )
+        for schedule in schedules.values():
+            check_schedule(each, schedule)
+            check_longest(schedule, steps)
         check_sizes(each, len(learning_rates) * seeds, updates)
     budgets = BUDGETS if budget == "both" else (budget,)
+    every: list[Any] = [*lengths, *schedules]
     points = [
         Point(each, state, influence, window, choice)
-        for window in windows
+        for window in every
         for choice in chosen
         for state in CARRIES
-        if state in carry
+        if state in carry and (state == "stateful" or window not in schedules)
         for influence in (list(dict.fromkeys(influences)) if state == "stateful" else ["truncate"])
+        if window not in schedules or not influence.startswith("replay")
         for each in budgets
     ]
-    counts = {(choice, window): windows_of(tasks[choice], window) for choice in chosen for window in windows}
+    counts: dict[Any, tuple[int, int]] = {(c, k): windows_of(tasks[c], k) for c in chosen for k in lengths}
+    counts |= {(c, name): counts[c, lengths[-1]] for c in chosen for name in schedules}  # as much data as the longest
 
     def updates_of(point: Point) -> int:
         if point.budget == "updates":
             return updates
-        (count, _), (longest, _) = counts[point.params, point.window], counts[point.params, max(windows)]
+        (count, _), (longest, _) = counts[point.params, point.window], counts[point.params, lengths[-1]]
         return max(1, round(updates * count / longest))
 
     first = tasks[chosen[0]]
@@ -164,7 +177,8 @@ def plan_of(
     settings = {
         "task": first.name,
         "arguments": first.source and {k: v for k, v in first.source[1].items() if k not in params and isinstance(v, int | float | bool)},
-        "windows": windows,
+        "windows": lengths,
+        **({"schedules": {name: schedule.settings for name, schedule in schedules.items()}} if schedules else {}),
         "carry": [state for state in CARRIES if state in carry],
         "influences": list(dict.fromkeys(influences)),
         "learning_rates": sorted(set(map(float, learning_rates))),
@@ -173,24 +187,43 @@ def plan_of(
         "data": data,
     }  # fmt: skip
     steps_each = {p: counts[p.params, p.window][1] / counts[p.params, p.window][0] for p in points}
-    return Plan(tasks, points, {p: updates_of(p) for p in points}, steps_each, settings)
+    read = {p: updates / counts[p.params, p.window][0] for p in points if p.window in schedules and p.budget == "data"}
+    return Plan(tasks, points, {p: updates_of(p) for p in points}, steps_each, schedules, read, settings)
+
+
+def _schedules(windows: Sequence[int | Lengths], carry: Sequence[str], influences: Sequence[str]) -> dict[str, Lengths]:
+    """Those of the windows that schedules decide, by name; refuses what they cannot be trained with."""
+    found: dict[str, Lengths] = {}
+    for schedule in (window for window in windows if isinstance(window, Lengths)):
+        name = schedule.name
+        if not name or name.isdecimal() or found.get(name, schedule).settings != schedule.settings:
+            raise ValueError(
+                f"A schedule of windows is called {short(name)!r}, which is a number, empty or another's name: give it one of its own, "
+                "schedule._replace(name='auto .1')."
+            )
+        if "stateful" not in carry:
+            raise ValueError(f"--windows has {short(name)}, and --carry no stateful: its windows carry the state on.")
+        if all(influence.startswith("replay") for influence in influences):
+            raise ValueError(
+                f"--windows has {short(name)}, and --influences only replay, which keeps windows of one length: add truncate."
+            )
+        if jax.process_count() > 1:
+            raise ValueError(f"--windows has {short(name)}, whose windows are trained by one process: give numbers.")
+        found[name] = schedule
+    return found
 
 
 def _do(plan: Plan, mine: list[Point], directory: pathlib.Path, engine: Engine, tensorboard: bool) -> bool:
     """Does those points that are missing, each kept as it is done. Whether one failed."""
     kept_in = directory / "points"
     done = {p for p in mine if (kept_in / f"{p.name}.json").exists()}
-    rates, seeds = tuple(plan.settings["learning_rates"]), plan.settings["seeds"]
     groups: dict[Any, list[Point]] = {}  # equal data and equal updates are one training where the updates are as many
     for point in mine:
         if point not in done:
-            groups.setdefault((point[1:], plan.updates[point]), []).append(point)
-    jobs = [
-        Job(plan.tasks[p.params], Training(p.window, p.carry, p.influence, plan.updates[p], rates, seeds), str(p))
-        for p, *_ in groups.values()
-    ]
+            groups.setdefault((point[1:], plan.updates[point], plan.epochs.get(point)), []).append(point)
+    jobs = [Job(plan.tasks[p.params], _training(plan, p), str(p)) for p, *_ in groups.values()]
     members, began, failed, stop, ended = list(groups.values()), time.perf_counter(), False, 0, 0
-    runs = len(rates) * seeds
+    runs = len(plan.settings["learning_rates"]) * plan.settings["seeds"]
     if not jobs:
         console.print(_table(plan, mine, done, {}))
         return False
@@ -233,13 +266,20 @@ def _do(plan: Plan, mine: list[Point], directory: pathlib.Path, engine: Engine, 
     return failed
 
 
+def _training(plan: Plan, point: Point) -> Training:
+    window = point.window if isinstance(point.window, int) else plan.schedules[point.window]
+    rates, seeds = tuple(plan.settings["learning_rates"]), plan.settings["seeds"]
+    return Training(window, point.carry, point.influence, plan.updates[point], rates, seeds, plan.epochs.get(point))
+
+
 def _table(plan: Plan, points: list[Point], done: set[Point], needed: dict[Point, int]) -> Table:
     each = len(plan.settings["learning_rates"]) * plan.settings["seeds"]
     rows = []
     for point in points:
         memory = "done" if point in done else f"{needed[point] / 1e6:,.1f} MB" if point in needed else "–"
         window = f"{point.window}" + "".join(f", {name} {value}" for name, value in point.params)
-        rows.append((window, point.carry, point.influence, point.budget, f"{plan.updates[point]:,}", memory))
+        updates = "as it chooses" if point in plan.epochs else f"{plan.updates[point]:,}"
+        rows.append((window, point.carry, point.influence, point.budget, updates, memory))
     title = f"{len(points)} points of {each} trainings; {len(done)} are done"
     return table(title, ("window", "carry", "influence", "budget", "updates", "memory"), rows, left=4)
 
@@ -286,6 +326,7 @@ def _finish(
             like, tree = jax.tree.flatten(params["untrained"])
             params["trained"] = jax.tree.unflatten(tree, [leaves[f"arr_{i}"][which] for i in range(len(like))])
     console.print("Measuring the bias of each window, untrained and trained.", soft_wrap=True)
+    fixed = [row for row, p in done if p.window not in plan.schedules]
     metric = {"name": figure.name, "unit": figure.unit, "better": figure.better}
     results = {
         "task": plan.settings["task"],
@@ -294,7 +335,7 @@ def _finish(
         "rows": rows,
         **gradients(task, plan.settings["windows"], plan.settings["influences"], params),
         "failed": [json.loads(path.read_text()) for path in failures.values()],
-        "recommendation": recommend([row for row, _ in done], metric, task.exact(False, 1) if task.exact else None),
+        "recommendation": recommend(fixed, metric, task.exact(False, 1) if task.exact else None),
         "settings": plan.settings,
         **about_launch,
     }
@@ -306,5 +347,7 @@ def _finish(
             write_events(directory / "tensorboard", each, of_point)
     if results["recommendation"]:
         say(results["recommendation"]["sentence"])
+    for told in on_schedules(results["rows"], metric):
+        say(told["sentence"])
     say(f"Written to {directory}: report.html, its charts, rows.csv, results.json")
     return results

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import tbptt_jax as tb
 from tbptt_jax.sharding import RUN, over_runs
 from tbptt_jax.study.influences import influence as named_influence
+from tbptt_jax.study.lengths import Lengths
 from tbptt_jax.study.process.machine import check_fits, check_training, needs, size
 from tbptt_jax.study.task import Task, data_of, figures, is_drawn, keys_of
 
@@ -27,24 +28,28 @@ PLACES = 50  # of a learning curve
 class Training(NamedTuple):
     """What is trained once: a window, its carry and influence, all seeds and learning rates, for so many updates."""
 
-    window: int
+    window: int | Lengths
     carry: str  # "stateful" or "stateless"
     influence: str
     updates: int  # of each run
     rates: tuple[float, ...]  # Adam's at the start
     seeds: int  # runs of each rate
+    epochs: float | None = (
+        None  # of a schedule's run, instead of the updates; these are then as many as its data is worth
+    )
 
 
 class Trained(NamedTuple):
     """What came of it."""
 
-    losses: np.ndarray  # of each update, [runs, updates], the runs of a rate side by side
+    losses: np.ndarray  # of each update, [runs, updates], the runs of a rate side by side; none of a schedule's runs
     weights: np.ndarray  # likewise, how much was scored
     scores: np.ndarray  # the loss and the first figure on the test data, [runs, 2]
     params: Any  # of the first seed of each rate, [rates, ...]
     seconds: float  # that the training took
-    compile_seconds: float  # before it
-    temp_bytes: int  # what lies between the operations of the training
+    compile_seconds: float  # besides
+    temp_bytes: int | None  # what lies between the operations of the training, where that is known
+    told: tuple[dict[str, Any], ...] = ()  # of each rate, what a schedule's runs did: see `scheduled.py`
 
 
 class Program(NamedTuple):
@@ -109,6 +114,7 @@ def compiled(task: Task, training: Training, mesh: Mesh) -> Callable[[], Program
     each_rate, each_seed = np.meshgrid(training.rates, np.arange(training.seeds), indexing="ij")
     fill = 0, -each_rate.size % mesh.shape[RUN]  # every device has as many runs: none waits for another
     rates, seeds = (np.pad(each.ravel(), fill, "edge") for each in (each_rate.astype(np.float32), each_seed))
+    assert isinstance(training.window, int)
     window, shared_data, shape = training.window, is_shared(task), shape_of(task)
     count, _ = windows_of(task, window)
     past = named_influence(training.influence, max(1, -(-shape.steps // window) - 1))

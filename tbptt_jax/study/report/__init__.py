@@ -17,7 +17,7 @@ FIELDS = (
 
 
 def report(directory: pathlib.Path, results: dict[str, Any]) -> None:
-    """Writes ``report.html``, ``rows.csv`` and an SVG for each kind of chart that there is something to draw for.
+    """Writes ``report.html``, ``rows.csv``, ``looks.csv`` where a schedule looked, and an SVG for each kind of chart that there is something to draw for.
 
     Everything is drawn before anything is written; each file is then written whole or not at all. The same results give the
     same bytes.
@@ -38,7 +38,10 @@ def report(directory: pathlib.Path, results: dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"The results have no {', '.join(missing)}: give those of a sweep, as in its results.json.")
     some = {**dict.fromkeys(FIELDS), "curve": None}
-    rows = [{**some, **row, "series": reading.series_of(row)} for row in results["rows"]]
+    columns = reading.columns(results["rows"])
+    rows = [
+        {**some, **row, "series": reading.series_of(row), "column": columns[row["window"]]} for row in results["rows"]
+    ]
     bias = [{**row, "series": reading.series_of({"carry": "stateful", **row})} for row in results.get("bias") or []]
     metric = {"name": "metric", "better": "lower", "unit": "", **results["metric"]}
     recommended = {"window": None, **(results.get("recommendation") or {})}
@@ -46,35 +49,45 @@ def report(directory: pathlib.Path, results: dict[str, Any]) -> None:
     suggested = {model: {"window": None, "reason": "", **choice} for model, choice in asked if choice}
     higher = metric["better"] == "higher"
     best = reading.best_rates(rows, higher=higher)
+    fixed = [row for row in best if reading.is_fixed(row)]
     level, reached = reading.time_to_reach(best, higher=higher)
+    schedules = reading.on_schedules(rows, metric)
+    settings = (results.get("settings") or {}).get("schedules") or {}
     panels = {
         "final_metric": charts.metric_panels(best, metric),
-        "curves": charts.curve_panels(best, sorted({row["window"] for row in rows}), level),
+        "curves": charts.curve_panels(best, reading.in_order(row["window"] for row in rows), level),
+        "schedules": charts.schedule_panels(schedules, {name: told.get("adaptive") for name, told in settings.items()}),
         "reach": charts.reach_panels(reached),
         "cost": charts.cost_panels(best),
         "bias": charts.bias_panels(bias, best, suggested),
         "decay": charts.decay_panels(results.get("decay") or {}),
     }
     files = {f"{kind}.svg": on_paper(charts.svg(these)) for kind, these in panels.items() if these}
-    files["rows.csv"] = csv_text(results["rows"], FIELDS, without=("curve",))
+    files["rows.csv"] = csv_text(results["rows"], FIELDS, without=("curve", "windows", "looks"))
+    looks = reading.looks_of(rows)
+    if looks:
+        files["looks.csv"] = csv_text(looks)
     files["report.html"] = page(
         results=dict.fromkeys(("about", "command", "git", "device", "versions", "flags")) | results,
         metric=metric,
         higher=higher,
         rows=rows,
-        fields=FIELDS + ("params",) * any("params" in row for row in rows),
+        fields=FIELDS
+        + tuple(name for name in ("params", "mean_window", "look_seconds") if any(name in row for row in rows)),
+        schedules=schedules,
+        looks=looks,
         best=best,
         level=level,
         reached=reached,
         bias=bias,
         suggested=suggested,
         recommended={**recommended, "series": reading.series_of(recommended)},
-        two=reading.two_windows(recommended, suggested, best, bias, higher=higher),
+        two=reading.two_windows(recommended, suggested, fixed, bias, higher=higher),
         charts=panels,
     )
-    for kind in panels:
-        if f"{kind}.svg" not in files:
-            (directory / f"{kind}.svg").unlink(missing_ok=True)  # of other results, before these
+    for name in (*(f"{kind}.svg" for kind in panels), "looks.csv"):
+        if name not in files:
+            (directory / name).unlink(missing_ok=True)  # of other results, before these
     for name, text in files.items():
         with whole(directory / name) as path:
             path.write_text(text, encoding="utf-8", newline="\n")
@@ -85,7 +98,7 @@ def page(**told: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    used = "value", "capital", "finite", "best_of", "name_of"
+    used = "value", "capital", "finite", "best_of", "name_of", "in_order"
     environment.filters |= {name: getattr(reading, name) for name in used}
     environment.filters["svg"] = charts.svg
     environment.tests["known"] = lambda x: isinstance(x, int | float) and math.isfinite(x)

@@ -11,7 +11,19 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from tbptt_jax.study.report.reading import BUDGETS, Row, best_of, capital, finite, name_of, number, one_budget, value
+from tbptt_jax.study.report.reading import (
+    BUDGETS,
+    Row,
+    best_of,
+    capital,
+    column,
+    finite,
+    is_fixed,
+    name_of,
+    number,
+    one_budget,
+    value,
+)
 
 Spec = dict[str, Any]
 
@@ -22,6 +34,7 @@ LEAST_BIAS = 1e-8  # below what float32 can tell from none
 WIDTH = 380
 OWN: Spec = {"field": "colour", "type": "nominal", "scale": None}  # the colour that a point brings along, in no legend
 BAND: Spec = {"y": {"field": "low"}, "y2": {"field": "high"}}
+FIXED = "!datum.scheduled"
 DOTTED: Spec = {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 4], "strokeWidth": 1.5}
 
 
@@ -49,7 +62,8 @@ def metric_panels(best: list[Row], metric: Row) -> list[Spec]:
             at |= {"seeds": seeds, "low": min(seeds, default=None), "high": max(seeds, default=None)}
             at["exact"] = known(row["exact_metric"])
         layers = [
-            layer({"type": "area", "opacity": 0.16}, **BAND, color=OWN),
+            layer({"type": "area", "opacity": 0.16}, **BAND, color=OWN, filter=FIXED),
+            layer(DOTTED, x={"value": 0}, x2={"value": "width"}, color=OWN, filter="datum.scheduled"),
             layer({"type": "circle", "size": 12, "opacity": 0.55}, flatten=["seeds"], y={"field": "seeds"}, color=OWN),
             *lines(series),
             layer({"type": "tick", "orient": "horizontal", "size": 18, "color": "var(--ink)"}, y={"field": "exact"}),
@@ -63,10 +77,11 @@ def metric_panels(best: list[Row], metric: Row) -> list[Spec]:
     return panels
 
 
-def curve_panels(best: list[Row], windows: list[int], level: float) -> list[Spec]:
+def curve_panels(best: list[Row], windows: list[Any], level: float) -> list[Spec]:
     """A chart for each series and budget, a line for each window; a dotted one at the ``level`` of the loss, if there is one."""
     places, key = range(len(windows)), {"columns": 6, "title": "window"}
-    ramp = [RAMP[round(i * (len(RAMP) - 1) / max(1, len(windows) - 1))] for i in places]
+    lengths = sum(not isinstance(window, str) for window in windows)
+    ramp = [RAMP[round(i * (len(RAMP) - 1) / max(1, lengths - 1))] if i < lengths else "var(--ink)" for i in places]
     stroke = nominal("window", windows, ramp, key)
     shape = nominal("window", windows, [SHAPES[i % len(SHAPES)] for i in places], key)
     marks = {"type": "point", "size": 34, "opacity": 1}
@@ -159,6 +174,42 @@ def decay_panels(decay: Row) -> list[Spec]:
     return [panel("How fast gradients fade", says, data, along("lag, steps"), y, layers)] if data else []
 
 
+def schedule_panels(rows: list[Row], tolerances: Row) -> list[Spec]:
+    """Of each schedule the windows and the bounds of their bias over time, a line for each seed."""
+    panels = []
+    for row in rows:
+        title = f"{capital(row['window'])}, {row['series']}, {BUDGETS[row['budget']]}"
+        seeds = list(range(len(row["windows"])))
+        colour = nominal("seed", seeds, [COLOURS[i % len(COLOURS)] for i in seeds], {"title": "seed", "columns": 8})
+        windows = [{"x": x, "y": y, "seed": seed} for seed, each in enumerate(row["windows"]) for x, y in each]
+        looks = [
+            {"x": look["steps"], "y": known(look["bias_bound"]), "seed": seed, "colour": COLOURS[seed % len(COLOURS)]}
+            for seed, each in enumerate(row["looks"]) for look in each
+        ]  # fmt: skip
+        end = max((at["x"] for at in windows), default=1)
+        steps = along("steps of training", scale={"domain": [0, end], "nice": False})
+        line = {"type": "line", "interpolate": "step-after", "strokeWidth": 1.8, "opacity": 0.8}
+        y = vertical("window, steps", [at["y"] for at in windows], log_from=3)
+        if len(lengths := sorted({at["y"] for at in windows})) <= 8:
+            y["axis"] = {"values": lengths}
+        says = f"The windows of each seed against the steps read: {title}."
+        panels.append(panel(f"{title}: its windows", says, windows, steps, y, [layer(line, stroke=colour)]))
+        if bounds := finite(at["y"] for at in looks):
+            level = tolerances.get(row["window"])
+            layers = [
+                layer({"type": "line", "strokeWidth": 1.2, "opacity": 0.6}, stroke=colour),
+                layer({"type": "point", "size": 40, "opacity": 1}, stroke=colour, fill=colour),
+                crosses(0),
+            ]
+            if level is not None:
+                across = layer(DOTTED, x={"value": 0}, x2={"value": "width"})
+                layers.append({**across, "data": {"values": [{"y": level}]}})
+            y = vertical("bound of the relative bias", [*bounds, *([level] if level else [])], log_from=3)
+            says = f"The bound of the bias of each seed's windows against the steps read: {title}."
+            panels.append(panel(f"{title}: their bias", says, looks, steps, y, layers))
+    return panels
+
+
 # The parts of a specification
 
 
@@ -182,7 +233,7 @@ def lines(series: list[str], key: Spec | None = None, first: int = 0, every: int
     how: Spec = {channel: nominal("series", series, told, key) for channel, told in ranges.items()}
     dash = {"condition": {"test": "indexof(datum.series, 'stateless') == 0", "value": [5, 3]}, "value": [1, 0]}
     marks = {"type": "point", "size": 46, "strokeWidth": 1.6, "opacity": 1}
-    line = layer({"type": "line", "strokeWidth": 1.8}, stroke=how["stroke"], strokeDash=dash)
+    line = layer({"type": "line", "strokeWidth": 1.8}, stroke=how["stroke"], strokeDash=dash, filter=FIXED)
     return [line, layer(marks, filter=f"datum.x % {every} == 0", **how)]
 
 
@@ -194,7 +245,13 @@ def crosses(edge: int | str) -> Spec:
 
 def point(row: Row, series: list[str], y: Any) -> Spec:
     colour = COLOURS[series.index(row["series"]) % len(COLOURS)]
-    return {"x": row["window"], "series": row["series"], "colour": colour, "y": known(y)}
+    at = {
+        "x": column(row),
+        "series": row["series"],
+        "colour": colour,
+        "y": known(y),
+    }
+    return at if is_fixed(row) else {**at, "scheduled": True}
 
 
 def nominal(field: str, domain: list, told: list, legend: Spec) -> Spec:
@@ -206,11 +263,14 @@ def along(title: str, **more: Any) -> Spec:
 
 
 def windows_along(rows: list[Row], also: Iterable[float] = ()) -> Spec:
-    """A logarithmic axis with a tick at each window."""
-    ticks = sorted({row["window"] for row in rows})
+    """A logarithmic axis with a tick at each window, and those of schedules beside the longest."""
+    ticks = sorted({column(row) for row in rows})
     ends = [min([*ticks, *also]) / 1.2, max([*ticks, *also]) * 1.2]
     scale = {"type": "log", "base": 2, "domain": ends, "nice": False}
-    return along("window, steps", scale=scale, axis={"values": ticks})
+    label = "datum.label"
+    for x, name in {column(row): row["window"] for row in rows if not is_fixed(row)}.items():
+        label = f"datum.value == {x} ? {json.dumps(name)} : {label}"
+    return along("window, steps", scale=scale, axis={"values": ticks, "labelExpr": label})
 
 
 def vertical(title: str, values: Iterable[float | None], *, log_from: float) -> Spec:
