@@ -120,7 +120,8 @@ def of_lengths(
             f"Windows of {lengths.sizes[-1]} steps are longer than the stream, whose lanes have {stream.time}: choose shorter ones."
         )
     last_step = None if epochs is None else epochs * stream.total
-    whole = len(lengths.sizes) == 1 and stream.time % lengths.sizes[0] == 0  # then no window is ever short
+    always_one = len(lengths.sizes) == 1 and lengths.look is None
+    whole = always_one and stream.time % lengths.sizes[0] == 0  # then no window is ever short
 
     def spans(course: Course) -> list[tuple[int, Span]]:
         """The steps at which the windows of the call begin, and the windows."""
