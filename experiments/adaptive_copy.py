@@ -3,7 +3,6 @@
 python -m experiments.adaptive_copy
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -16,9 +15,9 @@ from absl import flags
 import tbptt_jax as tb
 from experiments import adaptive_copy_report as report
 from experiments import launch
+from experiments.adaptive_copy_bounds import BOUNDS, chosen
 from experiments.results import write_files
 from tbptt_jax import study
-from tbptt_jax.recurrence import unroll_window
 from tbptt_jax.study.tasks.known import symbols as loss
 from tbptt_jax.tasks import copy_stream, copy_stream_floor
 
@@ -62,7 +61,9 @@ def task() -> study.Task:
             jax.random.uniform(k, x.shape, minval=-1, maxval=1) * (3 / max(x.shape)) ** 0.5
             for k, x in zip(keys, leaves, strict=True)
         ]
-        return tree.unflatten([u if x.ndim > 1 else jnp.zeros_like(x) for u, x in zip(uniform, leaves, strict=True)])
+        return jax.tree.unflatten(
+            tree, [u if x.ndim > 1 else jnp.zeros_like(x) for u, x in zip(uniform, leaves, strict=True)]
+        )
 
     def drawn(steps: int) -> Any:
         return lambda key: copy_stream(key, FLAGS.lanes, steps, SYMBOLS, FLAGS.memory, FLAGS.memory)
@@ -85,67 +86,9 @@ def sgd() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "loss"))
-def by_carry(model: Any, loss: Any, params: Any, window: tb.Window, carry: Any) -> tuple[jax.Array, jax.Array]:
-    """Of the last step's loss: φ_k = E‖∂l_s/∂h_{s-k}‖, and ‖E Σ ∂l_s/∂h_{s-j}‖ over j ≤ k, for k = 1, 2, … ``[time]``, over the lanes."""
-    along = jax.tree.map(lambda x: x.swapaxes(0, 1)[:, :, None], window)
-
-    def last_loss(nudges: Any) -> jax.Array:
-        def step(carry: Any, at_t: tuple) -> tuple[Any, jax.Array]:
-            nudge, now = at_t
-            carry, outputs = unroll_window(model, params, jax.tree.map(jnp.add, carry, nudge), now)
-            return carry, loss(outputs, now).sum()
-
-        return jax.lax.scan(step, carry, (nudges, along))[1][-1]
-
-    time = len(along.targets)
-    back = jax.grad(last_loss)(jax.tree.map(lambda h: jnp.zeros((time, *h.shape)), carry))
-    lags = jnp.concatenate([x[::-1] for x in jax.tree.leaves(back)], -1)  # [lags, lanes, units]
-    return jnp.linalg.norm(lags, axis=-1).mean(1), jnp.linalg.norm(jnp.cumsum(lags.mean(1), 0), axis=-1)
-
-
-def by_norms(model: Any, loss: Any, params: Any, window: tb.Window, carry: Any) -> tuple[np.ndarray, np.ndarray]:
-    """E(K) and ‖ĝ_K‖ for K = 1, 2, … as the paper has them: sums of norms, by the carry."""
-    phi, kept = (np.asarray(x, np.float64) for x in by_carry(model, loss, params, window, carry))
-    tail = np.arange(len(phi) // 2, len(phi))
-    rate = np.exp(np.polyfit(tail, np.log(phi[tail] + 1e-30), 1)[0])
-    beyond = phi[-1] * rate / (1 - rate) if rate < 1 else np.inf
-    return phi.sum() - np.cumsum(phi) + beyond, kept
-
-
-def by_gradients(model: Any, loss: Any, params: Any, window: tb.Window, carry: Any) -> tuple[np.ndarray, np.ndarray]:
-    """E(K) and ‖ĝ_K‖ as the library has them: norms of sums, by the parameters."""
-    half = window.targets.shape[1] // 2
-    fading = tb.horizon.decay(
-        model, loss, params, window, lags=half, carry=carry, burn_in=half, probes=16, lengths=[half]
-    )
-    return (fading.left_out + fading.beyond)[1:], fading.kept[1:]
-
-
-BOUNDS = {"norms": by_norms, "gradients": by_gradients}
-
-
-def chosen(bound: str) -> study.Lengths:
-    """Windows of K, the smallest with δ(K) = E(K) / max (‖ĝ_K'‖ − E(K')) over K' ≤ K below the tolerance, if every loss sees K steps back."""
-
-    def choose(*stream: Any) -> tb.horizon.Suggestion:
-        left_out, kept = BOUNDS[bound](*stream)
-        at_least = np.maximum.accumulate(kept - left_out)
-        delta = np.where(at_least > 0, left_out / np.where(at_least > 0, at_least, 1), np.inf)
-        below = np.flatnonzero(delta[1 : FLAGS.longest] < FLAGS.tolerance)
-        K = int(below[0]) + 2 if len(below) else FLAGS.longest
-        return tb.horizon.Suggestion(K, K, float(delta[K - 1]), len(below) > 0, f"by the bound on {bound}")
-
-    def next_span(place: study.Place) -> study.Span:
-        return study.Span(place.choice.window if place.choice else FLAGS.longest, FLAGS.longest)
-
-    settings = {"bound": bound, "tolerance": FLAGS.tolerance, "longest": FLAGS.longest, "every": FLAGS.look_every}
-    return study.Lengths(next_span, (FLAGS.longest,), settings, study.Look(FLAGS.look_every, 4 * FLAGS.longest, choose))
-
-
 def train(name: str, seed: int, workdir: Any) -> dict[str, Any]:
     """One training: the perplexity on the validation stream over time, and on the test stream at its best."""
-    window = chosen(name) if name in BOUNDS else int(name)
+    window = chosen(name, FLAGS.tolerance, FLAGS.longest, FLAGS.look_every) if name in BOUNDS else int(name)
     run = study.fit(
         task(), window=window, epochs=FLAGS.epochs, influence="replay:1", optimiser=sgd(), seed=seed, workdir=workdir,
         checkpoint_every=500, settings={name: FLAGS[name].value for name in ("learning_rate", "hidden", "memory", "steps")}, devices=1, quiet=True,
