@@ -1,4 +1,4 @@
-"""Truncation that adapts itself, on the copy task of Aicher, Foti & Fox (2019): each loss sees K steps back, K fixed or chosen.
+"""Truncation that adapts itself, on the copy task of Aicher, Foti & Fox (2019): every loss sees K steps back, K fixed or chosen.
 
 python -m experiments.adaptive_copy
 """
@@ -31,7 +31,7 @@ flags.DEFINE_list(
     "The bounds on the bias by which K is chosen: the paper's, of norms, and the library's.",
 )
 flags.DEFINE_float("tolerance", 0.5, "The relative bias δ that the K which is chosen may have.", lower_bound=1e-6)
-flags.DEFINE_integer("longest", 20, "The largest K to choose.", lower_bound=2)
+flags.DEFINE_list("lengths", ["4", "8", "12", "16", "20"], "The K to choose from.")
 flags.DEFINE_integer("look_every", 500, "Updates from one choice to the next.", lower_bound=1)
 flags.DEFINE_integer("memory", 10, "Steps of a word, which is said again as many steps later.", lower_bound=1)
 flags.DEFINE_integer("hidden", 50, "Units of each of the LSTM's two layers.", lower_bound=1)
@@ -88,7 +88,8 @@ def sgd() -> optax.GradientTransformationExtraArgs:
 
 def train(name: str, seed: int, workdir: Any) -> dict[str, Any]:
     """One training: the perplexity on the validation stream over time, and on the test stream at its best."""
-    window = chosen(name, FLAGS.tolerance, FLAGS.longest, FLAGS.look_every) if name in BOUNDS else int(name)
+    lengths = launch.positive_integers("lengths", FLAGS.lengths, at_most=FLAGS.steps)
+    window = chosen(name, FLAGS.tolerance, lengths, FLAGS.look_every) if name in BOUNDS else int(name)
     run = study.fit(
         task(), window=window, epochs=FLAGS.epochs, influence="replay:1", optimiser=sgd(), seed=seed, workdir=workdir,
         checkpoint_every=500, settings={name: FLAGS[name].value for name in ("learning_rate", "hidden", "memory", "steps")}, devices=1, quiet=True,
@@ -110,6 +111,10 @@ def train(name: str, seed: int, workdir: Any) -> dict[str, Any]:
 
 
 def main() -> None:
+    if unknown := [bound for bound in FLAGS.chosen if bound not in BOUNDS]:
+        raise ValueError(f"--chosen has {launch.short(unknown[0])!r}: choose of {', '.join(BOUNDS)}.")
+    launch.check_fits("The streams", 12 * (SYMBOLS + 2) * FLAGS.lanes * FLAGS.steps, "--lanes or --steps")
+    launch.positive_integers("lengths", FLAGS.lengths, at_most=FLAGS.steps)
     kinds = [*launch.positive_integers("fixed", FLAGS.fixed, at_most=FLAGS.steps), *FLAGS.chosen]
     directory, rows = launch.workdir(FLAGS.workdir), []
     with launch.progress(len(kinds) * FLAGS.seeds, "trainings") as told:

@@ -1,6 +1,7 @@
 """How far each loss is to see back: by the bound of Aicher, Foti & Fox (2019) on the bias of a truncation, or by the library's."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -52,19 +53,23 @@ def by_gradients(model: Any, loss: Any, params: Any, window: tb.Window, carry: A
 BOUNDS = {"norms": by_norms, "gradients": by_gradients}
 
 
-def chosen(bound: str, tolerance: float, longest: int, every: int) -> study.Lengths:
-    """Windows of K, the smallest with δ(K) = E(K) / max (‖ĝ_K'‖ − E(K')) over K' ≤ K below the tolerance, if every loss sees K steps back."""
+def chosen(bound: str, tolerance: float, lengths: Sequence[int], every: int) -> study.Lengths:
+    """Windows of K, the first of the lengths with δ(K) = E(K) / max (‖ĝ_K'‖ − E(K')) over K' ≤ K below the tolerance.
+
+    All are padded to the longest, so that :func:`tbptt_jax.replay` finds the one before as it was.
+    """
+    longest = lengths[-1]
 
     def choose(*stream: Any) -> tb.horizon.Suggestion:
         left_out, kept = BOUNDS[bound](*stream)
         at_least = np.maximum.accumulate(kept - left_out)
         delta = np.where(at_least > 0, left_out / np.where(at_least > 0, at_least, 1), np.inf)
-        below = np.flatnonzero(delta[1:longest] < tolerance)
-        K = int(below[0]) + 2 if len(below) else longest
-        return tb.horizon.Suggestion(K, K, float(delta[K - 1]), len(below) > 0, f"by the bound on {bound}")
+        K = next((K for K in lengths if delta[K - 1] < tolerance), longest)
+        found = float(delta[K - 1])
+        return tb.horizon.Suggestion(K, K, found, found < tolerance, f"by the bound on {bound}")
 
     def next_span(place: study.Place) -> study.Span:
         return study.Span(place.choice.window if place.choice else longest, longest)
 
-    settings = {"bound": bound, "tolerance": tolerance, "longest": longest, "every": every}
+    settings = {"bound": bound, "tolerance": tolerance, "lengths": list(lengths), "every": every}
     return study.Lengths(next_span, (longest,), settings, study.Look(every, 4 * longest, choose))

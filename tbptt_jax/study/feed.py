@@ -157,7 +157,7 @@ def of_lengths(
                 x[np.broadcast_to(~inside[:, None], x.shape[:3])] = 0
             return x
 
-        if steps.valid is None and not whole:
+        if steps.valid is None and not (whole and inside.all()):
             steps = steps._replace(valid=np.ones((stream.lanes, until - begin), bool))
         if any(span.edges is not None for _, span in found):
             edges = np.concatenate([span.edges[: span.length] for _, span in found]).astype(np.float32)  # type: ignore[index]
