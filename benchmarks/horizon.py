@@ -12,6 +12,7 @@ from absl import app, flags
 
 import tbptt_jax as tb
 from tbptt_jax import study
+from tbptt_jax.window import time_shape
 
 FLAGS = flags.FLAGS
 TASKS = ["influence_balancing", "lag", "copy_memory", "adding", "char_lm", "forecast"]
@@ -38,7 +39,7 @@ def probed(name: str, trained: bool) -> tuple[study.Task, dict, tb.Window]:
 def measure(name: str, trained: bool) -> list[tuple[bool, float, tuple[int, int]]]:
     """``(safe, bias / tolerance, places of the chosen and the shortest length)`` of each case, each printed as a row."""
     task, params, probe = probed(name, trained)
-    time = probe.resets.shape[1]
+    _, time = time_shape(probe)
     tolerances = [float(tolerance) for tolerance in FLAGS.tolerances]
     lengths = [n for n in map(int, FLAGS.lengths) if n <= time]
     biases: dict[int, float] = {}
