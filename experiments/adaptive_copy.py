@@ -32,14 +32,14 @@ flags.DEFINE_list(
 )
 flags.DEFINE_float("tolerance", 0.5, "The relative bias δ that the K which is chosen may have.", lower_bound=1e-6)
 flags.DEFINE_list("lengths", ["4", "8", "12", "16", "20"], "The K to choose from.")
-flags.DEFINE_integer("look_every", 500, "Updates from one choice to the next.", lower_bound=1)
+flags.DEFINE_integer("look_every", 450, "Updates from one choice to the next.", lower_bound=1)
 flags.DEFINE_integer("memory", 10, "Steps of a word, which is said again as many steps later.", lower_bound=1)
 flags.DEFINE_integer("hidden", 50, "Units of each of the LSTM's two layers.", lower_bound=1)
 flags.DEFINE_integer("lanes", 64, "Streams side by side.", lower_bound=1)
 flags.DEFINE_integer(
     "steps", 4000, "Steps of each stream to train on; a quarter as many to judge and to test.", lower_bound=4
 )
-flags.DEFINE_integer("epochs", 100, "Times to read them.", lower_bound=1)
+flags.DEFINE_integer("epochs", 80, "Times to read them.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 1.0, "SGD's, for each √K.", lower_bound=0.0)
 flags.DEFINE_integer("seeds", 3, "Trainings of each kind.", lower_bound=1)
 flags.DEFINE_string(

@@ -60,8 +60,9 @@ def chosen(bound: str, tolerance: float, lengths: Sequence[int], every: int) -> 
     """
     longest = lengths[-1]
 
-    def choose(*stream: Any) -> tb.horizon.Suggestion:
-        left_out, kept = BOUNDS[bound](*stream)
+    def choose(model: Any, loss: Any, params: Any, window: tb.Window, carry: Any) -> tb.horizon.Suggestion:
+        window = window._replace(resets=None)  # where the stream begins again too, gradients are to be seen fading
+        left_out, kept = BOUNDS[bound](model, loss, params, window, carry)
         at_least = np.maximum.accumulate(kept - left_out)
         delta = np.where(at_least > 0, left_out / np.where(at_least > 0, at_least, 1), np.inf)
         K = next((K for K in lengths if delta[K - 1] < tolerance), longest)
