@@ -1,14 +1,26 @@
 """All tests run in float64: laws that hold exactly are then tested to 1e-10."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
+import tempfile
 
 # The tests, and the launches that they start, compile much more than they compute: this halves it.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     + ("--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "")
 ).strip()  # a flag that XLA does not know ends the process
+
+# They compile the same programs again and again, in all processes of the tests: the first of them removes these at its end.
+COMPILED = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="tbptt_jax_", ignore_cleanup_errors=True)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 import jax
 import pytest
@@ -18,6 +30,12 @@ jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU float32
 jax.config.update("jax_num_cpu_devices", 2)  # for the tests of sharding
 
 MAPS = pathlib.Path("/proc/self/maps")
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -124,7 +124,7 @@ def of_width(tree, dtype):
 
 def params_of(model, dtype="float64", inputs=INPUTS, scale=0.5):
     """Random around the fresh ones."""
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1, inputs)))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1, inputs)))
     rng = np.random.default_rng(1)
     return of_width(jax.tree.map(lambda p: p + scale * rng.normal(size=p.shape), params), dtype)
 
@@ -242,12 +242,13 @@ def test_half_precision_is_close(case):
     model, operands = case.cell(), case.cell(dtype=jnp.bfloat16)
     params = params_of(model, "float32", scale=0.1)
     carry = model.initial_carry(params, LANES)
-    after, exact = model.unroll(params, carry, x, resets, valid)
-    same, y = operands.unroll(params, carry, x, resets, valid)
+    unroll = jax.jit(model.unroll)
+    after, exact = unroll(params, carry, x, resets, valid)
+    same, y = jax.jit(operands.unroll)(params, carry, x, resets, valid)
     assert jax.tree.map(lambda h: h.dtype, same) == jax.tree.map(lambda h: h.dtype, after) and y.dtype == jnp.float32
     assert_close(y[valid], exact[valid], rtol=0.1, atol=0.1)
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-    _, y = model.unroll(half, model.initial_carry(half, LANES), x.astype(jnp.bfloat16), resets, valid)
+    _, y = unroll(half, model.initial_carry(half, LANES), x.astype(jnp.bfloat16), resets, valid)
     assert y.dtype == jnp.bfloat16
     assert_close(jnp.float32(y[valid]), exact[valid], rtol=0.2, atol=0.2)
 

@@ -57,7 +57,8 @@ def subject(model: Recurrence, inputs: PyTree, params: PyTree, seed: int) -> Sub
     inputs = jax.tree.map(lambda x: x if is_key(x) else np.asarray(jnp.asarray(x)), inputs)  # in the kinds that JAX has
     lanes, _ = jax.tree.leaves(inputs)[0].shape[:2]
     if params is None:
-        params = jax.tree.map(lambda p: p + 0.1 * like(rng, p), model.init(jax.random.key(seed), inputs))
+        fresh = quickly(model.init)(jax.random.key(seed), inputs)
+        params = jax.tree.map(lambda p: jnp.asarray(p + (0.1 * like(rng, p)).astype(p.dtype)), on_host(fresh))
     others = rows(inputs, slice(None, None, -1), slice(None, None, -1))
     keys = lane_keys(jax.random.key(seed), lanes) if takes_key(model.unroll) else None
     read, back = quickly(functools.partial(unroll_window, model)), quickly(functools.partial(pull, model))
