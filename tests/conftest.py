@@ -12,8 +12,14 @@ os.environ["XLA_FLAGS"] = (
     + ("--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "")
 ).strip()  # a flag that XLA does not know ends the process
 
-# They compile the same programs again and again, in all processes of the tests: the first of them removes these at its end.
-COMPILED = None
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU float32 means TF32 otherwise
+jax.config.update("jax_num_cpu_devices", 2)  # for the tests of sharding
+
+# All processes of the tests compile the same programs again and again; the first one removes them at its end.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="tbptt_jax_", ignore_cleanup_errors=True)
     os.environ |= {
@@ -21,13 +27,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-
-import jax
-import pytest
-
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU float32 means TF32 otherwise
-jax.config.update("jax_num_cpu_devices", 2)  # for the tests of sharding
+    jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 MAPS = pathlib.Path("/proc/self/maps")
 

@@ -80,7 +80,8 @@ def test_one_window_over_the_sequence_is_jax_grad_of_the_plain_scan(params):
     value, expected = jax.jit(jax.value_and_grad(plain))(params)
     estimate = tb.gradient(lstm(), loss)
     window = tb.Window(x, y)
-    got, _, metrics = jax.jit(estimate.update)(params, jax.jit(estimate.init)(jax.random.key(0), params, window), window)
+    state = jax.jit(estimate.init)(jax.random.key(0), params, window)
+    got, _, metrics = jax.jit(estimate.update)(params, state, window)
     assert_close(got, expected)
     assert np.isclose(metrics.loss, value) and metrics.weight == LANES * TIME
 
@@ -104,7 +105,8 @@ def test_padding_equals_leaving_out(params):
     estimate = tb.gradient(lstm(), loss)
 
     def run(window):
-        grads, state, metrics = jax.jit(estimate.update)(params, jax.jit(estimate.init)(jax.random.key(0), params, window), window)
+        state = jax.jit(estimate.init)(jax.random.key(0), params, window)
+        grads, state, metrics = jax.jit(estimate.update)(params, state, window)
         return grads, jax.tree.map(lambda h: h[:LANES], state.carry), metrics
 
     assert_close(run(wide), run(short))

@@ -162,7 +162,9 @@ def test_steps_are_scaled_by_the_windows_length_without_its_padding():
     whole = tb.sequences(*np.random.default_rng(0).normal(size=(2, 3, 12, 2)))
     window = schedules.cut(whole, schedules.Cuts(np.array([5, 7])), unit=8)[0]
     before = jax.jit(step.init)(KEY, window)
-    moved = [jax.tree.map(jnp.subtract, jax.jit(s.update)(before, window)[0].params, before.params) for s in (step, plain)]
+    moved = [
+        jax.tree.map(jnp.subtract, jax.jit(s.update)(before, window)[0].params, before.params) for s in (step, plain)
+    ]
     np.testing.assert_allclose(ravel_pytree(moved[0])[0], 0.5 * ravel_pytree(moved[1])[0], rtol=1e-12)
 
 
