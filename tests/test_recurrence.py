@@ -288,7 +288,7 @@ def test_a_module_that_looks_along_time_is_refused_at_init(how, place):
     x = np.ones((2, 6, 3))
     for make in (tb.lstm, lambda n, **parts: tb.from_linen(nn.GRUCell(n, **F64), **parts)):
         with pytest.raises(ValueError, match=rf"The {place} (OverTime|holds|cannot).*|`inputs` has shape") as refused:
-            make(4, **{place: OverTime(how)}).init(jax.random.key(0), x)
+            jax.eval_shape(make(4, **{place: OverTime(how)}).init, jax.random.key(0), x)
         assert how == "positions" or (
             f"The {place} OverTime" in str(refused.value) and "tb.from_step" in str(refused.value)
         )
