@@ -110,9 +110,9 @@ def some_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return jnp.zeros(shape, dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.asarray(rng.integers(0, 2, shape), jax.dtypes.canonicalize_dtype(dtype))
+        return jax.device_put(rng.integers(0, 2, shape).astype(jax.dtypes.canonicalize_dtype(dtype)))
     few = (min(math.prod(shape), 2**20 - 1),)  # of many, the same ones again and again
     numbers = rng.uniform(-1, 1, few)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         numbers = numbers + 1j * rng.uniform(-1, 1, few)
-    return jnp.asarray(np.resize(numbers.astype(dtype), shape))
+    return jax.device_put(np.resize(numbers.astype(dtype), shape))  # `jnp.asarray` compiles

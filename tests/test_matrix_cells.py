@@ -119,7 +119,7 @@ def inputs(time=TIME, seed=0):
 def drawn(tree, seed=2, scale=0.7):
     """A tree of the same shapes, each number drawn."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda p: jnp.asarray(scale * rng.normal(size=p.shape), p.dtype), tree)
+    return jax.tree.map(lambda p: jax.device_put((scale * rng.normal(size=p.shape)).astype(p.dtype)), tree)
 
 
 def by_steps(model, step, begin=None):

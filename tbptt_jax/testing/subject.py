@@ -56,11 +56,11 @@ class Subject(NamedTuple):
 def subject(model: Recurrence, inputs: PyTree, params: PyTree, seed: int) -> Subject:
     """A model at its initial carry; its parameters, if none are given, those of ``init`` and a little noise."""
     rng = np.random.default_rng(seed)
-    inputs = jax.tree.map(lambda x: x if is_key(x) else np.asarray(jnp.asarray(x)), inputs)  # in the kinds that JAX has
+    inputs = jax.tree.map(lambda x: x if is_key(x) else np.asarray(jax.device_put(x)), inputs)  # in the kinds that JAX has
     lanes, _ = jax.tree.leaves(inputs)[0].shape[:2]
     if params is None:
         fresh = quickly(model.init)(jax.random.key(seed), inputs)
-        params = jax.tree.map(lambda p: jnp.asarray(p + (0.1 * like(rng, p)).astype(p.dtype)), on_host(fresh))
+        params = jax.tree.map(lambda p: jax.device_put(p + (0.1 * like(rng, p)).astype(p.dtype)), on_host(fresh))
     others = rows(inputs, slice(None, None, -1), slice(None, None, -1))
     keys = lane_keys(jax.random.key(seed), lanes) if takes_key(model.unroll) else None
     programs = streaming(model, params), functools.partial(unroll_window, model), functools.partial(pull, model)
