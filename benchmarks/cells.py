@@ -6,6 +6,7 @@
 Both print Markdown tables; `docs/cells.md` says what follows from them.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from absl import flags
 
 import tbptt_jax as tb
 from benchmarks import window
-from benchmarks.turns import Maker, Side, could_not_run, prepare, table, take_turns
+from benchmarks.turns import Maker, Side, could_not_run, elsewhere, prepare, table, take_turns
 from experiments import launch
 from tbptt_jax import sharding
 from tbptt_jax.cells.linear_scan import Masks, diagonal, key_value
@@ -110,11 +111,11 @@ def jax_window(model: tb.Recurrence, shape: Shape, devices: int = 1) -> Side:
 
 
 def ours(cell: str, shape: Shape) -> Side:
-    """With the lanes over the devices that the launches choose."""
+    """With the lanes over the devices that are faster: of a memory, whose window is products alone, over all."""
     lanes, time, units = shape
     heads = {"heads": units // HEAD} if cell in ("gated_delta", "mlstm") else {}
     model = getattr(tb, cell)(units, **heads, **({"convolution": None} if cell == "gated_delta" else {}))
-    return jax_window(model, shape, sharding.lane_devices(lanes, time, units))
+    return jax_window(model, shape, jax.device_count() if heads else sharding.lane_devices(lanes, time, units))
 
 
 def memax(layer: str, shape: Shape) -> Side:
@@ -172,8 +173,11 @@ def by_hand(shape: Shape) -> Side:
     return jax_window(tb.Recurrence(init, lambda params, lanes: jnp.zeros((lanes, units)), unroll), shape)
 
 
-def in_torch(name: str, shape: Shape) -> Side:
-    """By hand in PyTorch, compiled; the products of a cell, and what recurs by whoever has it fastest."""
+def in_torch(name: str, *shape: int) -> Side:
+    """By hand in PyTorch, compiled; the products of a cell, and what recurs by whoever has it fastest. As many windows as ours.
+
+    For a process of its own: beside PyTorch's threads JAX takes up to a third longer.
+    """
     import torch
 
     lanes, _, units = shape
@@ -186,9 +190,10 @@ def in_torch(name: str, shape: Shape) -> Side:
     optimiser = torch.optim.Adam(module.parameters(), RATE, fused=True)
 
     def call() -> None:
-        optimiser.zero_grad()
-        run(x, h).backward(cotangents)
-        optimiser.step()
+        for _ in range(RUN):
+            optimiser.zero_grad()
+            run(x, h).backward(cotangents)
+            optimiser.step()
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -256,19 +261,24 @@ def _torch_cell(name: str, units: int):  # type: ignore[no-untyped-def]
             q, k, v = (y.unflatten(-1, (heads, HEAD)).transpose(1, 2) for y in self.into(x).chunk(3, -1))
             i, f = (y.transpose(1, 2) for y in self.gates(x).chunk(2, -1))
             if name == "mlstm, chunkwise":
-                o = mlstm_chunkwise__native_autograd(q, k, v, i, f, chunk_size=min(64, x.shape[1]))
-            else:
+                c, n, m = (h.new_zeros(len(x), heads, *size) for size in ((HEAD, HEAD), (HEAD,), (1,)))
+                o, _ = mlstm_chunkwise__native_autograd(
+                    q, k, v, i, f, c, n, m, return_last_states=True, chunk_size=min(64, x.shape[1])
+                )
+            else:  # takes no state, and returns none
                 o = mlstm_parallel__native_stablef_autograd(q, k, v, i, f)
             return o.transpose(1, 2).flatten(-2) * self.output_gate(x).sigmoid()
 
     return {"gated_delta": GatedDelta, "mlstm": MLSTM}.get(name.split(",")[0], MinGRU)()
 
 
-PEERS: dict[str, dict[str, Callable[[Shape], Side]]] = {
+Peer = Callable[[Shape], Side] | str  # a name: in PyTorch, elsewhere
+
+PEERS: dict[str, dict[str, Peer]] = {
     "min_gru": {
         "JAX, associative_scan": by_hand,
-        "PyTorch, loop, compiled": functools.partial(in_torch, "min_gru, loop"),
-        "PyTorch, chunks, compiled": functools.partial(in_torch, "min_gru, chunks"),
+        "PyTorch, loop, compiled": "min_gru, loop",
+        "PyTorch, chunks, compiled": "min_gru, chunks",
     },
     "lru": {"memax": functools.partial(memax, "LRU")},
     "rg_lru": {
@@ -277,11 +287,11 @@ PEERS: dict[str, dict[str, Callable[[Shape], Side]]] = {
     },
     "gated_delta": {
         "memax": functools.partial(memax, "GDN"),
-        "transformers, compiled": functools.partial(in_torch, "gated_delta"),
+        "transformers, compiled": "gated_delta",
     },
     "mlstm": {
-        "mlstm_kernels, chunkwise, compiled": functools.partial(in_torch, "mlstm, chunkwise"),
-        "mlstm_kernels, parallel, compiled": functools.partial(in_torch, "mlstm, parallel"),
+        "mlstm_kernels, chunkwise, compiled": "mlstm, chunkwise",
+        "mlstm_kernels, parallel, compiled": "mlstm, parallel",
     },
 }
 
@@ -298,12 +308,19 @@ def peers(seconds: float) -> str:
         ratios = []
         for shape in shapes():
             makers: dict[str, Maker] = {"tb": functools.partial(ours, cell, shape)}
-            for name, make in others.items():
-                if not (name in UNROLLED and shape[1] > 64):  # minutes to compile
-                    makers[name] = functools.partial(make, shape)
-            timed = take_turns(makers, seconds)
+            with contextlib.ExitStack() as stack:
+
+                def maker(peer: Peer, shape: Shape = shape, stack: contextlib.ExitStack = stack) -> Maker:
+                    if isinstance(peer, str):
+                        return lambda: stack.enter_context(elsewhere(in_torch, peer, *shape))
+                    return functools.partial(peer, shape)
+
+                for name, peer in others.items():
+                    if not (name in UNROLLED and shape[1] > 64):  # minutes to compile
+                        makers[name] = maker(peer)
+                timed = take_turns(makers, seconds)
             failed |= {f"{cell}, {name}": why for name, why in timed.failed.items()}
-            a_window = {n: 1e3 * np.median(each) / (1 if "compiled" in n else RUN) for n, each in timed.times.items()}
+            a_window = {n: 1e3 * np.median(each) / RUN for n, each in timed.times.items()}
             own = a_window.pop("tb")
             name, fastest = min(a_window.items(), key=lambda item: item[1])
             ratios.append(fastest / own)

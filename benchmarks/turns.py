@@ -19,7 +19,8 @@ from matplotlib.axes import Axes
 
 Side = Callable[[], None]
 Maker = Callable[[], Side]
-VISIT = 0.03  # seconds: a shorter call is repeated to fill them
+VISIT = 0.15  # seconds: a shorter call is repeated to fill them, as training does
+PAUSE = 0.02  # seconds, after which no thread of another side's waits for work at full speed, as those of OpenMP do
 
 
 class Section(NamedTuple):
@@ -71,6 +72,9 @@ def take_turns(makers: dict[str, Maker], seconds: float, least: int = 5) -> Time
     while order and (time.perf_counter() < end or len(times[order[0]]) < least):
         for name in order:
             side, repeats = sides[name]
+            time.sleep(PAUSE)
+            if repeats > 1:
+                side()  # the caches are another's
             times[name].append(clock(side, repeats))
         order.append(order.pop(0))
     return Timed({name: np.array(each) for name, each in times.items()}, failed)
@@ -87,8 +91,10 @@ def clock(side: Side, repeats: int = 1) -> float:
 @contextlib.contextmanager
 def elsewhere(make: Callable[..., Side], *args: Any, **environment: str) -> Iterator[Side]:
     """The side ``make(*args)`` in a process of its own, ready when this is entered; ``make`` is a module's function."""
+    module = sys.modules[make.__module__].__spec__
+    assert module is not None
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.turns", make.__module__, make.__name__, json.dumps(args)],
+        [sys.executable, "-m", "benchmarks.turns", module.name, make.__name__, json.dumps(args)],
         env={**os.environ, **environment, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -40,6 +40,13 @@ def where_lanes(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(choose, yes, no)
 
 
+def scale(x: jax.Array, by: jax.Array) -> jax.Array:
+    """``x [..., n]`` times ``by [...]``, as a product: of its gradient XLA's sum over n takes a CPU a seventh of the time, where
+    an axis has one entry.
+    """
+    return jnp.einsum("...n,...->...n", x, by)
+
+
 def pad(x: Array, axis: int, amount: int, value: float = 0) -> Array:
     """``x`` with ``amount`` more entries of ``value`` at the end of ``axis``; typed keys are filled up with zeros."""
     if not amount:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbptt_jax.arrays import at_least_float32, check_whole
+from tbptt_jax.arrays import at_least_float32, check_whole, scale
 
 
 def check_parts(parts: str, count: int, **sizes: int) -> None:
@@ -56,17 +56,17 @@ def initial_log_rate(key: jax.Array, heads: int) -> jax.Array:
 def unit(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """x / √(‖x‖² + ε) over the last axis: of length 1, and 0 where x is."""
     wide = x.astype(at_least_float32(x.dtype))
-    return (wide * lax.rsqrt((wide * wide).sum(-1, keepdims=True) + epsilon)).astype(x.dtype)
+    return scale(wide, lax.rsqrt((wide * wide).sum(-1) + epsilon)).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, epsilon: float) -> jax.Array:
     """x / √(mean x² + ε) over the last axis, times ``gain`` (Zhang & Sennrich 2019)."""
     wide = x.astype(at_least_float32(x.dtype))
-    return (wide * lax.rsqrt((wide * wide).mean(-1, keepdims=True) + epsilon)).astype(x.dtype) * gain
+    return scale(wide, lax.rsqrt((wide * wide).mean(-1) + epsilon)).astype(x.dtype) * gain
 
 
 def head_norm(x: jax.Array, gain: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     """Each head of ``x [..., heads, n]`` with mean 0 and variance 1, merged, times ``gain [heads * n]`` (Wu & He 2018)."""
     wide = x.astype(at_least_float32(x.dtype))
     wide = wide - wide.mean(-1, keepdims=True)
-    return merge(wide * lax.rsqrt((wide * wide).mean(-1, keepdims=True) + epsilon)).astype(x.dtype) * gain
+    return merge(scale(wide, lax.rsqrt((wide * wide).mean(-1) + epsilon))).astype(x.dtype) * gain

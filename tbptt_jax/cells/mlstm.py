@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from tbptt_jax.arrays import scale
 from tbptt_jax.cells.heads import check_parts, head_norm, head_sizes, merge, split
 from tbptt_jax.cells.layers import Options, check_inputs, layered
 from tbptt_jax.cells.linear_scan import Implementation, KeyValue, Masks, check_implementation, key_value, maximum
@@ -109,12 +110,12 @@ def mlstm(
         check_inputs("mLSTM", x, weights.input.shape[0])
         masks, x = Masks(*of_window), x.astype(weights.input.dtype)
         q, k, v = jnp.split(dot(dtype, x, weights.input), [heads * key_size, 2 * heads * key_size], -1)
-        q, k, v = split(q, heads), split(k, heads) / key_size**0.5, split(v, heads)
+        q, k, v = (split(each, heads) for each in (q, k, v))
         log_i, f = jnp.split(dot(dtype, x, weights.gates) + weights.gates_bias, 2, -1)
         m, log_decay, log_write = _stabilised(log_i, jax.nn.log_sigmoid(f), carry, starts, masks, implementation)
-        # The normaliser is the memory of a further value, which is always 1.
-        v = jnp.exp(log_write)[..., None] * jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+        k = scale(k, jnp.exp(log_write) / key_size**0.5)
         begun = None if starts is None else _joined(starts)
+        # The normaliser is the memory of a further value, which is always 1.
         memory, read = key_value(KeyValue(log_decay, k, v, q), _joined(carry), begun, masks, implementation)
         o = jax.nn.sigmoid(dot(dtype, x, weights.output_gate) + weights.output_bias)
         h = _normalised(read, m)
@@ -145,6 +146,6 @@ def _joined(carry: Carry) -> jax.Array:
 
 def _normalised(read: jax.Array, m: jax.Array) -> jax.Array:
     """Cᵀq / max(|nᵀq|, e^−m) of the stabilised C and n, their last column n; both are multiplied by e^m where that is below 1."""
-    below = jnp.exp(jnp.minimum(m, 0))[..., None]
-    size = jnp.maximum(jnp.abs(read[..., -1:]) * below, jnp.exp(-jnp.maximum(m, 0))[..., None])
-    return read[..., :-1] * below / (size + EPSILON * below)
+    below = jnp.exp(jnp.minimum(m, 0))
+    size = jnp.maximum(jnp.abs(read[..., -1]) * below, jnp.exp(-jnp.maximum(m, 0)))
+    return scale(read[..., :-1], below / (size + EPSILON * below))

@@ -13,7 +13,7 @@ from tbptt_jax.study.lengths import Lengths as Lengths
 from tbptt_jax.study.lengths import Place as Place
 from tbptt_jax.study.lengths import Span as Span
 from tbptt_jax.study.lengths import Look as Look
-from tbptt_jax.study.lengths import Choice as Choice
+from tbptt_jax.study.lengths import Chosen as Chosen
 from tbptt_jax.study.averaging import ema as ema
 from tbptt_jax.study.averaging import asgd as asgd
 from tbptt_jax.study.loop import Event as Event

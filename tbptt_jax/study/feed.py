@@ -8,7 +8,7 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.arrays import pad
-from tbptt_jax.study.lengths import Choice, Lengths, Place, Span
+from tbptt_jax.study.lengths import Chosen, Lengths, Place, Span
 from tbptt_jax.study.task import Task, reader
 from tbptt_jax.training import TrainState, TrainStep
 
@@ -68,7 +68,7 @@ class Course(NamedTuple):
 
     updates: int = 0
     steps: int = 0
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[Chosen, ...] = ()
 
 
 def feed_of(
@@ -190,7 +190,7 @@ def of_lengths(
         probe = stream.read(course.steps, course.steps + lengths.look.steps)
         params, carry = jax.device_get((state.params, state.stream.carry))
         found = lengths.look.choose(task.model, task.loss, params, probe, carry)
-        choice = Choice(
+        choice = Chosen(
             course.updates, course.steps, int(found.window), float(found.relative_bias), int(found.horizon), bool(found.safe), found.reason
         )  # fmt: skip
         return course._replace(choices=(*course.choices, choice))
@@ -236,9 +236,9 @@ def stream_of(task: Task, data: Any, lanes: int) -> Stream:
     return Stream(time, total, lanes, of_rows)
 
 
-def choices_of(place: Any) -> tuple[Choice, ...]:
+def choices_of(place: Any) -> tuple[Chosen, ...]:
     """What a schedule has chosen, by a feed's place or what JSON has made of it."""
-    return tuple(Choice(*choice) for choice in place[2]) if place else ()
+    return tuple(Chosen(*choice) for choice in place[2]) if place else ()
 
 
 def check_same_state(step: TrainStep, first: tb.Window) -> None:

@@ -19,7 +19,7 @@ from tbptt_jax.study import averaging
 from tbptt_jax.study.feed import check_same_state, choices_of, feed_of
 from tbptt_jax.study.guard import first_not_finite
 from tbptt_jax.study.influences import influence as named_influence
-from tbptt_jax.study.lengths import Choice, Lengths
+from tbptt_jax.study.lengths import Chosen, Lengths
 from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
 from tbptt_jax.study.process.console import progress, quieted
 from tbptt_jax.study.process.lock import holding
@@ -55,7 +55,7 @@ class Run(NamedTuple):
     windows: int
     workdir: pathlib.Path | None
     settings: dict[str, Any]
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[Chosen, ...] = ()
     steps: int | None = None
 
     @property
@@ -270,7 +270,7 @@ def load(workdir: str | pathlib.Path, task: Task | None = None) -> Run:
 
 def _run(
     task: Task, kept: Kept, calls: list[Call], windows: int, directory: pathlib.Path | None, settings: dict[str, Any],
-    choices: tuple[Choice, ...], steps: int | None,
+    choices: tuple[Chosen, ...], steps: int | None,
 ) -> Run:  # fmt: skip
     judged = any(call.valid for call in calls) and jax.tree.leaves(kept.best)
     params = kept.best if judged else averaging.params_of(kept.state)

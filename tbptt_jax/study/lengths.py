@@ -23,8 +23,8 @@ from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.window import Window
 
 
-class Choice(NamedTuple):
-    """What a look at the stream led to.
+class Chosen(NamedTuple):
+    """What was chosen after a look at the stream.
 
     Attributes:
       updates: made before it.
@@ -52,13 +52,13 @@ class Place(NamedTuple):
       updates: made so far, one a window.
       steps: of a lane, read so far in all readings.
       time: steps of a lane until it is at an end, where other sequences or the next reading begin.
-      choice: the last :class:`Choice`, or None.
+      choice: the last :class:`Chosen`, or None.
     """
 
     updates: int
     steps: int
     time: int
-    choice: Choice | None = None
+    choice: Chosen | None = None
 
 
 class Span(NamedTuple):
@@ -114,7 +114,7 @@ def adaptive(
     Each look measures, at the parameters and the carry of that moment, what windows of each length leave out of the gradient of
     the steps that come next, by :func:`tbptt_jax.horizon.decay.decay` and :func:`tbptt_jax.horizon.decay.suggest`. That takes as long as
     some hundred updates by short windows. Where no length is safe, or nothing can be measured, the longest is used, and
-    the :class:`Choice` says why.
+    the :class:`Chosen` says why.
 
     Args:
       tolerance: of the relative bias of ``truncate()``; positive.

@@ -42,7 +42,7 @@ class Call(NamedTuple):
     valid: the figures on the validation data after it, the one that decides first; None if it was not asked.
     window: the steps of its longest window, where a schedule decides them (:func:`tbptt_jax.study.lengths.adaptive`), else None.
     steps: of a lane, read at its end, likewise.
-    bias_bound: of its windows, as :class:`tbptt_jax.study.lengths.Choice` has it, likewise.
+    bias_bound: of its windows, as :class:`tbptt_jax.study.lengths.Chosen` has it, likewise.
     """
 
     loss: float

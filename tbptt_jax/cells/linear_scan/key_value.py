@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbptt_jax.arrays import pad, where_lanes
+from tbptt_jax.arrays import pad, scale, where_lanes
 from tbptt_jax.cells.linear_scan.choice import Implementation, Masks
-from tbptt_jax.cells.linear_scan.diagonal import later, times
+from tbptt_jax.cells.linear_scan.diagonal import later
 from tbptt_jax.recurrence import scale_cotangent
 
-CHUNK = 32
+CHUNK = 64  # steps; a CPU solves two systems of half as many steps faster, and a GPU takes as long
 
 
 class KeyValue(NamedTuple):
@@ -57,7 +57,7 @@ def key_value(
 
     Args:
       coefficients: of the window.
-      s: ``[lanes, heads, keys, values]``, before the window.
+      s: ``[lanes, heads, keys, values]``, before the window. With one value more than v has, that is written as 1 by each key.
       start: what a reset returns to, ``[lanes, heads, keys, values]``, or of each step ``[lanes, time, heads, keys, values]``.
         None: zeros.
       masks: of the window.
@@ -68,7 +68,7 @@ def key_value(
     time = coefficients.k.shape[1]
     begins_from_data = masks.resets is not None and start is not None and start.ndim > s.ndim
     if implementation == "step" or masks.edges is not None or begins_from_data or time < 2:
-        return _steps(coefficients, s, start, masks)
+        return _steps(coefficients._replace(v=_with_ones(coefficients.v, s)), s, start, masks)
     return _chunks(coefficients, s, start, masks, "associative" if implementation == "associative" else "step")
 
 
@@ -94,14 +94,19 @@ def _steps(coefficients: KeyValue, s: jax.Array, start: jax.Array | None, masks:
     return s, o.swapaxes(0, 1)
 
 
+def _with_ones(v: jax.Array, s: jax.Array) -> jax.Array:
+    more = s.shape[-1] - v.shape[-1]
+    return jnp.pad(v, ((0, 0),) * (v.ndim - 1) + ((0, more),), constant_values=1) if more else v
+
+
 class _Decays(NamedTuple):
-    """Of chunks, ``[chunks, lanes, heads, steps]``.
+    """Of chunks.
 
     Attributes:
-      between: Γ ``[chunks, lanes, heads, steps, steps]``, from after step j to after step i; 0 where i is before j, or
-        something was forgotten between them.
-      before: to after step i, of what was before the chunk.
-      start: of what a reset returned to; None: there are no resets.
+      between: Γ ``[chunks, steps, steps]``, from after step j to after step i; 0 where i is before j, or something was
+        forgotten between them.
+      before: ``[chunks, steps]``, to after step i, of what was before the chunk.
+      start: ``[chunks, steps]``, of what a reset returned to; None: there are no resets.
     """
 
     between: jax.Array
@@ -113,59 +118,66 @@ def _chunks(
     coefficients: KeyValue, s: jax.Array, start: jax.Array | None, masks: Masks, join: Implementation
 ) -> tuple[jax.Array, jax.Array]:
     lanes, time, heads = coefficients.log_decay.shape
-    c = min(CHUNK, time)
+    chunks = -(-time // (CHUNK if coefficients.beta is None else CHUNK // 2))
+    c = -(-time // chunks)
     resets, valid, _ = masks
     log_decay, k, v, q, beta = coefficients
     if valid is not None:  # a step that is padding neither decays nor writes
         log_decay, k = where_lanes(valid, (log_decay, k), (jnp.zeros_like(log_decay), jnp.zeros_like(k)))
 
     def fold(x: jax.Array) -> jax.Array:
-        """``[lanes, time, heads, ...]`` → ``[chunks, lanes, heads, steps, ...]``, filled up with zeros: that is padding."""
-        x = jnp.asarray(pad(x, 1, -time % c)).reshape(lanes, -1, c, *x.shape[2:])
-        return jnp.moveaxis(x, (1, 3), (0, 2)) if x.ndim > 3 else x.swapaxes(0, 1)[:, :, None]
+        """``[lanes, time, heads, ...]`` → ``[chunks, steps, ...]``, those of all lanes and heads, filled up with zeros: that is
+        padding. One axis for all: a CPU takes seven times as long for XLA's sums of products that have an axis of one entry.
+        """
+        x = jnp.asarray(pad(x, 1, chunks * c - time)).reshape(lanes, chunks, c, *x.shape[2:])
+        return jnp.moveaxis(x, (1, 3), (0, 2)).reshape(-1, c, *x.shape[4:])
 
     k, v, q = fold(k), fold(v), fold(q)
-    decays = _decays(fold(log_decay), None if resets is None else fold(resets))
+    decays = _decays(fold(log_decay), None if resets is None else fold(jnp.repeat(resets[..., None], heads, -1)))
+    s, shape = s.reshape(-1, *s.shape[2:]), s.shape
+    starts = None if start is None or decays.start is None else jnp.tile(start.reshape(s.shape), (chunks, 1, 1))
 
     def of_start(x: jax.Array) -> jax.Array | float:
-        return 0.0 if start is None or decays.start is None else decays.start[..., None] * (x @ start)
+        return 0.0 if starts is None or decays.start is None else scale(x, decays.start) @ starts
 
     u, reads = v, None
     if beta is not None:
-        beta = fold(beta)[..., None]
-        among = jnp.tril(beta * decays.between * (k @ k.mT), -1)
-        both = beta * jnp.concatenate([v - of_start(k), decays.before[..., None] * k], -1)
-        u, reads = jnp.split(_solve(among, both), [v.shape[-1]], -1)
+        beta = fold(beta)
+        among = jnp.tril(scale(decays.between * (k @ k.mT), beta), -1)
+        both = jnp.concatenate([v - of_start(k), scale(k, decays.before)], -1)
+        u, reads = jnp.split(_solve(among, scale(both, beta)), [v.shape[-1]], -1)
 
-    into = (decays.between[..., -1, :, None] * k).mT  # what a chunk's steps write that stands at its end
-    kept, returned = decays.before[..., -1, None, None], None
-    if start is not None and decays.start is not None:
-        returned = decays.start[..., -1, None, None] * start
-    sees = decays.before[..., None] != 0  # what no step sees may be anything
+    into = scale(k, decays.between[:, -1]).mT  # what a chunk's steps write that stands at its end
+    kept, returned = decays.before[:, -1], None
+    if starts is not None and decays.start is not None:
+        returned = scale(starts, decays.start[:, -1, None])
+    sees = decays.before != 0  # what no step sees may be anything
     before, u, last = _over_chunks(join, kept, into, u, reads, sees, returned, s)
-    o = (decays.between * (q @ k.mT)) @ u + times(decays.before[..., None], q @ before) + of_start(q)
-    o = jnp.moveaxis(o, (0, 2), (1, 3)).reshape(lanes, -1, heads, v.shape[-1])
-    return last, o[:, :time]
+    seen = jnp.where(sees[..., None], scale(q @ before, decays.before), 0)
+    o = _written(decays.between * (q @ k.mT), u, s) + seen + of_start(q)
+    o = jnp.moveaxis(o.reshape(chunks, lanes, heads, c, -1), (0, 2), (1, 3)).reshape(lanes, chunks * c, heads, -1)
+    return last.reshape(shape), o[:, :time]
 
 
 def _decays(log_decay: jax.Array, resets: jax.Array | None) -> _Decays:
     """Every decay is the exponential of a sum of the logarithms that belong to it, and no difference of longer sums."""
     c = log_decay.shape[-1]
     i, j = jnp.arange(c)[:, None], jnp.arange(c)
-    exact = functools.partial(jnp.tensordot, axes=1, precision=lax.Precision.HIGHEST)
-    forgets = jnp.isneginf(log_decay)
-    logs = jnp.where(forgets, 0, log_decay)
-    begins = forgets if resets is None else forgets | resets
-    up_to = jnp.triu(jnp.ones((c, c), logs.dtype))  # [term, i]
-    between = (j < i[..., None]) & (i[..., None] <= i)  # [term, i, j]
-    times_begun = exact(begins.astype(logs.dtype), up_to)
-    together = (i >= j) & (times_begun[..., None] == times_begun[..., None, :])
-    from_each = jnp.where(together, jnp.exp(jnp.where(together, exact(logs, between.astype(logs.dtype)), 0)), 0)
-    from_before = jnp.where(times_begun == 0, jnp.exp(exact(logs, up_to)), 0)
+    exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    all_of_it = jnp.finfo(log_decay.dtype).min / (2 * c)  # forgets all, and no sum of it is infinite
+    logs = jnp.maximum(log_decay, all_of_it)
+    cut = logs if resets is None else jnp.where(resets, all_of_it, logs)
+    between = ((j < i[..., None]) & (i[..., None] <= i)).astype(logs.dtype).reshape(c, c * c)  # [term, i and j]
+
+    def decay(x: jax.Array, among: bool | jax.Array = True) -> jax.Array:
+        return jnp.where((x > all_of_it) & among, jnp.exp(x), 0)  # of what was forgotten not even the gradient is left
+
+    from_each = decay(exact(cut, between).reshape(-1, c, c), i >= j)
+    from_before = decay(exact(cut, jnp.triu(jnp.ones((c, c), logs.dtype))))
     if resets is None:
         return _Decays(from_each, from_before, None)
-    at_reset = jnp.where(resets & ~forgets, jnp.exp(logs), 0)  # of which a step sees the last alone, or none
-    return _Decays(from_each, from_before, (from_each * at_reset[..., None, :]).sum(-1))
+    at_reset = jnp.where(resets, jnp.exp(logs), 0)  # of which a step sees the last alone, or none
+    return _Decays(from_each, from_before, jnp.einsum("cij,cj->ci", from_each, at_reset))
 
 
 def _solve(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -199,35 +211,39 @@ def _over_chunks(
     s: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U ← U − reads S, S ← kept S + into U + returned, from chunk to chunk: S before each, U, and S after the last."""
+    kept, into, u, reads, sees, returned = jax.tree.map(
+        lambda x: x.reshape(-1, len(s), *x.shape[1:]), (kept, into, u, reads, sees, returned)
+    )
 
     def seen(s: jax.Array, sees: jax.Array) -> jax.Array:
-        return jnp.where(sees[..., :1, :], s, 0)
+        return jnp.where(sees[..., :1, None], s, 0)
 
     def left(u: jax.Array, reads: jax.Array | None, before: jax.Array, sees: jax.Array) -> jax.Array:
-        return u if reads is None else u - jnp.where(sees, reads @ before, 0)
+        return u if reads is None else u - jnp.where(sees[..., None], reads @ before, 0)
 
+    def on(kept: jax.Array, s: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where((kept == 0)[:, None, None], 0, jnp.einsum("lkv,l->lkv", s, kept)) + b
+
+    one = len(u) == 1
     if join == "step" and reads is not None:
 
         def chunk(s: jax.Array, of: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             kept, into, u, reads, sees, returned = of
             before = seen(s, sees)
             u = left(u, reads, before, sees)
-            s = times(kept, s) + into @ u
+            s = on(kept, s, into @ u)
             return s if returned is None else s + returned, (before, u)
 
-        s, (before, u) = lax.scan(chunk, s, (kept, into, u, reads, sees, returned))
-        return before, u, s
+        s, (before, u) = lax.scan(chunk, s, (kept, into, u, reads, sees, returned), unroll=one)
+        return _flat(before), _flat(u), s
 
-    b = into @ u
+    b = _written(into, u, s)
     b = b if returned is None else b + returned
     if join == "step":
-
-        def step(s: jax.Array, mb: tuple) -> tuple[jax.Array, jax.Array]:
-            return times(mb[0], s) + mb[1], s
-
-        s, before = lax.scan(step, s, (kept, b))
-        return seen(before, sees), u, s
-    m, d = kept if reads is None else kept * jnp.eye(s.shape[-2], dtype=s.dtype) - into @ reads, 1
+        s, before = lax.scan(lambda s, kb: (on(kb[0], s, kb[1]), s), s, (kept, b), unroll=one)
+        return _flat(seen(before, sees)), _flat(u), s
+    m, d = kept[..., None, None], 1
+    m = m if reads is None else m * jnp.eye(s.shape[-2], dtype=s.dtype) - into @ reads
 
     def product(m: jax.Array, x: jax.Array) -> jax.Array:
         return m * x if reads is None else m @ x
@@ -240,4 +256,14 @@ def _over_chunks(
         b, m = b + of(m, later(b, d, 0)), product(m, later(m, d, 0))
         d *= 2
     before = seen(jnp.concatenate([s[None], b[:-1]]), sees)
-    return before, left(u, reads, before, sees), b[-1]
+    return _flat(before), _flat(left(u, reads, before, sees)), b[-1]
+
+
+def _written(by: jax.Array, u: jax.Array, s: jax.Array) -> jax.Array:
+    """``by @ u``, with the sums of ``by`` beside it where S has one value more than u: a product with 1 is slower."""
+    found = by @ u
+    return found if u.shape[-1] == s.shape[-1] else jnp.concatenate([found, by.sum(-1, keepdims=True)], -1)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, *x.shape[2:])
