@@ -252,11 +252,11 @@ def test_influence_balancing_has_no_loss_at_its_optimum(n, positive):
     theta = tb.tasks.influence_balancing_optimum(n, positive)
     model = tb.tasks.influence_balancing_model(n, positive, theta)
     params = {"theta": jnp.asarray(theta)}
-    _, outputs = model.unroll(params, model.initial_carry(params, 1), jnp.zeros((1, 300)))
+    _, outputs = jax.jit(model.unroll)(params, model.initial_carry(params, 1), jnp.zeros((1, 300)))
     assert float(outputs[0, -1]) == pytest.approx(1, abs=1e-5)
     if (n, positive) == (23, 10):
         assert theta == pytest.approx(-1 / 6, abs=1e-15)
-        settled = jax.grad(lambda p: model.unroll(p, jnp.ones((1, n)), jnp.zeros((1, 300)))[1][0, -1])(params)
+        settled = jax.jit(jax.grad(lambda p: model.unroll(p, jnp.ones((1, n)), jnp.zeros((1, 300)))[1][0, -1]))(params)
         assert float(settled["theta"]) == pytest.approx(-6, abs=1e-5)
 
 
