@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 from flax import nnx
 
@@ -99,6 +100,8 @@ def _read_by(module: Callable[[PyTree, PyTree], PyTree], params: PyTree, x: PyTr
 def quickly(f: Callable) -> Callable:
     """``jax.jit(f)`` of what is run a few times to find something out: on a CPU, without what makes a program fast."""
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    if jaxlib.version.__version__.startswith("0.10."):  # an option that XLA does not know is an error
+        options["xla_cpu_use_fusion_emitters"] = False
     return jax.jit(f, compiler_options=options if jax.default_backend() == "cpu" else None)
 
 
@@ -107,9 +110,9 @@ def some_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return jnp.zeros(shape, dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.asarray(rng.integers(0, 2, shape), jax.dtypes.canonicalize_dtype(dtype))
+        return jax.device_put(rng.integers(0, 2, shape).astype(jax.dtypes.canonicalize_dtype(dtype)))
     few = (min(math.prod(shape), 2**20 - 1),)  # of many, the same ones again and again
     numbers = rng.uniform(-1, 1, few)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         numbers = numbers + 1j * rng.uniform(-1, 1, few)
-    return jnp.asarray(np.resize(numbers.astype(dtype), shape))
+    return jax.device_put(np.resize(numbers.astype(dtype), shape))  # `jnp.asarray` compiles

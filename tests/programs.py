@@ -4,7 +4,6 @@ import importlib
 import os
 import re
 import sys
-import tempfile
 
 import pytest
 from absl import flags
@@ -13,14 +12,7 @@ from absl.testing import flagsaver
 from experiments import launch
 from tbptt_jax.study.process import lock
 
-COMPILED = tempfile.TemporaryDirectory(prefix="tbptt_jax_")  # compiling takes the time; removed when this process ends
-ENVIRONMENT = {
-    **os.environ,  # with XLA_FLAGS of conftest.py
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}  # with what conftest.py says of compiling
 
 
 def program_of(name):

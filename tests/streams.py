@@ -1,5 +1,6 @@
 """What the tests share: a small LSTM in float64, and streams with ragged lanes, resets, weights and rubbish in the padding."""
 
+import functools
 import os
 
 import flax.linen as nn
@@ -65,7 +66,7 @@ def lstm_start(params):
 
 def params_of(model, scale=1.5):
     """Random parameters, larger than fresh ones so that long lags matter."""
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1, FEATURES)))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1, FEATURES)))
     return jax.tree.map(lambda p: scale * p + 0.1, params)
 
 
@@ -73,12 +74,14 @@ def first(windows):
     return jax.tree.map(lambda x: x[0], windows)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def read(model, params, windows):
     """Outputs ``[windows, lanes, time, ...]`` and the final carry."""
     carry = model.initial_carry(params, windows.valid.shape[1])
     return jax.lax.scan(lambda c, w: model.unroll(params, c, w.inputs, w.resets, w.valid), carry, windows)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def summed_gradient(estimate, params, windows):
     """The estimates of all windows, added up at fixed parameters."""
 

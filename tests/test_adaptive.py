@@ -75,6 +75,15 @@ def test_one_length_by_a_schedule_gives_the_bits_of_that_window(train, window):
     same(bits(fit(task(train=train), window=window, **ask)), bits(fit(task(train=train), window=5, **ask)))
 
 
+@pytest.mark.parametrize("padded", [4, 23])
+def test_replay_sees_the_window_before_as_it_was_also_where_all_are_padded_alike(padded):
+    window = study.Lengths(lambda place: study.Span(4, padded), (padded,), {})
+    ask = {"updates": 17, "influence": "replay:1", "optimiser": optax.sgd(0.1)}
+    run, plain = (fit(task(), window=each, **ask) for each in (window, 4))
+    np.testing.assert_allclose(run.params, plain.params, rtol=1e-6)
+    assert abs(fit(task(), window=4, updates=17, optimiser=optax.sgd(0.1)).params - plain.params) > 1e-5
+
+
 SCHEDULES = {
     "told": lambda: told(2, 16, 4),
     "growing": lambda: study.growing(3, 16, epochs=2),

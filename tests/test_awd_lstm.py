@@ -33,7 +33,7 @@ def test_tied_weights_share_one_array(tied):
     tokens = jnp.arange(8).reshape(2, 4)
     params = model.init(jax.random.key(0), tokens)
     assert [x.shape for x in jax.tree.leaves(params)].count((11, 3)) == (1 if tied else 2)
-    _, y = model.unroll(params, model.initial_carry(params, 2), tokens)
+    _, y = jax.jit(model.unroll)(params, model.initial_carry(params, 2), tokens)
     weights = params["embedding" if tied else "decoder"]
     np.testing.assert_allclose(y["logits"], y["h"] @ weights.T + params["bias"], rtol=1e-6, atol=1e-6)
 

@@ -37,7 +37,7 @@ MODELS = {
 
 
 def params_of(model):
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1, FEATURES)))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1, FEATURES)))
     return jax.tree.map(lambda p: 1.5 * p.astype(jnp.float64) + 0.1, params)
 
 
@@ -51,7 +51,7 @@ def given(params, x):
 
 def alone(model, params, start, window):
     """Each lane by itself, cut by hand where it is reset: outputs at valid steps, from ``start(params, x)``."""
-    outputs = np.zeros((*window.valid.shape, 2))
+    outputs, unroll = np.zeros((*window.valid.shape, 2)), jax.jit(model.unroll)
     for lane in range(len(window.valid)):
         carry, pending = None, True
         for t in range(window.valid.shape[1]):
@@ -59,7 +59,7 @@ def alone(model, params, start, window):
             if window.valid[lane, t]:
                 x = jnp.asarray(window.inputs[lane : lane + 1, t])
                 carry, pending = (start(params, x) if pending else carry), False
-                carry, y = model.unroll(params, carry, x[:, None])
+                carry, y = unroll(params, carry, x[:, None])
                 outputs[lane, t] = y[0, 0]
     return outputs
 
@@ -96,16 +96,20 @@ def test_a_learned_carry_and_its_gradient_are_those_of_the_loop(make):
     assert not any(np.asarray(h).any() for h in jax.tree.leaves(model.init(jax.random.key(0), window.inputs)["initial_carry"]))  # fmt: skip
     assert "initial_carry" in params
 
+    @jax.jit
+    def step(params, carry, x, target):
+        carry, y = plain.unroll(params, carry, x[None, None])
+        return carry, ((y[0, 0] - target) ** 2).sum()
+
     def total(params):
-        start = lambda params, x: jax.tree.map(lambda h: h[None], params["initial_carry"])  # noqa: E731
-        sum_ = 0.0
+        start, sum_ = jax.tree.map(lambda h: h[None], params["initial_carry"]), 0.0
         for lane in range(3):
-            carry = start(params, None)
+            carry = start
             for t in range(13):
-                carry = start(params, None) if window.resets[lane, t] else carry
+                carry = start if window.resets[lane, t] else carry
                 if window.valid[lane, t]:
-                    carry, y = plain.unroll(params, carry, window.inputs[lane : lane + 1, t : t + 1])
-                    sum_ += window.weights[lane, t] * ((y[0, 0] - window.targets[lane, t]) ** 2).sum()
+                    carry, error = step(params, carry, window.inputs[lane, t], window.targets[lane, t])
+                    sum_ += window.weights[lane, t] * error
         return sum_
 
     estimate = tb.gradient(model, loss, influence=tb.replay(4), normaliser=1.0)

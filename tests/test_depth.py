@@ -47,7 +47,7 @@ def looped(layers=2, remat=False, dropout=0.0, **options):
 
 
 def params_of(model, inputs=FEATURES):
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1, inputs)))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1, inputs)))
     return jax.tree.map(lambda p: 1.5 * p.astype(jnp.float64) + 0.1, params)
 
 
@@ -123,8 +123,8 @@ def test_a_residual_adds_the_model_of_the_norm_as_flax_has_it(norm, theirs):
     x = jnp.where(window.valid[..., None], window.inputs, 0)
     normed = theirs(**F64).apply({"params": params["norm"]}, x) if norm else x
     carry = cell.initial_carry(params["model"], len(x))
-    end, y = cell.unroll(params["model"], carry, normed, window.resets, window.valid)
-    assert_close(model.unroll(params, carry, window.inputs, window.resets, window.valid), (end, x + y))
+    end, y = jax.jit(cell.unroll)(params["model"], carry, normed, window.resets, window.valid)
+    assert_close(jax.jit(model.unroll)(params, carry, window.inputs, window.resets, window.valid), (end, x + y))
 
 
 def test_a_norm_adds_up_in_float32_and_hands_on_half_precision():
@@ -137,8 +137,8 @@ def test_a_norm_adds_up_in_float32_and_hands_on_half_precision():
     np.testing.assert_allclose(np.asarray(y, float), exact, rtol=1e-3)
     block = tb.stack(tb.residual(tb.gru(3)), tb.residual(tb.gated_mlp(4)))
     model = tb.stack(tb.pointwise(nn.Dense(3, dtype=jnp.bfloat16)), tb.repeat(block, 2))
-    params = jax.tree.map(lambda p: p.astype(jnp.float32), model.init(jax.random.key(0), x))
-    carry, y = model.unroll(params, model.initial_carry(params, 2), x)
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), jax.jit(model.init)(jax.random.key(0), x))
+    carry, y = jax.jit(model.unroll)(params, model.initial_carry(params, 2), x)
     assert y.dtype == jnp.bfloat16
     assert {h.dtype for h in jax.tree.leaves(carry)} == {jnp.dtype("float32")}
 
@@ -149,7 +149,7 @@ def test_a_gated_mlp_is_the_formula_of_each_step():
         model = tb.gated_mlp(4, activation=activation)
         params = params_of(model, 3)
         w, v, u = (params["module"]["params"][name]["kernel"] for name in ("gate", "up", "down"))
-        carry, y = model.unroll(params, model.initial_carry(params, 2), x)
+        carry, y = jax.jit(model.unroll)(params, model.initial_carry(params, 2), x)
         assert carry == ()
         np.testing.assert_allclose(y, (activation(x @ w) * (x @ v)) @ u, rtol=1e-12)
 
@@ -182,11 +182,12 @@ def test_a_loop_over_layers_is_the_layers_one_after_another(remat):
         end = jax.tree.map(lambda *h: jnp.stack(h, 1), *end) if stacked else end
         return jnp.sum(jnp.where(window.valid[..., None], y, 0) ** 2), end
 
-    (value, end), grads = jax.value_and_grad(total, 1, has_aux=True)(layers, params, True)
+    derived = jax.jit(jax.value_and_grad(total, 1, has_aux=True), static_argnums=(0, 2))
+    (value, end), grads = derived(layers, params, True)
     stacked = lambda tree: jax.tree.map(lambda *p: jnp.stack(p), *tree)  # noqa: E731
-    (got, got_end), got_grads = jax.value_and_grad(total, 1, has_aux=True)(loop, stacked(params), False)
+    (got, got_end), got_grads = derived(loop, stacked(params), False)
     assert_close((got, got_end, got_grads), (value, end, stacked(grads)))
-    fresh = loop.init(jax.random.key(0), window.inputs)
+    fresh = jax.jit(loop.init)(jax.random.key(0), window.inputs)
     assert jax.tree.structure(fresh) == jax.tree.structure(stacked(params))
     assert not np.allclose(*fresh[0]["model"]["cell"][0].recurrent)
 

@@ -11,12 +11,15 @@ import sys
 import time
 from xml.etree import ElementTree
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from programs import ENVIRONMENT, program_of, refused
 
+import tbptt_jax as tb
+from experiments import adaptive_copy_bounds
 from experiments import launch as shared
 from tbptt_jax.study.process import lock
 
@@ -124,6 +127,47 @@ def test_length_generalisation_reads_far_beyond_its_windows_in_light_and_dark(tm
     assert "var(--page)" in svg and ElementTree.fromstring(svg).tag.endswith("svg")
 
 
+def test_adaptive_copy_trains_with_k_fixed_and_chosen_in_light_and_dark(tmp_path):
+    small = (
+        "--epochs=2",
+        "--steps=400",
+        "--lanes=3",
+        "--hidden=4",
+        "--look_every=20",
+        "--seeds=1",
+        "--lengths=3,6",
+        "--fixed=5",
+    )
+    ran = launch("adaptive_copy", tmp_path, *small)
+    svg = (tmp_path / "figure.svg").read_text()
+    (tmp_path / "figure.svg").unlink()
+    told = results(ran, tmp_path)
+    fixed, norms, gradients = told["rows"]
+    assert (fixed["K"], fixed["mean_window"], fixed["choices"]) == ("5", 5, [])
+    for row in (norms, gradients):
+        assert 2.9 <= row["mean_window"] <= 6 and len(row["choices"]) > 3
+        assert all(window in (3, 6) for _, window, _ in row["choices"])
+        assert row["curve"][-1][0] >= 2 and row["test"] > 1
+    assert "prefers-color-scheme: dark" in svg and ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.8])
+def test_the_papers_bound_is_its_formula_where_gradients_fade_by_a_factor(factor):
+    model = tb.from_step(
+        lambda a, h, x: (a * h + x, a * h + x), lambda key, x: jnp.full(1, factor), lambda a, n: jnp.zeros((n, 1))
+    )
+    window = tb.Window(jnp.ones((3, 40, 1)), jnp.ones((3, 40, 1)))
+    stream = lambda outputs, window: outputs[..., 0], jnp.full(1, factor), window, jnp.zeros((3, 1))
+    left_out, kept = adaptive_copy_bounds.by_norms(model, *stream)
+    K = np.arange(1, 41)
+    np.testing.assert_allclose(kept, factor * (1 - factor**K) / (1 - factor), rtol=1e-5)
+    np.testing.assert_allclose(left_out, factor ** (K + 1) / (1 - factor), rtol=1e-3, atol=1e-5)
+    delta = factor**K / np.maximum(1 - 2 * factor**K, 1e-9)
+    found = adaptive_copy_bounds.chosen("norms", 0.5, range(1, 21), 10).look.choose(model, *stream)
+    expected = next(k for k in K if delta[k - 1] < 0.5)
+    assert found.window == expected and found.relative_bias == pytest.approx(delta[expected - 1], rel=1e-3)
+
+
 def test_a_training_that_diverges_is_told_and_written(tmp_path):
     ran = launch("influence_balancing", tmp_path, "--runs=truncate@1", "--steps=500", "--learning_rate=9", "--seeds=1")
     assert results(ran, tmp_path)["rows"] == [{"influence": "truncate", "window": 1, "theta": [None]}]
@@ -143,6 +187,7 @@ MISTAKES = {
     "odd": ("first_bit", ["--train=11"], "--train=11 is odd"),
     "lanes": ("first_bit", ["--lanes=3000"], "--lanes=3000 is more than --train=1000"),
     "influence": ("gradient_bias", ["--influences=replay"], "--influences has replay, which is none. Any of truncate"),
+    "depths": ("char_lm", ["--influence=replay:auto", "--depths=4,2"], "--influence=replay:auto: `depths` are [4, 2]; give them from small"),
     "survival": ("gradient_bias", ["--influences=replay:2:1.5"], "`survival` is 1.5"),
     "window": ("gradient_bias", ["--windows=5,0"], "--windows has '0': give whole numbers from 1 to 400"),
     "no influence": ("copy_memory", ["--influences="], "--influences is empty. Any of truncate"),
@@ -150,6 +195,7 @@ MISTAKES = {
     "run": ("influence_balancing", ["--runs=rtrl"], "write INFLUENCE@WINDOW"),
     "cell": ("length_generalisation", ["--cells=lru,rnn"], "--cells has 'rnn': choose of lru, rg_lru"),
     "test": ("length_generalisation", ["--test_steps=9"], "--test_steps=9 is less than --window=64"),
+    "bound": ("adaptive_copy", ["--chosen=norm"], "--chosen has 'norm': choose of norms, gradients"),
     "sequence": ("copy_memory", ["--window=99"], "--window=99 is longer than a sequence of 30 steps"),
 }  # fmt: skip
 
@@ -208,6 +254,8 @@ MORE_THAN_FITS = [
     ("lag", "--hidden=1000000", "--hidden"),
     ("length_generalisation", "--updates=1000000000", "--updates"),
     ("length_generalisation", "--hidden=1000000", "--hidden"),
+    ("adaptive_copy", "--lanes=1000000000", "--lanes"),
+    ("adaptive_copy", "--hidden=1000000", "model's size"),
     ("influence_balancing", "--steps=2000000000", "--steps"),
     ("influence_balancing", "--runs=replay:1000000000@10", "reach of replay"),
     ("gradient_bias", "--draws=1000000000", "draws"),

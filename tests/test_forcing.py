@@ -73,10 +73,10 @@ def test_free_it_reads_its_own_outputs_wherever_the_stream_is_cut(k):
 
 def test_without_a_key_all_is_teacher_forced_and_so_it_is_at_probability_zero():
     params, w = params_of(elman), stream(rubbish=np.nan)
-    _, expected = elman.unroll(params, elman.initial_carry(params, LANES), w.inputs, w.resets, w.valid)
+    _, expected = jax.jit(elman.unroll)(params, elman.initial_carry(params, LANES), w.inputs, w.resets, w.valid)
     for model, key in ((forced(0.5), None), (forced(0.0), tb.noise.lane_keys(jax.random.key(0), LANES))):
         start = model.initial_carry(params, LANES)
-        _, outputs = model.unroll(params, start, w.inputs, w.resets, w.valid, key=key)
+        _, outputs = jax.jit(model.unroll)(params, start, w.inputs, w.resets, w.valid, key=key)
         np.testing.assert_allclose(outputs[w.valid], expected[w.valid], atol=1e-14)
 
 
@@ -97,7 +97,7 @@ def test_by_a_function_of_the_inputs_some_is_given_and_the_rest_its_own():
     free = tb.scheduled_sampling(inner, feed, 0.0, like=PAIR, free=lambda x: x["own"] > 0)
     for model, key in ((drawn, tb.noise.lane_keys(jax.random.key(0), LANES)), (free, None)):
         carry = model.initial_carry(params, LANES)
-        _, outputs = model.unroll(params, carry, inputs, window.resets, window.valid, key=key)
+        _, outputs = jax.jit(model.unroll)(params, carry, inputs, window.resets, window.valid, key=key)
         assert_read_as_the_loop(outputs, expected)
 
 
@@ -108,7 +108,7 @@ one_more = lambda inputs, outputs, key: outputs + 1  # noqa: E731
 
 def own_steps(model, lanes, time, key):
     x = np.broadcast_to(1000 * np.arange(time), (lanes, time))
-    _, outputs = model.unroll((), model.initial_carry((), lanes), x, key=tb.noise.lane_keys(key, lanes))
+    _, outputs = jax.jit(model.unroll)((), model.initial_carry((), lanes), x, key=tb.noise.lane_keys(key, lanes))
     return np.asarray(outputs != x)
 
 
@@ -128,7 +128,7 @@ def test_what_feed_draws_is_another_at_each_step_of_each_lane_and_independent_of
     uniform = lambda inputs, outputs, key: jax.vmap(jax.random.uniform)(key)  # noqa: E731
     model = forced(0.5, uniform, saying, jnp.zeros(()))
     keys = tb.noise.lane_keys(jax.random.key(0), 30)
-    _, outputs = model.unroll((), model.initial_carry((), 30), jnp.full((30, 40), -1.0), key=keys)
+    _, outputs = jax.jit(model.unroll)((), model.initial_carry((), 30), jnp.full((30, 40), -1.0), key=keys)
     drawn = np.asarray(outputs)[np.asarray(outputs) >= 0]
     assert len(np.unique(drawn)) == len(drawn)
     assert abs(drawn.mean() - 0.5) < 4 / np.sqrt(12 * len(drawn))
@@ -143,7 +143,7 @@ def test_the_models_own_noise_is_held_over_the_window_or_drawn_at_each_step():
     x, keys = jnp.zeros((3, 6)), tb.noise.lane_keys(jax.random.key(0), 3)
     for draw, different in (("window", 1), ("step", 6)):
         model = forced(0.5, mean, noisy, jnp.zeros(()), draw=draw)
-        _, outputs = model.unroll((), model.initial_carry((), 3), x, key=keys)
+        _, outputs = jax.jit(model.unroll)((), model.initial_carry((), 3), x, key=keys)
         assert [len(np.unique(row)) for row in outputs] == [different] * 3
         assert len(np.unique(outputs)) == 3 * different
 

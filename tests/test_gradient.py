@@ -77,10 +77,11 @@ def test_one_window_over_the_sequence_is_jax_grad_of_the_plain_scan(params):
         start = jax.tree.map(lambda h: jnp.tile(h, (LANES, 1)), lstm_start(params))
         return jnp.mean(jax.lax.scan(step, start, (x.swapaxes(0, 1), y.swapaxes(0, 1)))[1])
 
-    value, expected = jax.value_and_grad(plain)(params)
+    value, expected = jax.jit(jax.value_and_grad(plain))(params)
     estimate = tb.gradient(lstm(), loss)
     window = tb.Window(x, y)
-    got, _, metrics = estimate.update(params, estimate.init(jax.random.key(0), params, window), window)
+    state = jax.jit(estimate.init)(jax.random.key(0), params, window)
+    got, _, metrics = jax.jit(estimate.update)(params, state, window)
     assert_close(got, expected)
     assert np.isclose(metrics.loss, value) and metrics.weight == LANES * TIME
 
@@ -104,7 +105,8 @@ def test_padding_equals_leaving_out(params):
     estimate = tb.gradient(lstm(), loss)
 
     def run(window):
-        grads, state, metrics = estimate.update(params, estimate.init(jax.random.key(0), params, window), window)
+        state = jax.jit(estimate.init)(jax.random.key(0), params, window)
+        grads, state, metrics = jax.jit(estimate.update)(params, state, window)
         return grads, jax.tree.map(lambda h: h[:LANES], state.carry), metrics
 
     assert_close(run(wide), run(short))
@@ -115,14 +117,14 @@ def test_a_missing_target_may_be_nan_where_it_weighs_nothing(params):
     window.weights[1, 2] = 0
     missing = window._replace(targets=np.where(window.weights[..., None] > 0, window.targets, np.nan))
     estimate = tb.gradient(lstm(), loss)
-    run = lambda w: estimate.update(params, estimate.init(jax.random.key(0), params, w), w)[0]  # noqa: E731
+    run = lambda w: jax.jit(estimate.update)(params, jax.jit(estimate.init)(jax.random.key(0), params, w), w)[0]  # noqa: E731
     assert_close(run(missing), run(window), rtol=0, atol=0)
 
 
 def test_a_window_with_nothing_to_score_has_gradient_zero_and_moves_the_carry(params):
     window = first(tb.split(stream(), 5))
     estimate = tb.gradient(lstm(), loss)
-    state = estimate.init(jax.random.key(0), params, window)
+    state = jax.jit(estimate.init)(jax.random.key(0), params, window)
     grads, after, metrics = jax.jit(estimate.update)(params, state, window._replace(weights=jnp.zeros((LANES, 5))))
     assert metrics.loss == metrics.weight == 0
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
@@ -134,9 +136,9 @@ def test_every_window_draws_anew(params):
     influence = tb.truncate()._replace(push=lambda state, linearisation, key: jax.random.key_data(key))
     estimate = tb.gradient(lstm(), loss, influence=influence)
     window = first(tb.split(stream(), 5))
-    state = estimate.init(jax.random.key(0), params, window)
+    state = jax.jit(estimate.init)(jax.random.key(0), params, window)
     for _ in range(3):
-        _, state, _ = estimate.update(params, state, window)
+        _, state, _ = jax.jit(estimate.update)(params, state, window)
         drawn.append(tuple(np.asarray(state.influence)))
     assert len(set(drawn)) == 3
 
@@ -146,9 +148,9 @@ def test_the_default_normaliser_is_the_windows_own_weight(params):
     summed, metrics = summed_gradient(tb.gradient(lstm(), loss, normaliser=1.0), params, windows)
     by_hand = None
     estimate = tb.gradient(lstm(), loss)
-    state = estimate.init(jax.random.key(0), params, first(windows))
+    state = jax.jit(estimate.init)(jax.random.key(0), params, first(windows))
     for i in range(len(windows.inputs)):
-        grads, state, m = estimate.update(params, state, jax.tree.map(lambda x, i=i: x[i], windows))
+        grads, state, m = jax.jit(estimate.update)(params, state, jax.tree.map(lambda x, i=i: x[i], windows))
         grads = jax.tree.map(lambda g, m=m: g * m.weight, grads)
         by_hand = grads if by_hand is None else jax.tree.map(jnp.add, by_hand, grads)
     assert_close(by_hand, summed)
@@ -183,7 +185,7 @@ INFLUENCES = {"truncate": tb.truncate(), "replay": tb.replay(4), "rtrl": tb.rtrl
 def test_a_stream_that_begins_without_a_reset_has_its_gradient_through_a_learned_initial_carry(name):
     window = stream()._replace(resets=None, valid=None)
     model = learned()
-    params = model.init(jax.random.key(0), window.inputs)
+    params = jax.jit(model.init)(jax.random.key(0), window.inputs)
 
     def total(params, window):
         _, outputs = model.unroll(params, model.initial_carry(params, LANES), window.inputs)
@@ -193,17 +195,17 @@ def test_a_stream_that_begins_without_a_reset_has_its_gradient_through_a_learned
     windows = jax.tree.map(lambda x: np.stack(np.split(x[:, :20], 4, 1)), window)
     got, _ = summed_gradient(estimate, params, windows)
     if name == "truncate":  # the first window's alone
-        expected = jax.grad(total)(params, first(windows))["h0"]
+        expected = jax.jit(jax.grad(total))(params, first(windows))["h0"]
         np.testing.assert_allclose(got["h0"], expected, atol=1e-12)
     else:
-        assert_close(got, jax.grad(total)(params, jax.tree.map(lambda x: x[:, :20], window)), rtol=1e-9)
+        assert_close(got, jax.jit(jax.grad(total))(params, jax.tree.map(lambda x: x[:, :20], window)), rtol=1e-9)
     assert np.abs(got["h0"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("make", [learned, lstm], ids=["learned", "constant"])
 def test_a_carry_that_was_stored_is_read_from_and_no_gradient_goes_into_it(make):
     window, model = stream()._replace(resets=None), make()
-    params = model.init(jax.random.key(0), window.inputs)
+    params = jax.jit(model.init)(jax.random.key(0), window.inputs)
     stored = jax.tree.map(lambda h: h + 0.3, model.initial_carry(params, LANES))
 
     def total(params):
@@ -211,16 +213,16 @@ def test_a_carry_that_was_stored_is_read_from_and_no_gradient_goes_into_it(make)
         return jnp.sum(window.weights * window.valid * loss(outputs, window)) / NORMALISER
 
     estimate = tb.gradient(model, loss, normaliser=NORMALISER)
-    state = estimate.init(jax.random.key(0), params, window)._replace(carry=stored)
-    grads, state, _ = estimate.update(params, state, window)
-    assert_close(grads, jax.grad(total)(params))
+    state = jax.jit(estimate.init)(jax.random.key(0), params, window)._replace(carry=stored)
+    grads, state, _ = jax.jit(estimate.update)(params, state, window)
+    assert_close(grads, jax.jit(jax.grad(total))(params))
     assert not state.fresh.any()
 
 
 @pytest.mark.parametrize("model", [lstm(), tb.lstm(3, readout=nn.Dense(2))], ids=["linen", "lstm"])
 def test_no_gradient_flows_into_a_burn_in(model):
     window, steps = stream()._replace(resets=None), 6
-    params = model.init(jax.random.key(0), window.inputs)
+    params = jax.jit(model.init)(jax.random.key(0), window.inputs)
     stored = jax.tree.map(lambda h: h + 0.3, model.initial_carry(params, LANES))
     head, tail = (jax.tree.map(lambda x, at=at: x[:, at], window) for at in (slice(steps), slice(steps, None)))
 
@@ -231,10 +233,10 @@ def test_no_gradient_flows_into_a_burn_in(model):
 
     estimate = tb.gradient(model, loss, normaliser=NORMALISER)
     burnt = tb.burn_in(window, steps)
-    state = estimate.init(jax.random.key(0), params, burnt)._replace(carry=stored)
-    expected = jax.grad(total)(params)
-    assert_close(estimate.update(params, state, burnt)[0], expected, rtol=1e-9)
-    only_weights, _, _ = estimate.update(params, state, burnt._replace(edges=None))
+    state = jax.jit(estimate.init)(jax.random.key(0), params, burnt)._replace(carry=stored)
+    expected = jax.jit(jax.grad(total))(params)
+    assert_close(jax.jit(estimate.update)(params, state, burnt)[0], expected, rtol=1e-9)
+    only_weights, _, _ = jax.jit(estimate.update)(params, state, burnt._replace(edges=None))
     assert np.abs(ravel_pytree(only_weights)[0] - ravel_pytree(expected)[0]).max() > 1e-4
 
 
@@ -249,6 +251,7 @@ def test_a_stream_cut_in_its_middle_goes_on_as_one_that_was_cut_at_once(name, pa
     whole = stream(rubbish=np.nan, time=20)
     estimate = tb.gradient(lstm(), loss, influence=ODD[name], normaliser=NORMALISER)
 
+    @jax.jit
     def read(state, windows):
         def update(state, window):
             grads, state, _ = estimate.update(params, state, window)
@@ -256,7 +259,7 @@ def test_a_stream_cut_in_its_middle_goes_on_as_one_that_was_cut_at_once(name, pa
 
         return jax.lax.scan(update, state, windows)
 
-    start = estimate.init(jax.random.key(0), params, first(tb.split(whole, 4)))
+    start = jax.jit(estimate.init)(jax.random.key(0), params, first(tb.split(whole, 4)))
     end, at_once = read(start, tb.split(whole, 4))
     halves = [tb.split(jax.tree.map(lambda x, part=part: x[:, part], whole), 4) for part in (slice(8), slice(8, None))]
     middle, early = read(start, halves[0])

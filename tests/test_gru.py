@@ -74,7 +74,7 @@ def test_numbers_are_those_of_torch(layers):
     y, after = theirs(x, start)
     rng = np.random.default_rng(9)
     torch.autograd.backward([after, y], [torch.tensor(rng.normal(size=each.shape)) for each in (after, y)])
-    result, (d_params, d_carry, d_x) = pullback(fused.unroll, params, carry, window())
+    result, (d_params, d_carry, d_x) = jax.jit(pullback, static_argnums=0)(fused.unroll, params, carry, window())
     close((np.stack(result[0]), result[1]), (after.detach().numpy(), y.detach().numpy()))
     of_theirs = {k: v.grad.numpy() for k, v in theirs.named_parameters()}
     for n in range(layers):  # there are two biases of r and z there, which become their sum
@@ -111,7 +111,7 @@ def test_forms_are_those_of_the_papers(form):
         h[lane] = 0 if RESETS[lane, t] else h[lane]
         h[lane] = by_the_papers(weights, h[lane], np.asarray(window())[lane, t], 0.25) if VALID[lane, t] else h[lane]
         expected[lane, t] = h[lane]
-    close(fused.unroll(params, carry, window(), RESETS, VALID), ((jnp.asarray(h),), jnp.asarray(expected)))
+    close(jax.jit(fused.unroll)(params, carry, window(), RESETS, VALID), ((jnp.asarray(h),), jnp.asarray(expected)))
 
 
 @forms
@@ -142,14 +142,15 @@ def test_hand_written_backward_pass_and_its_transpose_are_the_derivatives_of_the
 def test_weights_are_left_out_for_a_window_and_zoneout_keeps_units_for_a_step():
     fused, params, carry = model(weight_drop=0.5)
     keys = noise.lane_keys(jax.random.key(0), LANES)
+    unroll = jax.jit(fused.unroll)
     drawn, same, other, none = (
-        fused.unroll(params, carry, window(), key=key)[1]
+        unroll(params, carry, window(), key=key)[1]
         for key in (keys, keys, noise.lane_keys(jax.random.key(1), LANES), None)
     )
     close(drawn, same)
     assert np.abs(drawn - other).max() > 1e-3
-    close(none, tb.gru(FEATURES).unroll(params, carry, window())[1])
-    _, hs = tb.gru(FEATURES, zoneout=0.4).unroll(params, carry, jnp.tile(window(), (1, 60, 1)), key=keys)
+    close(none, jax.jit(tb.gru(FEATURES).unroll)(params, carry, window())[1])
+    _, hs = jax.jit(tb.gru(FEATURES, zoneout=0.4).unroll)(params, carry, jnp.tile(window(), (1, 60, 1)), key=keys)
     stood_still = np.diff(hs, axis=1) == 0
     assert abs(stood_still.mean() - 0.4) < 0.03 and stood_still.std((0, 1)).min() > 0.4
 
@@ -158,9 +159,9 @@ def test_what_is_drawn_is_a_lanes_own_and_the_same_in_segments():
     options = {"layers": 2, "dropout": 0.5, "weight_drop": 0.4, "zoneout": 0.3}
     fused, params, carry = model(**options)
     keys = noise.lane_keys(jax.random.key(1), LANES)
-    whole = fused.unroll(params, carry, window(), key=keys)
-    close(tb.gru(FEATURES, checkpoint=3, **options).unroll(params, carry, window(), key=keys), whole)
-    alone = fused.unroll(params, jax.tree.map(lambda h: h[1:2], carry), window()[1:2], key=keys[1:2])
+    whole = jax.jit(fused.unroll)(params, carry, window(), key=keys)
+    close(jax.jit(tb.gru(FEATURES, checkpoint=3, **options).unroll)(params, carry, window(), key=keys), whole)
+    alone = jax.jit(fused.unroll)(params, jax.tree.map(lambda h: h[1:2], carry), window()[1:2], key=keys[1:2])
     close(alone, jax.tree.map(lambda h: h[1:2], whole))
 
 
@@ -169,12 +170,13 @@ def test_what_is_drawn_is_a_lanes_own_and_the_same_in_segments():
 def test_half_precision_is_close(form, dtype, tolerance):
     fused, params, carry = model("float32", **form)
     x = window(dtype="float32")
-    exact = pullback(jax.jit(fused.unroll), params, carry, x)
-    operands = pullback(jax.jit(tb.gru(FEATURES, dtype=dtype, **form).unroll), params, carry, x)
+    found = jax.jit(pullback, static_argnums=0)
+    exact = found(fused.unroll, params, carry, x)
+    operands = found(tb.gru(FEATURES, dtype=dtype, **form).unroll, params, carry, x)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(operands))
     assert_close(operands, exact, rtol=tolerance, atol=tolerance)
     half = jax.tree.map(lambda p: p.astype(dtype), (params, carry, x))
-    after, y = fused.unroll(*half)
+    after, y = jax.jit(fused.unroll)(*half)
     assert {after[0].dtype, y.dtype} == {jnp.dtype(dtype)}
     assert_close(jnp.float32(y), exact[0][1], rtol=tolerance, atol=tolerance)
 

@@ -146,7 +146,7 @@ def test_edges_scale_what_goes_back_over_them(kind):
     zero = masks._replace(edges=jnp.ones_like(masks.edges).at[:, 5].set(0.0))
     for way in WAYS:
         close(gradient(run, way, masks, of), gradient(run, "step", masks, of))
-        cut = jax.grad(lambda of, way=way: run(of, zero, way)[0].real.sum())(of)
+        cut = jax.jit(jax.grad(lambda of, way=way: run(of, zero, way)[0].real.sum()))(of)
         assert all((np.asarray(x)[:, :5] == 0).all() for x in jax.tree.leaves(cut) if x.shape[1:2] == (9,))
 
 
@@ -256,7 +256,8 @@ def test_half_precision_is_added_up_in_the_dtype_of_the_state():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), coefficients)
     same = jax.tree.map(lambda x: x.astype(s.dtype), half)
     for way in WAYS:
-        close(key_value(half, s, start, masks, way), key_value(same, s, start, masks, way))
+        run = jax.jit(functools.partial(key_value, implementation=way))
+        close(run(half, s, start, masks), run(same, s, start, masks))
 
 
 def test_what_from_linear_is_given_has_to_fit_the_carry():
@@ -306,9 +307,10 @@ def test_the_largest_of_sums_is_that_of_a_loop_with_its_gradient_however_it_is_r
         before, after = maximum(*numbers, of, way)
         return (before * at).sum() + (after * at * at).sum(), (before, after)
 
-    (_, found), grads = jax.value_and_grad(total, has_aux=True)((a, b, m, start), "associative")
+    derived = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+    (_, found), grads = derived((a, b, m, start), "associative")
     close(found, tuple(loop))
-    (_, found), by_step = jax.value_and_grad(total, has_aux=True)((a, b, m, start), "step")
+    (_, found), by_step = derived((a, b, m, start), "step")
     close((found, grads), (tuple(loop), by_step))
     with_nan = maximum(a, b, m * jnp.nan, start, of._replace(resets=of.resets | (np.arange(9) == 0)), None)[1]
     assert np.isfinite(with_nan).all()

@@ -30,13 +30,10 @@ def close(a, b, tolerance=1e-10):
 
 def model(dtype="float64", **options):
     fused = tb.lstm(FEATURES, **options)
-    params = fused.init(jax.random.key(1), window())
-    noise = jax.random.split(jax.random.key(2), len(jax.tree.leaves(params)))
-    noise = jax.tree.unflatten(jax.tree.structure(params), list(noise))
-    params = jax.tree.map(lambda p, k: (p + 0.1 * jax.random.normal(k, p.shape)).astype(dtype), params, noise)
-    carry = jax.tree.map(
-        lambda c: jax.random.normal(jax.random.key(3), c.shape, c.dtype), fused.initial_carry(params, LANES)
-    )
+    params = jax.jit(fused.init)(jax.random.key(1), window())
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda p: jnp.asarray(p + 0.1 * rng.normal(size=p.shape), dtype), jax.device_get(params))
+    carry = jax.tree.map(lambda c: jnp.asarray(rng.normal(size=c.shape), c.dtype), fused.initial_carry(params, LANES))
     return fused, params, carry
 
 
@@ -94,7 +91,7 @@ def test_numbers_are_those_of_torch(layers, projection):
     x = torch.tensor(np.asarray(window()), requires_grad=True)
     c, h = (torch.tensor(np.stack([layer[i] for layer in carry]), requires_grad=True) for i in (0, 1))
     y, (h_n, c_n) = theirs(x, (h, c))
-    (after, outputs), vjp = jax.vjp(jax.jit(fused.unroll), params, carry, window())
+    after, outputs = jax.jit(fused.unroll)(params, carry, window())
     close(outputs, y.detach().numpy())
     close([layer[0] for layer in after], list(c_n.detach().numpy()))
     cotangent = jax.random.normal(jax.random.key(6), outputs.shape)
@@ -102,7 +99,8 @@ def test_numbers_are_those_of_torch(layers, projection):
     torch.autograd.backward(
         [y, h_n, c_n], [torch.tensor(np.asarray(cotangent)), torch.ones_like(h_n), torch.ones_like(c_n)]
     )
-    d_params, d_carry, d_x = vjp((d_after, cotangent))
+    derived = jax.jit(lambda args, cotangents: jax.vjp(fused.unroll, *args)[1](cotangents))
+    d_params, d_carry, d_x = derived((params, carry, window()), (d_after, cotangent))
     of_theirs = {k: v.grad for k, v in theirs.named_parameters() if "bias_hh" not in k}
     close(d_params, tb.weights.from_torch(of_theirs, params))
     close(d_x, x.grad.numpy())
@@ -240,9 +238,13 @@ def test_layer_normalisation_is_that_of_a_loop_in_torch(dtype):
     y = torch.stack(outputs, 1)
     cotangent = jnp.cos(x[..., :1])
     y.backward(torch.tensor(np.asarray(cotangent)).expand(y.shape))
-    result, vjp = jax.vjp(lambda p: fused.unroll(p, carry, x)[1], params)
+
+    def total(params):
+        outputs = fused.unroll(params, carry, x)[1]
+        return jnp.sum(cotangent * outputs), outputs
+
+    gradient, result = jax.jit(jax.grad(total, has_aux=True))(params)
     close(result, y.detach().numpy(), TOLERANCE[dtype])
-    (gradient,) = vjp(jnp.broadcast_to(cotangent, result.shape))
     close(gradient["cell"][0], jax.tree.map(lambda p: p.grad.numpy(), weights), 20 * TOLERANCE[dtype])
 
 
@@ -267,7 +269,7 @@ def test_without_a_key_zoneout_is_the_mean_of_its_steps_and_weight_drop_is_none(
         assert np.abs(error).max() < 5
     dropped = tb.lstm(FEATURES, weight_drop=0.5)
     carry = dropped.initial_carry(params, 2)
-    close(dropped.unroll(params, carry, x[:2]), model()[0].unroll(params, carry, x[:2]), 0)
+    close(*(jax.jit(m.unroll)(params, carry, x[:2]) for m in (dropped, model()[0])), 0)
 
 
 def test_a_lane_draws_the_same_alone_beside_others_and_in_segments_but_another_each_step():

@@ -11,7 +11,7 @@ from jax.experimental import rnn
 import tbptt_jax as tb
 from tbptt_jax.cells.lstm import gpu
 
-LANES, TIME, INPUTS, FEATURES = 18, 9, 3, 6  # neither a multiple of a kernel's block
+LANES, TIME, INPUTS, FEATURES = 18, 6, 3, 6  # neither a multiple of a kernel's block
 KEYS = jax.random.split(jax.random.key(0), 6)
 RESETS = {"resets": jax.random.bernoulli(KEYS[0], 0.2, (LANES, TIME))}
 VALID = {"valid": jax.random.bernoulli(KEYS[1], 0.7, (LANES, TIME))}
@@ -22,7 +22,7 @@ def window_after_window(implementation, flags, dtype=jnp.float64, length=3, **op
     """Outputs, the last carry and all gradients of a stream in windows of ``length``, differentiated as a whole."""
     model = tb.lstm(FEATURES, implementation=implementation, layers=2, **options)
     x = jax.random.normal(KEYS[2], (LANES, TIME, INPUTS), dtype)
-    params = jax.tree.map(lambda p: p.astype(dtype), model.init(KEYS[3], x))
+    params = jax.tree.map(lambda p: p.astype(dtype), jax.jit(model.init)(KEYS[3], x))
     carry = jax.tree.map(lambda h: h + 0.3, model.initial_carry(params, LANES))
 
     def read(params, carry, x):
@@ -56,8 +56,8 @@ def test_the_kernels_take_operands_in_bfloat16_and_add_up_in_float32():
     model = tb.lstm(FEATURES, implementation="pallas", dtype=jnp.bfloat16)
     x = jax.random.normal(KEYS[2], (LANES, TIME, INPUTS), jnp.float32)
     params = jax.tree.map(lambda p: p.astype(jnp.float32), model.init(KEYS[3], x))
-    after, y = model.unroll(params, model.initial_carry(params, LANES), x)
-    exact = tb.lstm(FEATURES).unroll(params, model.initial_carry(params, LANES), x)
+    after, y = jax.jit(model.unroll)(params, model.initial_carry(params, LANES), x)
+    exact = jax.jit(tb.lstm(FEATURES).unroll)(params, model.initial_carry(params, LANES), x)
     assert {h.dtype for h in jax.tree.leaves((after, y))} == {jnp.dtype("float32")}
     agree((after, y), exact, 3e-2)
     assert not np.allclose(y, exact[1], atol=1e-5)

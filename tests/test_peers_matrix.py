@@ -154,8 +154,12 @@ def found(name):
         params = {"cell": (weights,)}
         return model.unroll(params, model.initial_carry(params, LANES), x)[1]
 
-    y, back = jax.vjp(run, jax.tree.map(jnp.asarray, weights), jnp.asarray(x))
-    d_weights, d_x = back(jnp.asarray(dy))
+    @jax.jit
+    def derived(weights, x, dy):
+        y, back = jax.vjp(run, weights, x)
+        return y, back(dy)
+
+    y, (d_weights, d_x) = derived(weights, x, dy)
     if name == "slstm":
         d_weights = d_weights._replace(input=d_weights.input * (weights.input != 0))
     return y, d_x, d_weights

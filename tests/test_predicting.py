@@ -115,7 +115,9 @@ def test_predicted_in_windows_and_joined_is_the_whole_unrolled(k, lanes):
     model, whole = lstm(), stream(rubbish=np.nan)
     whole.resets[1, 0] = False  # `split` begins it all the same where it follows another sequence in its lane
     params = params_of(model)
-    _, expected = model.unroll(params, model.initial_carry(params, LANES), whole.inputs, whole.resets, whole.valid)
+    _, expected = jax.jit(model.unroll)(
+        params, model.initial_carry(params, LANES), whole.inputs, whole.resets, whole.valid
+    )
     _, outputs = tb.predict(model, params, tb.split(whole, k, lanes=lanes))
     joined = tb.join(outputs, like=whole)
     assert_close(joined, np.where(whole.valid[..., None], expected, 0), rtol=0, atol=1e-12)
@@ -138,7 +140,7 @@ def test_packed_sequences_of_any_lengths_are_answered_as_each_alone(key):
     assert [a.shape for a in answers] == [(length, 2) for length in lengths]
     for answer, x in zip(answers, np.split(flat, np.cumsum(lengths)[:-1]), strict=True):
         if len(x):
-            _, alone = model.unroll(params, model.initial_carry(params, 1), x[None])
+            _, alone = jax.jit(model.unroll)(params, model.initial_carry(params, 1), x[None])
             assert_close(answer, np.asarray(alone[0]), rtol=0, atol=1e-12)
 
 

@@ -130,9 +130,9 @@ def test_a_stack_is_its_layers_one_after_another(params):
     model = tb.stack(*layers)
     p = model.init(jax.random.key(1), window.inputs)
     carry = model.initial_carry(p, LANES)
-    (low, high), outputs = model.unroll(p, carry, window.inputs, window.resets, window.valid)
-    end_low, between = layers[0].unroll(p[0], carry[0], window.inputs, window.resets, window.valid)
-    end_high, expected = layers[1].unroll(p[1], carry[1], between, window.resets, window.valid)
+    (low, high), outputs = jax.jit(model.unroll)(p, carry, window.inputs, window.resets, window.valid)
+    end_low, between = jax.jit(layers[0].unroll)(p[0], carry[0], window.inputs, window.resets, window.valid)
+    end_high, expected = jax.jit(layers[1].unroll)(p[1], carry[1], between, window.resets, window.valid)
     assert_close((low, high, outputs), (end_low, end_high, expected))
 
 
@@ -209,7 +209,7 @@ def test_a_convolutional_cell_is_told_its_shape():
     model = tb.from_linen(nn.ConvLSTMCell(2, (3, 3)), input_shape=(5, 5, 1))
     x = jnp.ones((2, 3, 5, 5, 1))
     params = model.init(jax.random.key(0), x)
-    _, outputs = model.unroll(params, model.initial_carry(params, 2), x, None, None)
+    _, outputs = jax.jit(model.unroll)(params, model.initial_carry(params, 2), x, None, None)
     assert outputs.shape == (2, 3, 5, 5, 2)
 
 
@@ -252,15 +252,16 @@ def tied(kind):
 def test_a_module_that_is_a_part_of_encoder_and_readout_is_one(kind):
     model, table = tied(kind)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (2, 6)))
-    params = model.init(jax.random.key(0), tokens)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
     shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
     assert shapes.count((5, 8)) == 1 and table(params).shape == (5, 8)
 
     def one_class(params):  # a loss of the readout alone, of tokens that are never read
         return model.unroll(params, model.initial_carry(params, 2), jnp.zeros_like(tokens))[1][..., 3].sum()
 
-    assert np.abs(table(jax.grad(one_class)(params))[3]).max() > 0
-    assert np.abs(table(jax.grad(one_class)(params))[0]).max() > 0  # and through the encoder
+    found = table(jax.jit(jax.grad(one_class))(params))
+    assert np.abs(found[3]).max() > 0
+    assert np.abs(found[0]).max() > 0  # and through the encoder
 
 
 class OverTime(nn.Module):
@@ -287,7 +288,7 @@ def test_a_module_that_looks_along_time_is_refused_at_init(how, place):
     x = np.ones((2, 6, 3))
     for make in (tb.lstm, lambda n, **parts: tb.from_linen(nn.GRUCell(n, **F64), **parts)):
         with pytest.raises(ValueError, match=rf"The {place} (OverTime|holds|cannot).*|`inputs` has shape") as refused:
-            make(4, **{place: OverTime(how)}).init(jax.random.key(0), x)
+            jax.eval_shape(make(4, **{place: OverTime(how)}).init, jax.random.key(0), x)
         assert how == "positions" or (
             f"The {place} OverTime" in str(refused.value) and "tb.from_step" in str(refused.value)
         )
@@ -321,7 +322,7 @@ def test_what_the_refusal_of_a_convolution_advises_is_the_convolution():
     params = model.init(jax.random.key(1), x)
     cut = tb.split(tb.sequences(x), 5)
     _, outputs = read(model, params, cut)
-    _, expected = tb.lstm(8).unroll(
+    _, expected = jax.jit(tb.lstm(8).unroll)(
         params[1], tb.lstm(8).initial_carry(params[1], 2), conv.apply({"params": weights}, x)
     )
     np.testing.assert_allclose(outputs.swapaxes(0, 1).reshape(2, -1, 8)[:, :12], expected, atol=1e-12)
@@ -398,11 +399,11 @@ def test_a_typed_key_in_the_carry_goes_on_and_stands_still_and_no_reset_sets_it_
         windows = tb.split(window, 5)
         state = tb.skip_not_finite(step).init(jax.random.key(0), jax.tree.map(lambda x: x[0], windows))
         state, metrics = tb.train_windows(tb.skip_not_finite(step), state, windows)
-        end, outputs = model.unroll(
+        end, outputs = jax.jit(model.unroll)(
             params, model.initial_carry(params, LANES), window.inputs, window.resets, window.valid
         )
         results.append((metrics, outputs, end["h"], state.params))
     assert_close(*results, rtol=1e-13)
     model = keyed(True)
-    ends = [model.unroll(params, model.initial_carry(params, LANES), w.inputs, w.resets, w.valid)[0]["key"] for w in (whole, window)]  # fmt: skip
+    ends = [jax.jit(model.unroll)(params, model.initial_carry(params, LANES), w.inputs, w.resets, w.valid)[0]["key"] for w in (whole, window)]  # fmt: skip
     np.testing.assert_array_equal(*map(jax.random.key_data, ends))

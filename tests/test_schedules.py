@@ -16,7 +16,7 @@ LAWS = {"constant": lambda d: np.full(np.shape(d), 0.3), "polynomial": lambda d:
 
 
 def gradient_over(windows, params, estimate):
-    state, total = estimate.init(KEY, params, windows[0]), 0.0
+    state, total = jax.jit(estimate.init)(KEY, params, windows[0]), 0.0
     update = jax.jit(estimate.update)
     for window in windows:
         grads, state, _ = update(params, state, window)
@@ -71,13 +71,14 @@ def test_cutting_anywhere_gives_the_same_stream_in_few_padded_lengths():
     windows = schedules.cut(window, schedules.random_length(6, deviation=2.0, least=2)(KEY, 23), unit=2)
     assert {w.inputs.shape[1] for w in windows} <= {2, 4, 6, 8, 10} and schedules.compilations(windows) <= 5
     assert sum(int(w.valid.sum()) for w in windows) == window.valid.sum()
-    state = estimate.init(KEY, params, windows[0])
+    init, update = jax.jit(estimate.init), jax.jit(estimate.update)
+    state = init(KEY, params, windows[0])
     for w in windows:
-        _, state, _ = estimate.update(params, state, w)
+        _, state, _ = update(params, state, w)
     expected = tb.split(window, 5)
-    whole = estimate.init(KEY, params, first(expected))
+    whole = init(KEY, params, first(expected))
     for i in range(len(expected.inputs)):
-        _, whole, _ = estimate.update(params, whole, jax.tree.map(lambda x, i=i: x[i], expected))
+        _, whole, _ = update(params, whole, jax.tree.map(lambda x, i=i: x[i], expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11), state.carry, whole.carry)
 
 
@@ -160,8 +161,10 @@ def test_steps_are_scaled_by_the_windows_length_without_its_padding():
     plain = tb.train_step(tb.gradient(lstm(), loss), optax.sgd(1.0))
     whole = tb.sequences(*np.random.default_rng(0).normal(size=(2, 3, 12, 2)))
     window = schedules.cut(whole, schedules.Cuts(np.array([5, 7])), unit=8)[0]
-    before = step.init(KEY, window)
-    moved = [jax.tree.map(jnp.subtract, s.update(before, window)[0].params, before.params) for s in (step, plain)]
+    before = jax.jit(step.init)(KEY, window)
+    moved = [
+        jax.tree.map(jnp.subtract, jax.jit(s.update)(before, window)[0].params, before.params) for s in (step, plain)
+    ]
     np.testing.assert_allclose(ravel_pytree(moved[0])[0], 0.5 * ravel_pytree(moved[1])[0], rtol=1e-12)
 
 

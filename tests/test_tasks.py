@@ -21,12 +21,13 @@ def entropy(p):
     "window",
     [
         tb.tasks.copy_memory(KEY, 6, lag=5, symbols=4, length=3),
+        tb.tasks.copy_stream(KEY, 6, 11),
         tb.tasks.adding(KEY, 6, 11),
         tb.tasks.lag(KEY, 6, 11),
         tb.tasks.influence_balancing(11),
         tb.tasks.hidden_regime(KEY, 6, 11),
     ],
-    ids=["copy_memory", "adding", "lag", "influence_balancing", "hidden_regime"],
+    ids=["copy_memory", "copy_stream", "adding", "lag", "influence_balancing", "hidden_regime"],
 )
 def test_a_task_is_whole_sequences_that_split_cuts(window):
     lanes, time = window.resets.shape
@@ -40,6 +41,7 @@ def test_a_task_is_whole_sequences_that_split_cuts(window):
 def test_tasks_are_functions_of_their_key():
     for task in (
         lambda key: tb.tasks.copy_memory(key, 6, lag=5),
+        lambda key: tb.tasks.copy_stream(key, 6, 11),
         lambda key: tb.tasks.adding(key, 6, 12),
         lambda key: tb.tasks.lag(key, 6, 12),
         lambda key: tb.tasks.hidden_regime(key, 6, 12),
@@ -83,6 +85,46 @@ def test_copy_memory_floor_is_the_entropy_of_the_symbols_that_no_window_shows_wi
 def test_copy_memory_floors_of_no_memory_and_of_memory():
     assert tb.tasks.copy_memory_floor(1, lag=100) == pytest.approx((math.log(8), 10 * math.log(8) / 120))
     assert tb.tasks.copy_memory_floor(120, lag=100) == (0, 0)
+
+
+# Copy without end
+
+
+@pytest.mark.parametrize("shortest, longest", [(1, 1), (3, 3), (2, 5)])
+def test_copy_stream_says_each_word_again_in_the_silence_after_it(shortest, longest):
+    window = tb.tasks.copy_stream(KEY, 40, 97, 3, shortest, longest)
+    assert window.inputs.shape == (40, 97, 5)
+    np.testing.assert_array_equal(window.inputs.sum(-1), 1)
+    starts, sizes = set(), set()
+    for x, y in zip(np.asarray(window.inputs.argmax(-1)), np.asarray(window.targets), strict=True):
+        marks = np.flatnonzero(x == 1)
+        starts.add(int(marks[0]))
+        for first, after in itertools.pairwise(marks):
+            half = (after - first) // 2
+            sizes.add(half)
+            assert (
+                after - first == 2 * half
+                and (x[first + 1 : first + half] > 1).all()
+                and not x[first + half : after].any()
+            )
+            np.testing.assert_array_equal(y[first:after], np.append(np.zeros(half), x[first : first + half]))
+    assert sizes == set(range(shortest, longest + 1)) and len(starts) > shortest
+
+
+@pytest.mark.parametrize("shortest, longest", [(1, 1), (3, 3), (2, 5)])
+def test_copy_stream_floor_is_what_its_symbols_cost_where_they_are_due(shortest, longest):
+    due = sum(size - 1 for size in range(shortest, longest + 1)) / sum(
+        2 * size for size in range(shortest, longest + 1)
+    )
+    floor = tb.tasks.copy_stream_floor(3, shortest, longest)
+    assert floor == pytest.approx(due * math.log(3), abs=1e-6)
+    targets = np.asarray(tb.tasks.copy_stream(KEY, 200, 60, 3, shortest, longest).targets)
+    assert math.log(3) * (targets > 1).mean() == pytest.approx(floor, abs=0.02)
+
+
+def test_copy_stream_refuses_words_that_end_before_they_begin():
+    with pytest.raises(ValueError, match="`longest` is 4 and `shortest` 5"):
+        tb.tasks.copy_stream(KEY, 2, 20, shortest=5, longest=4)
 
 
 # Adding
@@ -210,11 +252,11 @@ def test_influence_balancing_has_no_loss_at_its_optimum(n, positive):
     theta = tb.tasks.influence_balancing_optimum(n, positive)
     model = tb.tasks.influence_balancing_model(n, positive, theta)
     params = {"theta": jnp.asarray(theta)}
-    _, outputs = model.unroll(params, model.initial_carry(params, 1), jnp.zeros((1, 300)))
+    _, outputs = jax.jit(model.unroll)(params, model.initial_carry(params, 1), jnp.zeros((1, 300)))
     assert float(outputs[0, -1]) == pytest.approx(1, abs=1e-5)
     if (n, positive) == (23, 10):
         assert theta == pytest.approx(-1 / 6, abs=1e-15)
-        settled = jax.grad(lambda p: model.unroll(p, jnp.ones((1, n)), jnp.zeros((1, 300)))[1][0, -1])(params)
+        settled = jax.jit(jax.grad(lambda p: model.unroll(p, jnp.ones((1, n)), jnp.zeros((1, 300)))[1][0, -1]))(params)
         assert float(settled["theta"]) == pytest.approx(-6, abs=1e-5)
 
 

@@ -34,7 +34,7 @@ def test_train_windows_is_a_loop_of_updates_and_keeps_the_carry():
     state = looped = step.init(jax.random.key(0), first(windows))
     expected = []
     for i in range(len(windows.inputs)):
-        looped, metrics = step.update(looped, jax.tree.map(lambda x, i=i: x[i], windows))
+        looped, metrics = jax.jit(step.update)(looped, jax.tree.map(lambda x, i=i: x[i], windows))
         expected.append(metrics)
     state, metrics = tb.train_windows(step, state, windows)
     assert_close(
@@ -53,7 +53,7 @@ def test_windows_that_score_nothing_train_alike_one_by_one_and_in_one_call():
     step = train_step()
     state = looped = step.init(jax.random.key(0), first(windows))
     for i in range(len(windows.inputs)):
-        looped, metrics = step.update(looped, jax.tree.map(lambda x, i=i: x[i], windows))
+        looped, metrics = jax.jit(step.update)(looped, jax.tree.map(lambda x, i=i: x[i], windows))
         assert (metrics.weight == 0) == (i < 2)
     state, _ = tb.train_windows(step, state, windows)
     assert_close(state.params, looped.params)
@@ -108,7 +108,7 @@ def test_a_window_in_which_nothing_is_scored_is_an_update_of_nothing(optimiser):
     )  # by hand: the stream goes on, the optimiser is not asked
     held = looped.stream
     for n in range(5):
-        grads, held, of_window = step.estimate.update(params, held, jax.tree.map(lambda x, n=n: x[n], windows))
+        grads, held, of_window = jax.jit(step.estimate.update)(params, held, jax.tree.map(lambda x, n=n: x[n], windows))
         if of_window.weight > 0:
             updates, adam = optimiser.update(grads, adam, params)
             params = optax.apply_updates(params, updates)
@@ -128,14 +128,14 @@ def test_the_resets_of_a_window_that_is_skipped_hold(influence):
     step = tb.skip_not_finite(tb.train_step(estimate, optax.sgd(0.0)))
     state = step.init(jax.random.key(0), first(windows))
     for n in range(3):
-        before, (state, metrics) = state, step.update(state, jax.tree.map(lambda x, n=n: x[n], windows))
+        before, (state, metrics) = state, jax.jit(step.update)(state, jax.tree.map(lambda x, n=n: x[n], windows))
     assert not np.isfinite(metrics.loss) and state.updates == 2
     at = jax.tree.map(lambda x: x[3], windows)
-    grads, stream_after, _ = estimate.update(state.params, state.stream, at)
+    grads, stream_after, _ = jax.jit(estimate.update)(state.params, state.stream, at)
     begun = np.array([True, False, True, True])
     # The others begin as the first lanes of all do; the lane that went on, from the carry before.
     anew = at._replace(resets=(np.arange(5) == 0) & begun[:, None] | at.resets)
-    expected, stream_expected, _ = estimate.update(state.params, before.stream, anew)
+    expected, stream_expected, _ = jax.jit(estimate.update)(state.params, before.stream, anew)
     assert_close(stream_after.carry, stream_expected.carry)
     assert_close(grads, expected)
 
@@ -225,7 +225,7 @@ def test_a_loss_in_half_precision_is_averaged_and_differentiated_with_room(kind)
     window = tb.Window(np.full((100, 1000, 1), 3.0), np.zeros((100, 1000, 1)), np.ones((100, 1000), np.float16))
     for normaliser, share in ((None, 1.0), (50_000.0, 2.0)):
         estimate = tb.gradient(model, squared, normaliser=normaliser)
-        grads, _, metrics = estimate.update(
+        grads, _, metrics = jax.jit(estimate.update)(
             jnp.ones(()), estimate.init(jax.random.key(0), jnp.ones(()), window), window
         )
         assert metrics.loss == 9 and metrics.weight == 100_000

@@ -59,14 +59,14 @@ def test_pytorch_and_we_compute_the_same_from_each_other_s_weights(name, dtype, 
     params = tb.weights.from_torch(theirs.state_dict(), started(model, dtype))
     carry = model.initial_carry(params, LANES)
     with torch.no_grad():
-        close(model.unroll(params, carry, x)[1], theirs(torch.tensor(x))[0], TOLERANCE[dtype])
+        close(jax.jit(model.unroll)(params, carry, x)[1], theirs(torch.tensor(x))[0], TOLERANCE[dtype])
 
     if bias:  # back again, from weights of ours
         params = started(model, dtype)
         state = tb.weights.to_torch(params)
         theirs.load_state_dict({name: torch.tensor(x) for name, x in state.items()})
         with torch.no_grad():
-            close(model.unroll(params, carry, x)[1], theirs(torch.tensor(x))[0], TOLERANCE[dtype])
+            close(jax.jit(model.unroll)(params, carry, x)[1], theirs(torch.tensor(x))[0], TOLERANCE[dtype])
         same_bits(tb.weights.from_torch(state, params), params)
 
 

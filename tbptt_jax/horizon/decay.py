@@ -103,8 +103,8 @@ def decay(
 
     Raises:
       ValueError: if the window or the loss's shape is not as for :func:`tbptt_jax.gradient`, ``lags`` is not from 2 to the
-        window's steps, ``tail`` not from 1 to ``lags - 1``, ``lengths`` or ``depths`` are not as described, no probe is scored, or a gradient is
-        not finite.
+        window's steps, ``tail`` not from 1 to ``lags - 1``, ``lengths`` or ``depths`` are not as described, no probe is scored,
+        or a gradient is not finite.
 
     Reference: Aicher, Foti & Fox 2019, *Adaptively truncating backpropagation through time to control gradient bias*,
     section 3.

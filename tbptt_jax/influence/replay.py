@@ -36,6 +36,8 @@ def replay(windows: int, survival: float = 1.0) -> Influence:
     alike: randomised truncation, unbiased as long as ``windows`` covers the past. It goes back p/(1 - p) windows on
     average, and the passes that are not made are not paid for.
 
+    How far it goes back can change in the middle of a stream: ``state._replace(reach=…)``.
+
     Cost: at most ``windows`` more backward passes, and the memory of ``windows`` windows' residuals.
 
     Args:

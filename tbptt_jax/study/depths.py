@@ -53,8 +53,7 @@ def adaptive_replay(
     Raises:
       ValueError: if an argument is not as described, or the probe has not twice as many windows as those.
 
-    Reference: Aicher, Foti & Fox 2019, *Adaptively truncating backpropagation through time to control gradient bias*,
-    algorithm 1, where what adapts is the depth too.
+    Reference: Aicher, Foti & Fox 2019, *Adaptively truncating backpropagation through time to control gradient bias*, algorithm 1.
     """
     sizes = tuple(depths)
     for depth in sizes:

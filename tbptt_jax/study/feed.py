@@ -112,7 +112,8 @@ def of_lengths(
     """
     check_longest(lengths, stream.time)
     last_step = None if epochs is None else max(1, round(epochs * stream.total))
-    whole = len(lengths.sizes) == 1 and stream.time % lengths.sizes[0] == 0  # then no window is ever short
+    always_one = len(lengths.sizes) == 1 and lengths.look is None
+    whole = always_one and stream.time % lengths.sizes[0] == 0  # then no window is ever short
 
     def spans(course: Course) -> list[tuple[int, Span]]:
         """The steps at which the windows of the call begin, and the windows."""
@@ -148,7 +149,7 @@ def of_lengths(
                 x[np.broadcast_to(~inside[:, None], x.shape[:3])] = 0
             return x
 
-        if steps.valid is None and not whole:
+        if steps.valid is None and not (whole and inside.all()):
             steps = steps._replace(valid=np.ones((stream.lanes, until - begin), bool))
         if any(span.edges is not None for _, span in found):
             edges = np.concatenate([span.edges[: span.length] for _, span in found]).astype(np.float32)  # type: ignore[index]

@@ -4,6 +4,8 @@ from tbptt_jax.tasks.adding import adding as adding
 from tbptt_jax.tasks.adding import adding_floor as adding_floor
 from tbptt_jax.tasks.copy_memory import copy_memory as copy_memory
 from tbptt_jax.tasks.copy_memory import copy_memory_floor as copy_memory_floor
+from tbptt_jax.tasks.copy_stream import copy_stream as copy_stream
+from tbptt_jax.tasks.copy_stream import copy_stream_floor as copy_stream_floor
 from tbptt_jax.tasks.first_bit import first_bit as first_bit
 from tbptt_jax.tasks.first_bit import first_bit_floor as first_bit_floor
 from tbptt_jax.tasks.influence_balancing import influence_balancing as influence_balancing

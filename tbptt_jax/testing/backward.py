@@ -140,7 +140,8 @@ def _mean(*influences: Influence) -> Influence:
 def _summed(s: Subject, influence: Influence, windows: list[Window]) -> tuple[PyTree, list]:
     """The gradients of all windows, added up, and the keys that the model was given."""
     estimate = gradient(s.model, weighed, influence=influence, normaliser=1.0)
-    state, update = estimate.init(jax.random.key(0), s.params, windows[0]), quickly(estimate.update)
+    init, update = quickly(estimate.init), quickly(estimate.update)
+    state = init(jax.random.key(0), s.params, windows[0])
     total, keys = zeros(s.params), []
     for window in windows:
         keys.append(window_keys(s.model.unroll, state.key, s.shape[0]))

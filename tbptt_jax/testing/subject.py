@@ -30,6 +30,7 @@ class Subject(NamedTuple):
       keys: ``[lanes]``, for a model that draws; else None.
       tolerance: what two ways to the same number may differ by.
       rng: of what is drawn for the laws.
+      step: ``(carry, x, resets, valid) -> (carry, y)``, as :func:`tbptt_jax.streaming` makes it, compiled.
       read: ``(params, carry, window, key) -> (carry, outputs)``, compiled.
       pull: ``(point, params, carry, window, key, weights) -> (gradient, (carry, outputs))``, compiled; see :func:`pull`.
     """
@@ -42,6 +43,7 @@ class Subject(NamedTuple):
     keys: jax.Array | None
     tolerance: float
     rng: np.random.Generator
+    step: Callable[..., tuple[PyTree, PyTree]]
     read: Callable[..., tuple[PyTree, PyTree]]
     pull: Callable[..., tuple[PyTree, tuple[PyTree, PyTree]]]
 
@@ -54,14 +56,16 @@ class Subject(NamedTuple):
 def subject(model: Recurrence, inputs: PyTree, params: PyTree, seed: int) -> Subject:
     """A model at its initial carry; its parameters, if none are given, those of ``init`` and a little noise."""
     rng = np.random.default_rng(seed)
-    inputs = jax.tree.map(lambda x: x if is_key(x) else np.asarray(jnp.asarray(x)), inputs)  # in the kinds that JAX has
+    inputs = jax.tree.map(lambda x: x if is_key(x) else np.asarray(jax.device_put(x)), inputs)  # in the kinds that JAX has
     lanes, _ = jax.tree.leaves(inputs)[0].shape[:2]
     if params is None:
-        params = jax.tree.map(lambda p: p + 0.1 * like(rng, p), model.init(jax.random.key(seed), inputs))
+        fresh = quickly(model.init)(jax.random.key(seed), inputs)
+        params = jax.tree.map(lambda p: jax.device_put(p + (0.1 * like(rng, p)).astype(p.dtype)), on_host(fresh))
     others = rows(inputs, slice(None, None, -1), slice(None, None, -1))
     keys = lane_keys(jax.random.key(seed), lanes) if takes_key(model.unroll) else None
-    read, back = quickly(functools.partial(unroll_window, model)), quickly(functools.partial(pull, model))
-    return Subject(model, params, inputs, others, model.initial_carry(params, lanes), keys, 0.0, rng, read, back)
+    programs = streaming(model, params), functools.partial(unroll_window, model), functools.partial(pull, model)
+    start = model.initial_carry(params, lanes)
+    return Subject(model, params, inputs, others, start, keys, 0.0, rng, *map(quickly, programs))
 
 
 def pull(
@@ -104,16 +108,16 @@ def step_by_step(s: Subject, window: Window, told: bool = False) -> tuple[PyTree
       window: what is read.
       told: whether the model is told of resets and padding; else they are done for it, from outside.
     """
-    step, start = streaming(s.model, s.params), s.model.initial_carry(s.params, s.shape[0])
+    start = s.model.initial_carry(s.params, s.shape[0])
     never, always = np.zeros(s.shape[0], bool), np.ones(s.shape[0], bool)
     carry, outputs = s.carry, []
     for t in range(s.shape[1]):
         x, reset, there = rows((window.inputs, window.resets, window.valid), slice(None), t)
         if told:
-            carry, y = step(carry, x, reset, there)
+            carry, y = s.step(carry, x, reset, there)
         else:
             carry = _begun_anew(reset, start, carry)
-            new, y = step(carry, x, never, always)
+            new, y = s.step(carry, x, never, always)
             carry = _where_lanes(there, new, carry)
         outputs.append(on_host(y))
     return carry, jax.tree.map(lambda *y: np.stack(y, 1), *outputs)
