@@ -1,5 +1,7 @@
 """Depth in time and in layers: what is computed again changes nothing but memory, and blocks are what they say."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -80,15 +82,20 @@ def stacked(units=UNITS, **options):
 cells = pytest.mark.parametrize("make", [bare, linen, lstm, gru, stacked])
 
 
+@functools.cache
+def without_segments(make):
+    """``(params, (gradient, metrics))`` of the stream in one window."""
+    params = params_of(make())
+    return params, summed_gradient(tb.gradient(make(), loss), params, tb.split(stream(rubbish=np.nan), TIME))
+
+
 @pytest.mark.parametrize(
     "make, lengths",
     [(make, (8, 3)) for make in (linen, lstm, gru, stacked)]
     + [(bare, lengths) for lengths in ((8, 3), (16, 5, 2), (100, TIME), (64, 48, 4), (TIME, 1))],
 )
 def test_segments_within_segments_change_nothing_but_memory(make, lengths):
-    window = tb.split(stream(rubbish=np.nan), TIME)
-    params = params_of(make())
-    expected = summed_gradient(tb.gradient(make(), loss), params, window)
+    window, (params, expected) = tb.split(stream(rubbish=np.nan), TIME), without_segments(make)
     assert_close(summed_gradient(tb.gradient(make(checkpoint=lengths), loss), params, window), expected, rtol=1e-12)
 
 

@@ -63,9 +63,9 @@ def subject(model: Recurrence, inputs: PyTree, params: PyTree, seed: int) -> Sub
         params = jax.tree.map(lambda p: jax.device_put(p + (0.1 * like(rng, p)).astype(p.dtype)), on_host(fresh))
     others = rows(inputs, slice(None, None, -1), slice(None, None, -1))
     keys = lane_keys(jax.random.key(seed), lanes) if takes_key(model.unroll) else None
-    programs = streaming(model, params), functools.partial(unroll_window, model), functools.partial(pull, model)
-    start = model.initial_carry(params, lanes)
-    return Subject(model, params, inputs, others, start, keys, 0.0, rng, *map(quickly, programs))
+    read, back = quickly(functools.partial(unroll_window, model)), quickly(functools.partial(pull, model))
+    step, start = quickly(streaming(model, params)), model.initial_carry(params, lanes)
+    return Subject(model, params, inputs, others, start, keys, 0.0, rng, step, read, back)
 
 
 def pull(
