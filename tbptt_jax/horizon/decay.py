@@ -198,7 +198,7 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
       φ would need if it went on as it does.
 
     Raises:
-      ValueError: if ``tolerance`` is not positive or ``largest`` is below 1.
+      ValueError: if ``tolerance`` is not positive, or ``largest`` is below 1 or all windows measured.
 
     Reference: Aicher, Foti & Fox 2019, section 3.3, where E is M Σ_{k>K} φ_k. (Their code returns 1 where β̂ ≥ 1.)
     """
@@ -206,6 +206,8 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
         raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.1 for a bias of a tenth.")
     if largest < 1:
         raise ValueError(f"`largest` is {largest}; a window has at least 1 step.")
+    if largest < fading.lengths[0]:
+        raise ValueError(f"`largest` is {largest}, and no window was measured shorter than {fading.lengths[0]}: allow that, or give `decay` shorter `lengths`.")
     depths = np.zeros_like(fading.lengths) if fading.depths is None else fading.depths
     most, deepest = (largest if fading.depths is None else int(fading.lengths[-1])), int(depths[-1])
     if fading.rate >= 1:
