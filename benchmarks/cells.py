@@ -105,17 +105,24 @@ def ways(seconds: float) -> str:
 # A train window, beside others
 
 
-def jax_window(model: tb.Recurrence, shape: Shape, devices: int = 1) -> Side:
-    """As many inputs as units, and Adam."""
-    return window.jax_window(model, (*shape, shape[-1]), RUN, devices, optax.adam(RATE))
+def jax_window(model: tb.Recurrence, shape: Shape, devices: int = 1, outputs: int = 1) -> Side:
+    """As many inputs as units, so many outputs of each, and Adam."""
+    return window.jax_window(model, (*shape, outputs * shape[-1]), RUN, devices, optax.adam(RATE))
 
 
 def ours(cell: str, shape: Shape) -> Side:
     """With the lanes over the devices that are faster: of a memory, whose window is products alone, over all."""
     lanes, time, units = shape
-    heads = {"heads": units // HEAD} if cell in ("gated_delta", "mlstm") else {}
-    model = getattr(tb, cell)(units, **heads, **({"convolution": None} if cell == "gated_delta" else {}))
-    return jax_window(model, shape, jax.device_count() if heads else sharding.lane_devices(lanes, time, units))
+    heads = units // HEAD
+    own: dict[str, dict[str, Any]] = {
+        "gated_delta": {"heads": heads, "convolution": None},
+        "mlstm": {"heads": heads},
+        "mamba2": {"heads": 2 * heads},
+        "slstm": {"heads": heads, "norm": True},
+    }
+    memory = cell in own and cell != "slstm"
+    devices = jax.device_count() if memory else sharding.lane_devices(lanes, time, units)
+    return jax_window(getattr(tb, cell)(units, **own.get(cell, {})), shape, devices, 2 if cell == "rtu" else 1)
 
 
 def memax(layer: str, shape: Shape) -> Side:
@@ -158,19 +165,34 @@ def recurrentgemma(scan: str, shape: Shape) -> Side:
     return jax_window(tb.Recurrence(init, lambda params, lanes: jnp.zeros((lanes, shape[-1])), unroll), shape)
 
 
-def by_hand(shape: Shape) -> Side:
-    """A minGRU of a few lines, as its paper has it, by JAX's own associative scan."""
+def by_hand(cell: str, shape: Shape) -> Side:
+    """A minGRU, minLSTM or RTU of a few lines, as its paper has it, by JAX's own associative scan."""
+    units = shape[-1]
+
+    def coefficients(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        *gates, n = jnp.split(x @ params["w"] + params["b"], len(params["b"]) // units, -1)
+        if cell == "rtu":
+            size, angle = jnp.exp(-jnp.exp(params["nu"])), jnp.exp(params["theta"])
+            turn = jax.lax.complex(size * jnp.cos(angle), size * jnp.sin(angle))
+            return jnp.broadcast_to(turn, n.shape), jnp.sqrt(1 - size**2) * jax.lax.complex(gates[0], n)
+        gates = list(map(jax.nn.sigmoid, gates))
+        keep = 1 - gates[0] if cell == "min_gru" else gates[0] / (gates[0] + gates[1])
+        return keep, (1 - keep) * n
 
     def unroll(params: Any, h: jax.Array, x: jax.Array, *_: Any) -> tuple:
-        z, n = jnp.split(x @ params[0] + params[1], 2, -1)
-        z = jax.nn.sigmoid(z)
-        b = (z * n).at[:, 0].add((1 - z[:, 0]) * h)
-        hs = jax.lax.associative_scan(lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1]), (1 - z, b), axis=1)[1]
-        return hs[:, -1], hs
+        a, b = coefficients(params, x)
+        b = b.at[:, 0].add(a[:, 0] * h)
+        hs = jax.lax.associative_scan(lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1]), (a, b), axis=1)[1]
+        return hs[:, -1], jax.nn.relu(jnp.concatenate([hs.real, hs.imag], -1)) if cell == "rtu" else hs
 
-    units = shape[-1]
-    init = lambda key, x: (jax.random.normal(key, (units, 2 * units)) / units**0.5, jnp.zeros(2 * units))  # noqa: E731
-    return jax_window(tb.Recurrence(init, lambda params, lanes: jnp.zeros((lanes, units)), unroll), shape)
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        columns = (3 if cell == "min_lstm" else 2) * units
+        rates = {"nu": -jnp.ones(units), "theta": jnp.zeros(units)} if cell == "rtu" else {}
+        return {"w": jax.random.normal(key, (units, columns)) / units**0.5, "b": jnp.zeros(columns), **rates}
+
+    dtype = complex if cell == "rtu" else float
+    begin = lambda params, lanes: jnp.zeros((lanes, units), dtype)  # noqa: E731
+    return jax_window(tb.Recurrence(init, begin, unroll), shape, outputs=2 if cell == "rtu" else 1)
 
 
 def in_torch(name: str, *shape: int) -> Side:
@@ -186,7 +208,9 @@ def in_torch(name: str, *shape: int) -> Side:
     with torch.device(device):
         module = _torch_cell(name, units)
         x, cotangents, h = torch.randn(shape), torch.randn(shape), torch.zeros(lanes, units)
-    run = torch.compile(module, dynamic=False)
+    run = (
+        torch.compile(module, dynamic=False) if name != "slstm" else module
+    )  # its loop of steps takes minutes to compile
     optimiser = torch.optim.Adam(module.parameters(), RATE, fused=True)
 
     def call() -> None:
@@ -269,22 +293,57 @@ def _torch_cell(name: str, units: int):  # type: ignore[no-untyped-def]
                 o = mlstm_parallel__native_stablef_autograd(q, k, v, i, f)
             return o.transpose(1, 2).flatten(-2) * self.output_gate(x).sigmoid()
 
-    return {"gated_delta": GatedDelta, "mlstm": MLSTM}.get(name.split(",")[0], MinGRU)()
+    class Mamba2(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            from transformers.models.mamba2 import modeling_mamba2 as models
+
+            config = models.Mamba2Config(
+                hidden_size=units, num_heads=2 * heads, head_dim=HEAD, state_size=HEAD, n_groups=1, chunk_size=HEAD, num_hidden_layers=1
+            )  # fmt: skip
+            self.mixer = models.Mamba2Mixer(config, 0)
+
+        def forward(self, x, h):  # type: ignore[no-untyped-def]
+            return self.mixer(x)
+
+    class SLSTM(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            from xlstm.blocks.slstm import layer
+
+            config = layer.sLSTMLayerConfig(
+                embedding_dim=units, num_heads=heads, conv1d_kernel_size=0, backend="vanilla"
+            )
+            config.enable_automatic_mixed_precision = False
+            config.dtype = config.dtype_b = config.dtype_r = config.dtype_w = config.dtype_g = config.dtype_s = (
+                "float32"
+            )
+            self.layer = layer.sLSTMLayer(config)
+
+        def forward(self, x, h):  # type: ignore[no-untyped-def]
+            return self.layer(x)
+
+    cells = {"gated_delta": GatedDelta, "mlstm": MLSTM, "mamba2": Mamba2, "slstm": SLSTM}
+    return cells.get(name.split(",")[0], MinGRU)()
 
 
 Peer = Callable[[Shape], Side] | str  # a name: in PyTorch, elsewhere
 
 PEERS: dict[str, dict[str, Peer]] = {
     "min_gru": {
-        "JAX, associative_scan": by_hand,
+        "JAX, associative_scan": functools.partial(by_hand, "min_gru"),
         "PyTorch, loop, compiled": "min_gru, loop",
         "PyTorch, chunks, compiled": "min_gru, chunks",
     },
+    "min_lstm": {"JAX, associative_scan": functools.partial(by_hand, "min_lstm")},
+    "rtu": {"JAX, associative_scan": functools.partial(by_hand, "rtu")},
     "lru": {"memax": functools.partial(memax, "LRU")},
     "rg_lru": {
         "recurrentgemma": functools.partial(recurrentgemma, "AUTO"),
         "recurrentgemma, associative": functools.partial(recurrentgemma, "ASSOCIATIVE_NATIVE"),
     },
+    "slstm": {"xlstm, vanilla": "slstm"},
+    "mamba2": {"transformers, compiled": "mamba2"},
     "gated_delta": {
         "memax": functools.partial(memax, "GDN"),
         "transformers, compiled": "gated_delta",
