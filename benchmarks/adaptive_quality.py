@@ -20,7 +20,7 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 SETTINGS: dict[str, dict[str, Any]] = {
-    "char_lm": {"hidden": 48, "epochs": 4, "every": 300, "seeds": 4},
+    "char_lm": {"hidden": 48, "epochs": 4, "every": 1000, "seeds": 4},
     "forecast": {"hidden": 32, "epochs": 20, "every": 200, "seeds": 8},
 }
 flags.DEFINE_list("tasks", list(SETTINGS), f"Of {', '.join(SETTINGS)}; forecast is that of the two tanks.")
