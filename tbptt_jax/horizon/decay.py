@@ -207,7 +207,9 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Su
     if largest < 1:
         raise ValueError(f"`largest` is {largest}; a window has at least 1 step.")
     if largest < fading.lengths[0]:
-        raise ValueError(f"`largest` is {largest}, and no window was measured shorter than {fading.lengths[0]}: allow that, or give `decay` shorter `lengths`.")
+        raise ValueError(
+            f"`largest` is {largest}, and no window was measured shorter than {fading.lengths[0]}: allow that, or give `decay` shorter `lengths`."
+        )
     depths = np.zeros_like(fading.lengths) if fading.depths is None else fading.depths
     most, deepest = (largest if fading.depths is None else int(fading.lengths[-1])), int(depths[-1])
     if fading.rate >= 1:
