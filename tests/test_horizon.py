@@ -179,7 +179,10 @@ def test_a_hundred_thousand_steps_fit():
         (lambda: horizon.decay(lstm(), loss, None, probe(), lags=20, tail=20), "`tail` is 20"),
         (lambda: horizon.suggest(fading(np.ones(3), 0.5), tolerance=0.0), "`tolerance` is 0.0"),
         (lambda: horizon.suggest(fading(np.ones(3), 0.5), largest=0), "`largest` is 0"),
-        (lambda: horizon.suggest(fading(np.ones(3), 0.5)._replace(lengths=np.array([4, 8])), largest=3), "shorter than 4"),
+        (
+            lambda: horizon.suggest(fading(np.ones(3), 0.5)._replace(lengths=np.array([4, 8])), largest=3),
+            "shorter than 4",
+        ),
         (lambda: horizon.bias(lstm(), loss, None, probe(), 5, draws=0), "`draws` is 0"),
         (lambda: horizon.decay(lstm(), loss, None, probe(), lags=20, burn_in=60), "`burn_in` is 60"),
         (lambda: horizon.decay(lstm(), loss, None, probe(), lags=9, lengths=[4, 8], depths=[0, 1]), "and one length"),

@@ -23,7 +23,7 @@ from tbptt_jax.cells.linear_scan.choice import Implementation, Masks
 from tbptt_jax.cells.linear_scan.diagonal import later
 from tbptt_jax.recurrence import scale_cotangent
 
-CHUNK = 64  # steps; a CPU solves two systems of half as many steps faster, and a GPU takes as long
+CHUNK = 64  # steps; with the delta rule half as many, whose system takes the third power of them
 
 
 class KeyValue(NamedTuple):
