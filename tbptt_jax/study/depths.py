@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tbptt_jax.arrays import check_whole
-from tbptt_jax.study.feed import Course, Feed, choices_of
-from tbptt_jax.study.lengths import Chosen, Lengths, Look, looking
+from tbptt_jax.arrays import check_whole, quoted
+from tbptt_jax.study.feed import Course, Feed, choices_of, chosen, is_due
+from tbptt_jax.study.lengths import Lengths, Look, looking
 from tbptt_jax.study.task import Task
 from tbptt_jax.training import TrainState
 
@@ -55,6 +56,8 @@ def adaptive_replay(
 
     Reference: Aicher, Foti & Fox 2019, *Adaptively truncating backpropagation through time to control gradient bias*, algorithm 1.
     """
+    if np.ndim(depths) != 1:
+        raise ValueError(f"`depths` is {quoted(depths)}; give several, such as (0, 1, 2, 4).")
     sizes = tuple(depths)
     for depth in sizes:
         if depth != 0:
@@ -96,23 +99,13 @@ def with_depths(feed: Feed, depths: Depths, task: Task, window: int | Lengths, s
         )
     look = depths.look(window)
 
-    def looks(course: Course, done: int) -> bool:
-        last = course.choices[-1].updates if course.choices else -1
-        return done == course.updates and done // look.every > last // look.every
-
     def looked(course: Course, state: TrainState) -> tuple[Course, TrainState]:
         windows = feed.read((), course.updates, course.updates + look.steps // window)
         probe = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), windows)
-        params, carry = jax.device_get((state.params, state.stream.carry))
-        found = look.choose(task.model, task.loss, params, probe, carry)
-        choice = Chosen(
-            course.updates, course.steps, window, float(found.relative_bias), int(found.horizon), bool(found.safe), found.reason, int(found.depth)
-        )  # fmt: skip
-        past = state.stream.influence
-        past = past._replace(reach=jnp.full_like(past.reach, found.depth))
-        return course._replace(choices=(*course.choices, choice)), state._replace(
-            stream=state.stream._replace(influence=past)
-        )
+        choice, past = chosen(look, task, course, state, probe), state.stream.influence
+        assert choice.depth is not None
+        stream = state.stream._replace(influence=past._replace(reach=jnp.full_like(past.reach, choice.depth)))
+        return course._replace(choices=(*course.choices, choice)), state._replace(stream=stream)
 
     return feed._replace(
         begin=Course(),
@@ -121,6 +114,6 @@ def with_depths(feed: Feed, depths: Depths, task: Task, window: int | Lengths, s
         after=lambda course, done: course._replace(updates=done, steps=done * window),
         told=lambda course, done: {"depth": course.choices[-1].depth, "bias_bound": course.choices[-1].bias_bound},
         restored=lambda kept: Course(kept[0], kept[1], choices_of(kept)),
-        looks=looks,
+        looks=lambda course, done: is_due(look, course, done),
         look=looked,
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 import tbptt_jax as tb
 from tbptt_jax.arrays import pad
-from tbptt_jax.study.lengths import Chosen, Lengths, Place, Span
+from tbptt_jax.study.lengths import Chosen, Lengths, Look, Place, Span
 from tbptt_jax.study.task import Task, reader
 from tbptt_jax.training import TrainState, TrainStep
 
@@ -173,19 +173,12 @@ def of_lengths(
         return {"window": longest, "steps": found[-1][0] + found[-1][1].length, "bias_bound": bound}
 
     def looks(course: Course, done: int) -> bool:
-        if lengths.look is None or done != course.updates:
-            return False
-        every = lengths.look.every
-        return not course.choices or done // every > course.choices[-1].updates // every
+        return lengths.look is not None and is_due(lengths.look, course, done)
 
     def look(course: Course, state: TrainState) -> tuple[Course, TrainState]:
         assert lengths.look is not None
         probe = stream.read(course.steps, course.steps + lengths.look.steps)
-        params, carry = jax.device_get((state.params, state.stream.carry))
-        found = lengths.look.choose(task.model, task.loss, params, probe, carry)
-        choice = Chosen(
-            course.updates, course.steps, int(found.window), float(found.relative_bias), int(found.horizon), bool(found.safe), found.reason
-        )  # fmt: skip
+        choice = chosen(lengths.look, task, course, state, probe)._replace(depth=None)
         return course._replace(choices=(*course.choices, choice)), state
 
     def restored(kept: list) -> Course:
@@ -222,6 +215,21 @@ def stream_of(task: Task, data: Any, lanes: int) -> Stream:
         return jax.tree.map(lambda x: x[steps // time, :, steps % time].swapaxes(0, 1), groups)
 
     return Stream(time, total, lanes, of_rows)
+
+
+def is_due(look: Look, course: Course, done: int) -> bool:
+    """Whether the stream is looked at after so many updates: where a call begins, once in every so many of them."""
+    last = course.choices[-1].updates if course.choices else -1
+    return done == course.updates and done // look.every > last // look.every
+
+
+def chosen(look: Look, task: Task, course: Course, state: TrainState, probe: tb.Window) -> Chosen:
+    """What a look at the steps that come next leads to."""
+    params, carry = jax.device_get((state.params, state.stream.carry))
+    found = look.choose(task.model, task.loss, params, probe, carry)
+    return Chosen(
+        course.updates, course.steps, int(found.window), float(found.relative_bias), int(found.horizon), bool(found.safe), found.reason, int(found.depth)
+    )  # fmt: skip
 
 
 def choices_of(place: Any) -> tuple[Chosen, ...]:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import numbers
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -152,8 +153,8 @@ def fit(
         raise ValueError(f"`updates` is {updates} and `epochs` is {epochs}: give one of them.")
     if epochs is None:
         check_whole("updates", updates)  # type: ignore[arg-type]
-    elif isinstance(epochs, bool) or not 0 < epochs < float("inf"):
-        raise ValueError(f"`epochs` is {epochs}; it needs to be a positive number.")
+    elif isinstance(epochs, bool) or not isinstance(epochs, numbers.Real) or not 0 < epochs < float("inf"):
+        raise ValueError(f"`epochs` is {epochs!r}; it needs to be a positive number.")
     if not_finite not in ("stop", "skip"):
         raise ValueError(f"`not_finite` is {not_finite!r}; it needs to be 'stop' or 'skip'.")
     needs_valid = patience is not None or (average is not None and average.nonmonotone is not None)
@@ -172,10 +173,11 @@ def fit(
     first = jax.tree.map(lambda x: x[0], feed.read(feed.begin, 0, 1))
     lanes = len(jax.tree.leaves(first.inputs)[0])
     begin_from = None if start is None else (start if isinstance(start, Run) else load(start)).params
+    named = influence.settings if isinstance(influence, Depths) else influence
     identity = {
         "window": window.settings if isinstance(window, Lengths) else window, "lanes": lanes, "stateless": bool(stateless), "burn_in": burn_in, "seed": seed,
         "data": checksum(data), "average": average and list(average), "start": None if begin_from is None else checksum(begin_from),
-        **({"influence": influence} if isinstance(influence, str) else {"influence": influence.settings} if isinstance(influence, Depths) else {}),
+        **({"influence": named} if isinstance(named, str | dict) else {}),
         **({"learning rate by": feed.unit} if feed.unit == "steps" else {}),
         **({"checkpoint_every": checkpoint_every} if needs_valid else {}),
         **(settings or {}),

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import tbptt_jax as tb
-from tbptt_jax.arrays import check_whole
+from tbptt_jax.arrays import check_whole, quoted
 from tbptt_jax.gradient import Loss
 from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.window import Window
@@ -132,6 +132,8 @@ def adaptive(
 
     Reference: Aicher, Foti & Fox 2019, *Adaptively truncating backpropagation through time to control gradient bias*, algorithm 1.
     """
+    if np.ndim(lengths) != 1:
+        raise ValueError(f"`lengths` is {quoted(lengths)}; give several, such as (8, 16, 32, 64).")
     sizes = tuple(lengths)
     for length in sizes:
         check_whole("lengths", length)
