@@ -56,7 +56,8 @@ class Subject(NamedTuple):
 def subject(model: Recurrence, inputs: PyTree, params: PyTree, seed: int) -> Subject:
     """A model at its initial carry; its parameters, if none are given, those of ``init`` and a little noise."""
     rng = np.random.default_rng(seed)
-    inputs = jax.tree.map(lambda x: x if is_key(x) else np.asarray(jax.device_put(x)), inputs)  # in the kinds that JAX has
+    # in the kinds of number that JAX has
+    inputs = jax.tree.map(lambda x: x if is_key(x) else np.asarray(jax.device_put(x)), inputs)
     lanes, _ = jax.tree.leaves(inputs)[0].shape[:2]
     if params is None:
         fresh = quickly(model.init)(jax.random.key(seed), inputs)
