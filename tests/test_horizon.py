@@ -139,7 +139,9 @@ def test_a_learned_initial_carry_is_part_of_what_is_kept():
 def fading(norms, rate):
     """A decay of a model of one parameter that each lag adds φ to."""
     kept = 1 + np.concatenate([[0], np.cumsum(norms)])
-    return horizon.Decay(norms, rate, 10, kept, kept[-1] - kept, 0.0, kept[-1], np.array([1]), np.array([kept[-1] - 1]))
+    return horizon.Decay(
+        norms, np.cumsum(norms), rate, 10, kept, kept[-1] - kept, 0.0, kept[-1], np.array([1]), np.array([kept[-1] - 1])
+    )
 
 
 def test_no_window_is_safe_where_the_gradient_does_not_fade():
