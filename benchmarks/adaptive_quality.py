@@ -38,7 +38,7 @@ def train(windows: list[int], tolerance: float, epochs: int | None, job: tuple[s
 
     name, window, seed = job
     settings = SETTINGS[name]
-    task = study.task(name, hidden=settings["hidden"])
+    task = _task(name, settings["hidden"])
     auto = study.adaptive(tolerance, lengths=windows, every=settings["every"])
     run = study.fit(
         task, window=auto if window == "auto" else int(window), epochs=epochs or settings["epochs"], seed=seed,
@@ -48,6 +48,13 @@ def train(windows: list[int], tolerance: float, epochs: int | None, job: tuple[s
     seconds = sum(call.seconds for call in run.calls)
     chosen = [choice.window for choice in run.choices]
     return {"task": name, "window": window, "seed": seed, "figure": figure, "score": score, "updates": run.updates, "seconds": seconds, "chosen": chosen}  # fmt: skip
+
+
+@functools.cache  # so that of several seeds in a process one compiles
+def _task(name: str, hidden: int) -> Any:
+    from tbptt_jax import study
+
+    return study.task(name, hidden=hidden)
 
 
 def summary(name: str, rows: list[dict[str, Any]]) -> list[str]:

@@ -227,6 +227,8 @@ def test_a_gradient_that_fades_fast_gets_the_shortest_window_whose_bias_is_measu
     (choice,) = run.choices
     assert choice.safe and choice.bias_bound < 0.2 and choice.window == run.calls[0].window < 16
     assert run.calls[0].bias_bound == choice.bias_bound
+    looser = study.adaptive(0.2, lengths=(1, 2, 4, 8, 16), bound="norms")
+    assert fit(task(0.3), window=looser, updates=4, learning_rate=0.0).choices[0].window > choice.window
 
 
 def test_a_depth_holds_from_the_next_window_on_as_if_it_had_always_been_that():
@@ -285,6 +287,7 @@ WRONG = {
     "tolerance": (lambda: study.adaptive(0.0), "positive"),
     "lengths": (lambda: study.adaptive(lengths=(8, 4)), "from short to long"),
     "probe": (lambda: study.adaptive(lengths=(4, 8), probe=9), "give at least 16"),
+    "bound": (lambda: study.adaptive(bound="norm"), "needs to be 'gradients' or 'norms'"),
     "growing": (lambda: study.growing(8, 4, updates=1), "`last` to be the longer"),
     "neither": (lambda: study.growing(4, 8), "give one of them"),
     "drawn": (lambda: study.drawn(lambda key, time: 7), "random_length"),

@@ -240,7 +240,7 @@ def _traced(
         state, (edge, added) = back(state, probes - k, k == 0, True, of_probes)
         past = jnp.where(probes >= k, weights[:, probes], 0).sum() / of_probes  # of those that have so much of it
         past = jnp.where(past > 0, past, 1)
-        edges = jax.tree.map(lambda total, x: total + x.sum(0) / past, edges, edge)
+        edges = jax.tree.map(lambda e, x: (e + x.sum(0, dtype=e.dtype) / past).astype(e.dtype), edges, edge)
         phi = _lane_norms(edge, len(probes) * lanes).sum() / past
         return (state, edges), (
             phi,
@@ -252,7 +252,7 @@ def _traced(
 
     def all_lags(reference: PyTree, _: None) -> tuple[PyTree, tuple]:
         begin = nothing(len(probes))
-        begin = begin, jax.tree.map(lambda x: x[0], begin[0])
+        begin = begin, jax.tree.map(lambda x: x[0].astype(at_least_float32(x.dtype)), begin[0])
         ((_, kept), _), norms = lax.scan(functools.partial(lag, reference), begin, jnp.arange(lags + 1))
         return kept, norms
 

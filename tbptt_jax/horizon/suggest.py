@@ -119,7 +119,9 @@ def _by_norms(fading: Decay, depths: np.ndarray, largest: int) -> tuple[np.ndarr
     beyond = fading.norms[-1] * fading.rate / (1 - fading.rate) if fading.beyond else 0.0
     tails = np.append(fading.norms[::-1].cumsum()[::-1], 0.0)
     ends = fading.lengths * (depths + 1)
-    left_out, kept = _further(fading, tails, np.append(0.0, fading.sums), beyond, max(largest, ends[-1]))
+    left_out, kept = _further(
+        fading, tails, np.append(0.0, fading.sums), beyond, max(largest, ends[-1], len(tails) - 1)
+    )
     means = [left_out[end - n : end].mean() for n, end in zip(fading.lengths, ends, strict=True)]
     return left_out[: largest + 1], kept[: largest + 1], np.array(means), np.max(kept - left_out)
 
