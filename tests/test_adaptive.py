@@ -285,6 +285,7 @@ def test_the_learning_rate_goes_by_the_steps_read():
 
 WRONG = {
     "tolerance": (lambda: study.adaptive(0.0), "positive"),
+    "no number": (lambda: study.adaptive("0.5"), "`tolerance` is '0.5'; it needs to be a number"),
     "lengths": (lambda: study.adaptive(lengths=(8, 4)), "from short to long"),
     "probe": (lambda: study.adaptive(lengths=(4, 8), probe=9), "give at least 16"),
     "bound": (lambda: study.adaptive(bound="norm"), "needs to be 'gradients' or 'norms'"),

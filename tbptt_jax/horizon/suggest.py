@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tbptt_jax.arrays import check_tolerance
 from tbptt_jax.horizon.decay import Decay
 
 BOUNDS = "gradients", "norms"
@@ -63,8 +64,7 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000, bound
     Reference: Aicher, Foti & Fox 2019, section 3.3, where E is M Σ_{k>K} φ_k. (Their code returns 1 where β̂ ≥ 1.)
     """
     check_bound(bound)
-    if not tolerance > 0:
-        raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.1 for a bias of a tenth.")
+    check_tolerance(tolerance)
     if largest < 1:
         raise ValueError(f"`largest` is {largest}; a window has at least 1 step.")
     if largest < fading.lengths[0]:

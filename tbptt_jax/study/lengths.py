@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import tbptt_jax as tb
-from tbptt_jax.arrays import check_whole, quoted
+from tbptt_jax.arrays import check_tolerance, check_whole, quoted
 from tbptt_jax.gradient import Loss
 from tbptt_jax.horizon.suggest import check_bound
 from tbptt_jax.recurrence import Recurrence
@@ -170,8 +170,7 @@ def looking(
       ValueError: if ``tolerance`` is not positive, ``every`` not a whole number of at least 1, or there is no such ``bound``.
     """
     check_bound(bound)
-    if not tolerance > 0:
-        raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.5 for a bias of a half.")
+    check_tolerance(tolerance)
     check_whole("every", every)
 
     def choose(model: Recurrence, loss: Loss, params: Any, window: Window, carry: Any) -> tb.horizon.Suggestion:
