@@ -24,6 +24,9 @@ from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.window import Window
 
 
+MOST_LANES = 16  # that a look is at, spread over those that there are: as many steps of others say little more
+
+
 class Chosen(NamedTuple):
     """What was chosen after a look at the stream.
 
@@ -130,7 +133,7 @@ def adaptive(
       lengths: of windows, in steps, from short to long; a short geometric list, since each is compiled.
       every: updates from one look to the next; twice as many after each look that leads to what the one before did, up to eight
         times.
-      probe: steps of a lane that a look reads; the first so many as the longest window has are for what lies before the others.
+      probe: steps of a lane that a look reads, of 16 lanes at most; the first so many as the longest window has are for what lies before the others.
         Default twice the longest window.
       bound: ``"gradients"``, which is the tighter; or ``"norms"``, the paper's, which asks for longer windows on a plateau, where the
         gradient of now says nothing of what is further back.
@@ -174,10 +177,12 @@ def looking(
     check_whole("every", every)
 
     def choose(model: Recurrence, loss: Loss, params: Any, window: Window, carry: Any) -> tb.horizon.Suggestion:
-        lanes = len(jax.tree.leaves(window.inputs)[0])
+        apart = -(-len(jax.tree.leaves(window.inputs)[0]) // MOST_LANES)
+        window, carry = jax.tree.map(lambda x: x[::apart], (window, carry))
+        probes = max(1, 2 * MOST_LANES // len(jax.tree.leaves(window.inputs)[0]))
         try:
             fading = tb.horizon.decay(
-                model, loss, params, window, lags=lags, carry=carry, burn_in=lags, probes=max(1, 32 // lanes), lengths=lengths, depths=depths
+                model, loss, params, window, lags=lags, carry=carry, burn_in=lags, probes=probes, lengths=lengths, depths=depths
             )  # fmt: skip
         except ValueError as error:  # it explodes, or no step is scored
             said, deepest = f"Nothing could be measured: {error}", depths[-1] if depths else 0
