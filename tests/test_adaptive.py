@@ -231,6 +231,14 @@ def test_a_gradient_that_fades_fast_gets_the_shortest_window_whose_bias_is_measu
     assert fit(task(0.3), window=looser, updates=4, learning_rate=0.0).choices[0].window > choice.window
 
 
+def test_of_many_lanes_a_look_is_at_some():
+    numbers = np.random.default_rng(0).normal(size=(33, 16, 1))
+    windows, carry = tb.Window(numbers, numbers), numbers[:, 0]
+    choose = study.adaptive(lengths=(2, 8)).look.choose
+    some = jax.tree.map(lambda x: x[::3], (windows, carry))
+    assert choose(model(), loss, jnp.full(1, 0.5), windows, carry) == choose(model(), loss, jnp.full(1, 0.5), *some)
+
+
 def test_a_depth_holds_from_the_next_window_on_as_if_it_had_always_been_that():
     params, cut = jnp.full(1, 0.9), tb.split(tb.sequences(NUMBERS[:LANES], NUMBERS[:LANES]), 2)
 
