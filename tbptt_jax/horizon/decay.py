@@ -171,7 +171,11 @@ def decay(
         rest = float(above * rate / (1 - rate)) if rate < 1 else float("inf")
         tails = np.append(phi[::-1].cumsum()[::-1], 0) + rest  # Σ_{j > k} φ_j for k = 0 … lags
         of_steps = np.asarray(functools.reduce(jnp.add, jax.tree.leaves(burnt)).sum(0), np.float64)
-        unseen = rest if carry is None else float(tails[np.minimum(np.arange(time), lags)] @ of_steps / of_steps.sum())
+        unseen = (
+            rest
+            if carry is None or rate >= 1
+            else float(tails[np.minimum(np.arange(time), lags)] @ of_steps / of_steps.sum())
+        )
         if unseen > 0:
             heard = np.max(added[1:] / np.where(phi > 0, phi, np.inf), initial=0.0)
             beyond = unseen * (heard or float(_heard(model, loss, params, carry, window)))
