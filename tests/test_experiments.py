@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import socket
 import stat
@@ -12,18 +11,19 @@ import time
 from xml.etree import ElementTree
 
 import jax.numpy as jnp
+import launches
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from programs import ENVIRONMENT, program_of, refused
+from launches import ENVIRONMENT, ROOT, Launch
+from programs import program_of, refused
 
 import tbptt_jax as tb
 from experiments import adaptive_copy_bounds
 from experiments import launch as shared
 from tbptt_jax.study.process import lock
 
-ROOT = pathlib.Path(__file__).parents[1]
 TINY = "influence_balancing", "--runs=truncate@10", "--steps=100", "--seeds=1"
 LONG = "influence_balancing", "--runs=truncate@1", "--steps=500000000", "--seeds=1"
 
@@ -32,9 +32,8 @@ def command(name, workdir, *arguments):
     return [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *arguments]
 
 
-def launch(name, workdir, *arguments, **options):
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.run(command(name, workdir, *arguments), text=True, cwd=ROOT, env=ENVIRONMENT, **options)
+def launch(name, workdir, *arguments):
+    return launches.run(name, f"--workdir={workdir}", *arguments)
 
 
 def results(ran, workdir):
@@ -306,12 +305,10 @@ def test_a_path_is_never_read_as_markup(tmp_path):
 
 def start(workdir):
     """A launch that would take hours, once it is at work."""
-    run = subprocess.Popen(
-        command(*LONG[:1], workdir, *LONG[1:]), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT, env=ENVIRONMENT
-    )  # fmt: skip
-    while run.poll() is None and not ((workdir / lock.NAME).exists() and (workdir / lock.NAME).read_text()):
+    begun = Launch(*LONG[:1], f"--workdir={workdir}", *LONG[1:])
+    while begun.poll() is None and not ((workdir / lock.NAME).exists() and (workdir / lock.NAME).read_text()):
         time.sleep(0.01)
-    return run
+    return begun
 
 
 def test_a_launch_that_is_done_waits_for_no_thread():
@@ -332,10 +329,10 @@ def test_a_launch_that_is_done_waits_for_no_thread():
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_launch_at_once_with_a_sentence_and_its_status(sent, tmp_path):
-    run = start(tmp_path / "run")
-    run.send_signal(sent)
-    _, told = run.communicate()
-    assert run.returncode == 128 + sent and told.endswith("the same command does what is missing.\n")
+    begun = start(tmp_path / "run")
+    begun.send_signal(sent)
+    _, told = begun.communicate()
+    assert begun.returncode == 128 + sent and told.endswith("the same command does what is missing.\n")
     assert f"influence_balancing: stopped by {sent.name}" in told and "Traceback" not in told
     assert not (tmp_path / "run").exists()  # nothing was in it
 
