@@ -22,7 +22,7 @@ from programs import program_of, refused
 import tbptt_jax as tb
 from experiments import adaptive_copy_bounds
 from experiments import launch as shared
-from tbptt_jax.study.process import lock
+from tbptt_jax.study.process import lock, machine
 
 TINY = "influence_balancing", "--runs=truncate@10", "--steps=100", "--seeds=1"
 LONG = "influence_balancing", "--runs=truncate@1", "--steps=500000000", "--seeds=1"
@@ -241,33 +241,33 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_computing(tmp_path):
 
 
 MORE_THAN_FITS = [
-    ("char_lm", "--hidden=100000", "the model's size"),
+    ("char_lm", "--hidden=20000", "the model's size"),
     ("char_lm", "--windows_per_call=100000000 --updates=1000000000", "windows_per_call"),
     ("forecast", "--influence=replay:1000000000", "replay"),
     ("first_bit", "--seeds=1000000000", "--seeds"),
-    ("first_bit", "--hidden=1000000", "--hidden"),
+    ("first_bit", "--hidden=20000", "--hidden"),
     ("copy_memory", "--lag=1000000000", "--lag"),
     ("copy_memory", "--updates=1000000000", "--updates"),
     ("copy_memory", "--influences=replay:1000000000", "reach of replay"),
     ("lag", "--lanes=1000000000", "--lanes"),
-    ("lag", "--hidden=1000000", "--hidden"),
+    ("lag", "--hidden=20000", "--hidden"),
     ("length_generalisation", "--updates=1000000000", "--updates"),
-    ("length_generalisation", "--hidden=1000000", "--hidden"),
+    ("length_generalisation", "--hidden=20000", "--hidden"),
     ("adaptive_copy", "--lanes=1000000000", "--lanes"),
-    ("adaptive_copy", "--hidden=1000000", "model's size"),
+    ("adaptive_copy", "--hidden=20000", "model's size"),
     ("influence_balancing", "--steps=2000000000", "--steps"),
     ("influence_balancing", "--runs=replay:1000000000@10", "reach of replay"),
     ("gradient_bias", "--draws=1000000000", "draws"),
-    ("gradient_bias", "--hidden=1000000", "model's size"),
+    ("gradient_bias", "--hidden=20000", "model's size"),
     ("truncation_sweep", "--seeds=1000000000", "seeds"),
-    ("truncation_sweep", "--hidden=1000000", "model's size"),
+    ("truncation_sweep", "--hidden=20000", "model's size"),
     ("truncation_sweep", "--task=copy_memory --lanes=10000000", "--lanes"),
 ]
 
 
 @pytest.mark.parametrize("program", sorted({name for name, *_ in MORE_THAN_FITS}), indirect=True)
 def test_what_does_not_fit_is_refused_before_it_is_allocated_with_what_to_lower(program, tmp_path, monkeypatch):
-    monkeypatch.setattr(shared, "memory", lambda: 16 * 10**9)
+    monkeypatch.setattr(machine, "memory", lambda: 10**9)
     monkeypatch.setattr(sys, "argv", [program.__name__])
     for given, lower in (case[1:] for case in MORE_THAN_FITS if program.__name__ == f"experiments.{case[0]}"):
         with flagsaver.flagsaver(), pytest.raises(ValueError, match=r"GB: lower .*" + lower):
