@@ -1,5 +1,6 @@
-"""Launches, each a process of its own, forked from one that has imported what launches import and has computed nothing."""
+"""Programs in processes of their own, each forked from one that has imported what launches import and has computed nothing."""
 
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -18,21 +19,20 @@ FORKS.set_forkserver_preload(
 )
 
 
-def _main(name, arguments, told):
-    """What ``python -m experiments.NAME ARGUMENTS`` does, in the new process."""
+def _main(run, arguments, told):
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{told}/{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(ROOT)
     sys.argv[1:] = arguments
-    runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
+    run()
 
 
-class Launch:
-    """``python -m experiments.NAME ARGUMENTS``, begun, with the methods of a ``Popen`` whose streams are pipes."""
+class Forked:
+    """``run()`` in a new process, with the methods of a ``Popen`` whose streams are pipes."""
 
-    def __init__(self, name, *arguments):
+    def __init__(self, run, *arguments):
         self._told = tempfile.TemporaryDirectory()
-        self._process = FORKS.Process(target=_main, args=(name, [*map(str, arguments)], self._told.name), daemon=True)
+        self._process = FORKS.Process(target=_main, args=(run, [*map(str, arguments)], self._told.name), daemon=True)
         with mock.patch.dict(os.environ, ENVIRONMENT, clear=True):  # of the process that is forked
             self._process.start()
         self.pid = self._process.pid
@@ -62,8 +62,14 @@ class Launch:
         self.send_signal(signal.SIGKILL)
 
 
+def begin(name, *arguments):
+    """``python -m experiments.NAME ARGUMENTS``."""
+    module = functools.partial(runpy.run_module, f"experiments.{name}", run_name="__main__", alter_sys=True)
+    return Forked(module, *arguments)
+
+
 def run(name, *arguments):
     """A launch that has ended: ``stdout``, ``stderr`` and ``returncode``."""
-    launch = Launch(name, *arguments)
+    launch = begin(name, *arguments)
     launch.communicate()
     return launch

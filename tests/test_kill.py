@@ -14,10 +14,11 @@ import sys
 import time
 
 import jax
+import launches
 import numpy as np
 import optax
 import pytest
-from launches import ROOT, Launch
+from launches import ROOT
 from streams import first, loss, lstm, stream
 
 import tbptt_jax as tb
@@ -31,7 +32,7 @@ def start(directory, workdir, *flags):
     small = ["--window=7", "--lanes=3", "--hidden=8", f"--updates={UPDATES}", "--checkpoint_every=50"]
     text = directory / "text.txt"
     text.write_text("the cat sat on the mat, and the dog ran. " * 40)
-    return Launch("char_lm", f"--workdir={directory / workdir}", *small, f"--text={text}", *flags)
+    return launches.begin("char_lm", f"--workdir={directory / workdir}", *small, f"--text={text}", *flags)
 
 
 def checkpoints(workdir):

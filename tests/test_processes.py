@@ -4,9 +4,9 @@ import json
 import shutil
 import socket
 
+import launches
 import numpy as np
 import orbax.checkpoint as ocp
-from launches import Launch
 
 
 def launch(workdir, updates, processes):
@@ -27,7 +27,7 @@ def launch(workdir, updates, processes):
     text.write_text("the cat sat on the mat, and the dog ran. " * 40)
     together = [f"--coordinator=localhost:{port}", f"--processes={processes}", "--devices=2"]
     flags = [[*together, f"--process={i}"] for i in range(processes)] if processes > 1 else [["--devices=1"]]
-    runs = [Launch("char_lm", *small, f"--text={text}", *own) for own in flags]
+    runs = [launches.begin("char_lm", *small, f"--text={text}", *own) for own in flags]
     told = [run.communicate() for run in runs]
     assert not any(run.returncode for run in runs), told
     return told[0][0]

@@ -7,10 +7,10 @@ import time
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import launches
 import numpy as np
 import optax
 import pytest
-from launches import Launch
 
 import tbptt_jax as tb
 from tbptt_jax import study
@@ -52,7 +52,7 @@ def equal(one, other):
 
 
 def launch(name, file, workdir, *flags):
-    return Launch(name, f"--task={file}:task", f"--workdir={workdir}", *flags)
+    return launches.begin(name, f"--task={file}:task", f"--workdir={workdir}", *flags)
 
 
 def ended(workdir):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import launches
 import numpy as np
 import pytest
-from launches import ENVIRONMENT, ROOT, Launch
+from launches import ENVIRONMENT, ROOT
 from programs import program_of, refused
 
 import tbptt_jax as tb
@@ -37,7 +37,7 @@ POINTS = 2 * 3 * 2  # windows, of stateful truncate and replay:1 and of stateles
 
 
 def start(workdir, *arguments):
-    return Launch("truncation_sweep", f"--workdir={workdir}", *arguments)
+    return launches.begin("truncation_sweep", f"--workdir={workdir}", *arguments)
 
 
 def sweep(workdir, *arguments):
