@@ -15,9 +15,10 @@ from absl import flags
 import tbptt_jax as tb
 from experiments import adaptive_copy_report as report
 from experiments import launch
-from experiments.adaptive_copy_bounds import BOUNDS, chosen
+from experiments.adaptive_copy_lengths import chosen
 from experiments.results import write_files
 from tbptt_jax import study
+from tbptt_jax.horizon.suggest import BOUNDS
 from tbptt_jax.study.tasks.known import symbols as loss
 from tbptt_jax.tasks import copy_stream, copy_stream_floor
 

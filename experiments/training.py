@@ -10,6 +10,7 @@ import tbptt_jax as tb
 from experiments import launch
 from tbptt_jax import study
 from tbptt_jax.arrays import check_whole
+from tbptt_jax.horizon.suggest import BOUNDS
 
 FLAGS = flags.FLAGS
 SCHEDULES = "auto, growing:FIRST:LAST:EPOCHS, random:BASE as AWD-LSTM has it, artbp:BASE."
@@ -47,6 +48,7 @@ def define_auto(lengths: list[str] | None, every: int | None, of: str) -> None:
     told = "default those of --windows" if lengths is None else "from short to long"
     flags.DEFINE_list("lengths", lengths, f"Of windows auto: the lengths to choose from, {told}.")
     flags.DEFINE_float("tolerance", 0.5, f"Of {of}: the relative bias of the gradient that is allowed.")
+    flags.DEFINE_enum("bound", BOUNDS[0], BOUNDS, f"Of {of}: how the bias is bounded, of gradients by the parameters or, as the paper does, of norms.")  # fmt: skip
     told = "; default a fifth of --updates" if every is None else ""
     flags.DEFINE_integer("look_every", every, f"Of {of}: updates from one choice to the next{told}.", lower_bound=1)
 
@@ -104,7 +106,7 @@ def lengths_of(wanted: str, flag: str, lengths: Sequence[int | str], every: int,
     kind, *numbers = wanted.split(":")
     try:
         if kind == "auto" and not numbers:
-            return study.adaptive(FLAGS.tolerance, lengths=list(map(int, lengths)), every=every)
+            return study.adaptive(FLAGS.tolerance, lengths=list(map(int, lengths)), every=every, bound=FLAGS.bound)
         if kind == "growing":
             first, last, epochs = map(int, numbers)
             return study.growing(first, last, epochs=epochs)._replace(name=wanted)
@@ -125,7 +127,9 @@ def influence() -> str | study.Depths:
         launch.influence(FLAGS.influence, 1, "influence")
         return FLAGS.influence
     try:
-        return study.adaptive_replay(FLAGS.tolerance, depths=list(map(int, FLAGS.depths)), every=FLAGS.look_every)
+        return study.adaptive_replay(
+            FLAGS.tolerance, depths=list(map(int, FLAGS.depths)), every=FLAGS.look_every, bound=FLAGS.bound
+        )
     except ValueError as error:
         raise ValueError(f"--influence=replay:auto: {launch.short(error)}") from error
 

@@ -82,6 +82,21 @@ def check_whole(name: str, value: int, hint: str = "") -> None:
         raise ValueError(f"`{name}` is {value!r}; it needs to be a whole number, at least 1.{hint}")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises a ``ValueError`` unless ``value`` is one real number."""
+    try:
+        float(value + 0.0)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` is {quoted(value)}; it needs to be a number.") from None
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raises a ``ValueError`` unless ``tolerance`` is a positive number."""
+    check_number("tolerance", tolerance)
+    if not tolerance > 0:
+        raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.1 for a bias of a tenth.")
+
+
 def quoted(x: Any) -> str:
     """``repr(x)`` on one line of at most 80 characters."""
     return shortened(" ".join(repr(x).split()))

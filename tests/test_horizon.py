@@ -18,21 +18,21 @@ def test_decay_is_the_norm_of_each_gradient_traced_by_itself():
     got = horizon.decay(model, loss, params, window, lags=lags, probes=3)
     assert got.probes == 9
 
-    def loss_of(carry, start, end):
-        part = tb.Window(window.inputs[:, start:end], window.targets[:, start:end])
-        _, outputs = model.unroll(params, carry, part.inputs, None, None)
-        return loss(outputs, part)[:, -1].sum()
+    def loss_at(nudges, end):
+        def step(carry, at_t):
+            nudge, now = at_t
+            carry, outputs = model.unroll(params, jax.tree.map(jnp.add, carry, nudge), now.inputs, None, None)
+            return carry, loss(outputs, now)
 
-    for lag in (1, 7, 20):
-        norms = []
-        for end in (20, 40, 60):
-            carry, _ = model.unroll(
-                params, model.initial_carry(params, 3), window.inputs[:, : max(end - lag, 1)], None, None
-            )
-            carry = model.initial_carry(params, 3) if end == lag else carry
-            cotangents = jax.grad(loss_of)(carry, end - lag, end)
-            norms.append(jnp.sqrt(sum(jnp.sum(c**2, -1) for c in cotangents)))
-        np.testing.assert_allclose(got.norms[lag - 1], np.mean(norms), rtol=1e-5)
+        along = jax.tree.map(lambda x: x.swapaxes(0, 1)[:, :, None], window)
+        return jax.lax.scan(step, model.initial_carry(params, 3), (nudges, along))[1][end - 1].sum()
+
+    nothing = jax.tree.map(lambda h: jnp.zeros((60, *h.shape)), model.initial_carry(params, 3))
+    traced = jax.jit(jax.grad(loss_at))
+    lags_of = lambda end: [x[end - lags : end][::-1] for x in jax.tree.leaves(traced(nothing, end))]  # noqa: E731
+    each = np.array([np.concatenate(lags_of(end), -1) for end in (20, 40, 60)])  # [probes, lags, lanes, units]
+    np.testing.assert_allclose(got.norms, np.linalg.norm(each, axis=-1).mean((0, 2)), rtol=1e-5)
+    np.testing.assert_allclose(got.sums, np.linalg.norm(each.mean((0, 2)).cumsum(0), axis=-1), rtol=1e-5)
 
 
 def linear(rate=0.8):
@@ -75,12 +75,12 @@ def test_what_is_called_safe_is_and_what_is_chosen_is_the_shortest_that_holds():
         (lstm(), loss, params_of(lstm(), 3.0), stream(time=40, rubbish=np.nan)),
     ):
         time = window.inputs.shape[1]
-        fading = horizon.decay(model, of, params, window, lags=time // 2)
-        measured = {n: horizon.bias(model, of, params, window, n).relative_bias for n in (1, 2, 4, 8, 16, time)}
+        measured = {n: horizon.bias(model, of, params, window, n).relative_bias for n in (1, 4, 8, 16, time)}
+        fading = horizon.decay(model, of, params, window, lags=time // 2, lengths=list(measured))
         for tolerance in (1, 0.5, 0.2, 0.1, 0.05):
             suggestion = horizon.suggest(fading, tolerance=tolerance)
             if suggestion.safe:
-                cases.append(horizon.bias(model, of, params, window, suggestion.window).relative_bias)
+                cases.append(measured[suggestion.window])
                 assert cases[-1] <= tolerance
         chosen = horizon.choose(
             model, of, params, window, 0.2, lengths=list(measured), influences={"truncate": tb.truncate()}
@@ -102,6 +102,47 @@ def test_what_replay_leaves_out_is_what_is_measured_of_it():
         suggestion = horizon.suggest(got, tolerance=tolerance)
         holding = [n for n, bias in zip(depths, measured, strict=True) if bias < tolerance]
         assert suggestion.safe == bool(holding) and suggestion.depth == min(holding, default=5)
+
+
+@pytest.mark.parametrize("largest", [20, 80])
+def test_the_papers_bound_is_the_mean_of_its_tails_over_the_steps_of_a_window(largest):
+    """φ_k = .8^k, whatever is traced: E(K) = .8^(K+1) / .2, and of windows after d others the mean of E from d·n to d·n + n − 1."""
+    window, params, lags = tb.Window(np.random.default_rng(0).normal(size=(2, 60, 1))), {"b": jnp.array(0.1)}, 30
+    k = np.arange(400)
+    tails = 4 * 0.8**k
+    whole = 4 * (
+        1 - 0.8**30 - 0.8 ** max(largest, 30)
+    )  # the most that is known of it: what is kept less what is left out
+    ask = {"lags": lags, "burn_in": lags}
+    cut = horizon.decay(linear(), first_feature, params, window, lengths=(2, 5, 10, 20), **ask)
+    deep = horizon.decay(linear(), first_feature, params, window, lengths=(5,), depths=(0, 1, 3), **ask)
+    for fading, depths in (cut, np.zeros(4, int)), (deep, np.array([0, 1, 3])):
+        means = [tails[n * d : n * (d + 1)].mean() for n, d in zip(fading.lengths, depths, strict=True)]
+        for tolerance in (2, 0.5, 0.2, 0.01):
+            got = horizon.suggest(fading, tolerance=tolerance, largest=largest, bound="norms")
+            delta = np.array(means) / whole
+            best = next((i for i, each in enumerate(delta) if each < tolerance), len(delta) - 1)
+            assert got.safe == (delta[best] < tolerance)
+            assert got.depth == depths[best] and (got.window == fading.lengths[best] or not got.safe)
+            np.testing.assert_allclose(got.relative_bias, delta[best], rtol=1e-3)
+            of_each = 0.8 ** k[1:] / (1 - 2 * 0.8 ** k[1:])
+            fits = np.flatnonzero((of_each > 0) & (of_each < tolerance))[0] + 1
+            assert got.horizon == min(fits, largest)
+            np.testing.assert_allclose(got.horizon_bias, of_each[got.horizon - 1], rtol=1e-3)
+
+
+def test_where_the_past_of_losses_cancels_the_papers_bound_asks_for_more():
+    def step(p, h, x):
+        h = 0.8 * h + p["b"]
+        return h, jnp.concatenate([p["w"] + 0 * h, h], 1)
+
+    model = tb.from_step(step, lambda k, x: {"b": jnp.array(0.1), "w": jnp.array(0.1)}, lambda p, n: jnp.zeros((n, 1)))
+    signs = np.broadcast_to(np.array([1.0, -1.0])[:, None, None], (2, 60, 1))  # of the past each lane says the opposite
+    window = tb.Window(np.zeros((2, 60, 1)), signs)
+    either = lambda y, w: y[..., 0] + w.targets[..., 0] * y[..., 1]  # noqa: E731
+    fading = horizon.decay(model, either, model.init(jax.random.key(0), None), window, lags=30, lengths=(1, 8, 30))
+    near, far = (horizon.suggest(fading, tolerance=0.5, largest=30, bound=bound) for bound in ("gradients", "norms"))
+    assert (near.window, near.safe, far.window, far.safe) == (1, True, 30, False)
 
 
 def test_in_the_middle_of_a_stream_the_past_goes_on():
@@ -139,7 +180,9 @@ def test_a_learned_initial_carry_is_part_of_what_is_kept():
 def fading(norms, rate):
     """A decay of a model of one parameter that each lag adds φ to."""
     kept = 1 + np.concatenate([[0], np.cumsum(norms)])
-    return horizon.Decay(norms, rate, 10, kept, kept[-1] - kept, 0.0, kept[-1], np.array([1]), np.array([kept[-1] - 1]))
+    return horizon.Decay(
+        norms, np.cumsum(norms), rate, 10, kept, kept[-1] - kept, 0.0, kept[-1], np.array([1]), np.array([kept[-1] - 1])
+    )
 
 
 def test_no_window_is_safe_where_the_gradient_does_not_fade():
@@ -239,6 +282,19 @@ def test_a_loss_in_half_precision_is_measured_with_room(kind):
     exact = horizon.bias(model, large, params, window, 10)
     got = horizon.bias(model, lambda o, w: large(o, w).astype(kind), params, window, 10)
     np.testing.assert_allclose(got.relative_bias, exact.relative_bias, rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", [jnp.float16, jnp.bfloat16])
+def test_a_model_in_half_precision_is_traced(kind):
+    half = jnp.array(0.5, kind)
+    model = tb.from_step(
+        lambda p, h, x: (p * h + x, p * h + x), lambda k, x: half, lambda p, n: jnp.zeros((n, 1), kind)
+    )
+    window = tb.Window(np.ones((2, 40, 1), kind))
+    fading = horizon.decay(model, first_feature, half, window, lags=8, burn_in=10)
+    k = np.arange(1, 9)
+    np.testing.assert_allclose(fading.norms, 0.5**k, rtol=1e-2)
+    np.testing.assert_allclose(fading.sums, 1 - 0.5**k, rtol=1e-2)
 
 
 def test_what_is_beyond_the_lags_counts_against_a_window():

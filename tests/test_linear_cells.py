@@ -272,6 +272,7 @@ def test_eigenvalues_begin_on_the_ring():
         (lambda: tb.min_lstm(0), "`features` is 0"),
         (lambda: tb.lru(3, units=-1), "`units` is -1"),
         (lambda: tb.lru(3, r_min=0.9, r_max=0.5), "r_min < r_max"),
+        (lambda: tb.rg_lru(3, r_min="a"), "`r_min` is 'a'; it needs to be a number"),
         (lambda: tb.rtu(3, max_phase=0), "`max_phase` is 0"),
         (lambda: tb.lru(3, implementation="fft"), "`implementation` is 'fft'"),
         (lambda: tb.rtu(3, activation_inside=True, implementation="associative"), "a step needs the one before"),

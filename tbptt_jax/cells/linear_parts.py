@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbptt_jax.arrays import at_least_float32, check_whole
+from tbptt_jax.arrays import at_least_float32, check_number, check_whole
 from tbptt_jax.cells.layers import Options, check_inputs, layered
 from tbptt_jax.cells.linear_scan import Implementation, Masks, check_implementation, diagonal
 from tbptt_jax.cells.products import dot
@@ -109,6 +109,8 @@ def as_complex(parts: jax.Array) -> jax.Array:
 
 def check_ring(r_min: float, r_max: float, max_phase: float) -> None:
     """Raises a ``ValueError`` unless eigenvalues can be drawn there."""
+    for name, value in {"r_min": r_min, "r_max": r_max, "max_phase": max_phase}.items():
+        check_number(name, value)
     if not 0 <= r_min < r_max <= 1:
         raise ValueError(
             f"`r_min` is {r_min!r} and `r_max` {r_max!r}; eigenvalues are drawn between them: 0 <= r_min < r_max <= 1."

@@ -8,8 +8,8 @@ horizon.choose(model, loss, params, window, tolerance=0.1)            the cheape
 
 from tbptt_jax.horizon.decay import Decay as Decay
 from tbptt_jax.horizon.decay import decay as decay
-from tbptt_jax.horizon.decay import Suggestion as Suggestion
-from tbptt_jax.horizon.decay import suggest as suggest
+from tbptt_jax.horizon.suggest import Suggestion as Suggestion
+from tbptt_jax.horizon.suggest import suggest as suggest
 from tbptt_jax.horizon.bias import Bias as Bias
 from tbptt_jax.horizon.bias import bias as bias
 from tbptt_jax.horizon.choose import Candidate as Candidate

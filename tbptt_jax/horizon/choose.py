@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tbptt_jax.arrays import check_whole
+from tbptt_jax.arrays import check_tolerance, check_whole
 from tbptt_jax.cutting import split
 from tbptt_jax.gradient import Loss
 from tbptt_jax.horizon.bias import flat, full, summed
@@ -83,8 +83,7 @@ def choose(
     """
     check(window)
     _, steps = time_shape(window)
-    if not tolerance > 0:
-        raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.1 for a bias of a tenth.")
+    check_tolerance(tolerance)
     if lengths is None:
         lengths = sorted({n for e in range(steps.bit_length()) for n in (2**e, 3 * 2**e // 2) if 1 <= n <= steps})
     for n in lengths:

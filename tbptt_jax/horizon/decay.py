@@ -1,4 +1,4 @@
-"""How gradients fade with the lag, and the window whose bias is bounded by what is seen of that."""
+"""How gradients fade with the lag, and what windows of some lengths leave out of them, measured."""
 
 import functools
 import math
@@ -24,6 +24,7 @@ class Decay(NamedTuple):
 
     Attributes:
       norms: φ_k = E‖∂l_s/∂h_{s-k}‖ for k = 1 … lags, ``[lags]``; the mean over probes.
+      sums: ‖E Σ_{j ≤ k} ∂l_s/∂h_{s-j}‖ for k = 1 … lags, ``[lags]``.
       rate: β̂, the factor by which φ shrinks from one lag to the next, fitted to its tail; 1 or more: it does not.
       probes: how many losses l_s were traced back.
       kept: ‖ĝ_K‖ for K = 0 … lags, ``[lags + 1]``: of the probes' mean gradient by the parameters, where each sees K steps back.
@@ -36,6 +37,7 @@ class Decay(NamedTuple):
     """
 
     norms: np.ndarray
+    sums: np.ndarray
     rate: float
     probes: int
     kept: np.ndarray
@@ -45,26 +47,6 @@ class Decay(NamedTuple):
     lengths: np.ndarray
     windows: np.ndarray
     depths: np.ndarray | None = None
-
-
-class Suggestion(NamedTuple):
-    """A truncation, and what it leaves out.
-
-    Attributes:
-      window: steps of a window.
-      horizon: steps that every loss needs to see back, as with ``replay(m)`` and windows of k ≥ horizon / m.
-      relative_bias: the bound δ on the relative bias of that window; infinite where nothing bounds it.
-      safe: whether it is below the tolerance.
-      reason: a sentence, with what the bound rests on.
-      depth: windows before it that ``replay`` goes back; 0: ``truncate()``.
-    """
-
-    window: int
-    horizon: int
-    relative_bias: float
-    safe: bool
-    reason: str
-    depth: int = 0
 
 
 def decay(
@@ -161,7 +143,7 @@ def decay(
         jnp.asarray(steps),
         jnp.asarray(tried),
     )
-    phi, added, kept, left_out, whole, windows = (np.asarray(x, np.float64) for x in found)
+    phi, sums, added, kept, left_out, whole, windows = (np.asarray(x, np.float64) for x in found)
     if not np.isfinite(phi).all():
         raise ValueError(
             f"The gradient is not finite from lag {np.flatnonzero(~np.isfinite(phi))[0] + 1} on: it explodes at these "
@@ -173,79 +155,8 @@ def decay(
         most = np.max(added[1:] / np.where(phi > 0, phi, np.inf), initial=0.0)
         beyond = float(most * phi[-1] * rate / (1 - rate)) if rate < 1 else float("inf")
     return Decay(
-        phi, rate, int(scored.sum()), kept, left_out, beyond, float(whole), tried, windows, np.array(deep) if deep else None
+        phi, sums, rate, int(scored.sum()), kept, left_out, beyond, float(whole), tried, windows, np.array(deep) if deep else None
     )  # fmt: skip
-
-
-def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000) -> Suggestion:
-    """The shortest window, and the shortest horizon, whose truncation bias is bounded to be below ``tolerance``.
-
-    Where every loss sees K steps back, at most E(K) = ‖ĝ_lags − ĝ_K‖ + ``beyond`` is left out of the gradient, which is itself
-    no smaller than ‖ĝ_K'‖ − E(K') for any K', and the relative bias is at most
-
-        δ(K) = E(K) / max_{K' ≤ K} (‖ĝ_K'‖ − E(K')).
-
-    So much is true of windows too, with what they were seen to leave out in the place of ‖ĝ_lags − ĝ_K‖ and ``whole`` in that of
-    ‖ĝ_K'‖. The bound is of the losses of the window that was looked at, and rests on φ fading on beyond ``lags`` as before.
-
-    Args:
-      fading: from :func:`decay`.
-      tolerance: δ needs to be below it; positive.
-      largest: the longest window allowed, in steps, at least 1; returned where none is safe.
-
-    Returns:
-      The shortest of the measured windows, or the smallest depth, from which on all are below the tolerance. A longer horizon than ``lags`` is one that
-      φ would need if it went on as it does.
-
-    Raises:
-      ValueError: if ``tolerance`` is not positive, or ``largest`` is below 1 or all windows measured.
-
-    Reference: Aicher, Foti & Fox 2019, section 3.3, where E is M Σ_{k>K} φ_k. (Their code returns 1 where β̂ ≥ 1.)
-    """
-    if not tolerance > 0:
-        raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.1 for a bias of a tenth.")
-    if largest < 1:
-        raise ValueError(f"`largest` is {largest}; a window has at least 1 step.")
-    if largest < fading.lengths[0]:
-        raise ValueError(
-            f"`largest` is {largest}, and no window was measured shorter than {fading.lengths[0]}: allow that, or give `decay` shorter `lengths`."
-        )
-    depths = np.zeros_like(fading.lengths) if fading.depths is None else fading.depths
-    most, deepest = (largest if fading.depths is None else int(fading.lengths[-1])), int(depths[-1])
-    if fading.rate >= 1:
-        reason = (
-            f"The gradient does not fade: from one lag to the next it changes by a factor of {fading.rate:.4f}. No window "
-            f"is safe; {_named(most, deepest)} is the largest allowed."
-        )
-        return Suggestion(most, largest, float("inf"), False, reason, deepest)
-
-    lags = len(fading.norms)
-    further = fading.beyond * fading.rate ** np.arange(1, max(0, largest - lags) + 1)
-    left_out = np.concatenate([fading.left_out + fading.beyond, further])[1 : largest + 1]  # E(K) for K = 1, 2, …
-    kept = np.append(fading.kept[1:], np.full(len(further), fading.kept[-1]))[:largest]
-    horizon, _ = _first_below(left_out, np.maximum.accumulate(kept - left_out), tolerance)
-    allowed = fading.lengths <= largest
-    at_least = np.full(allowed.sum(), fading.whole - fading.beyond)
-    index, delta = _first_below(fading.windows[allowed] + fading.beyond, at_least, tolerance)
-    window, depth = (int(tried[allowed][index - 1]) for tried in (fading.lengths, depths))
-    rests = (
-        f"if gradients fade by {fading.rate:.4f} a lag beyond lag {lags} too"
-        if fading.beyond
-        else "which is all there is"
-    )
-    fits = f"β̂ is {fading.rate:.4f}; every loss should see {horizon} steps back."
-    if delta < tolerance:
-        reason = f"Windows of {_named(window, depth)} have a relative bias of at most {delta:.2g} on these losses, {rests}. {fits}"
-        return Suggestion(window, horizon, delta, True, reason, depth)
-    reason = (
-        f"No window up to {_named(most, deepest)} is known to keep the relative bias below {tolerance:g}; for "
-        f"{_named(window, depth)} the bound is {delta:.2g}. {fits}"
-    )
-    return Suggestion(most, horizon, delta, False, reason, deepest)
-
-
-def _named(window: int, depth: int) -> str:
-    return f"{window} with replay({depth})" if depth else str(window)
 
 
 def always(t: jax.Array) -> bool:
@@ -267,7 +178,7 @@ def _traced(
     probes: jax.Array,
     lengths: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """φ ``[lags]``; norms of gradients by the parameters: of what each lag adds and of what is kept up to it, ``[lags + 1]``; of
+    """φ ``[lags]``, and the norms of the sums of these gradients; norms of gradients by the parameters: of what each lag adds and of what is kept up to it, ``[lags + 1]``; of
     what that leaves out; of the whole, and of what windows of ``lengths`` leave out of it, which all are cut every ``stretch``
     steps, or windows of ``stretch`` where replay goes back by each of the ``depths``."""
     lanes, time = time_shape(window)
@@ -325,13 +236,24 @@ def _traced(
 
     def lag(reference: PyTree, state: tuple, k: jax.Array) -> tuple[tuple, tuple]:
         """Adds what the step k before each probe gives its parameters."""
+        state, edges = state
         state, (edge, added) = back(state, probes - k, k == 0, True, of_probes)
         past = jnp.where(probes >= k, weights[:, probes], 0).sum() / of_probes  # of those that have so much of it
-        phi = _lane_norms(edge, len(probes) * lanes).sum() / jnp.where(past > 0, past, 1)
-        return state, (phi, _norm(added), _norm(state[1]), _norm(optax.tree.sub(reference, state[1])))
+        past = jnp.where(past > 0, past, 1)
+        edges = jax.tree.map(lambda e, x: (e + x.sum(0, dtype=e.dtype) / past).astype(e.dtype), edges, edge)
+        phi = _lane_norms(edge, len(probes) * lanes).sum() / past
+        return (state, edges), (
+            phi,
+            _norm(edges),
+            _norm(added),
+            _norm(state[1]),
+            _norm(optax.tree.sub(reference, state[1])),
+        )
 
     def all_lags(reference: PyTree, _: None) -> tuple[PyTree, tuple]:
-        (_, kept), norms = lax.scan(functools.partial(lag, reference), nothing(len(probes)), jnp.arange(lags + 1))
+        begin = nothing(len(probes))
+        begin = begin, jax.tree.map(lambda x: x[0].astype(at_least_float32(x.dtype)), begin[0])
+        ((_, kept), _), norms = lax.scan(functools.partial(lag, reference), begin, jnp.arange(lags + 1))
         return kept, norms
 
     def stretches(begin: Any, steps: int, state: tuple | None = None, *, counted: Callable = always, uncut: Callable = always) -> tuple:  # fmt: skip
@@ -358,7 +280,7 @@ def _traced(
         return state, left_out(state[1])
 
     # Once to know what all lags keep, and once to know how far from it each is: one program.
-    _, (phi, added, kept, without) = lax.scan(all_lags, optax.tree.zeros_like(params), length=2)
+    _, (phi, sums, added, kept, without) = lax.scan(all_lags, optax.tree.zeros_like(params), length=2)
     # All losses, each of which sees ``lags`` steps back: stretches, each with the one before it.
     if time <= 2 * lags:
         _, whole = stretches(np.array([0]), time)
@@ -369,7 +291,7 @@ def _traced(
         windows = windows[np.array(depths)]
     else:
         windows = lax.map(by_windows, lengths, batch_size=min(4, len(lengths)))  # what is read is the same for a batch
-    return phi[0, :-1], added[0], kept[0], without[1], _norm(whole), windows
+    return phi[0, :-1], sums[0, :-1], added[0], kept[0], without[1], _norm(whole), windows
 
 
 def _lane_norms(tree: PyTree, lanes: int) -> jax.Array:
@@ -379,15 +301,6 @@ def _lane_norms(tree: PyTree, lanes: int) -> jax.Array:
 
 def _norm(tree: PyTree) -> jax.Array:
     return optax.tree.norm(jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), tree))
-
-
-def _first_below(left_out: np.ndarray, at_least: np.ndarray, tolerance: float) -> tuple[int, float]:
-    """The first length, from 1 on, from which on δ = left_out / at_least is below the tolerance, else the last; and its δ."""
-    delta = np.where(at_least > 0, left_out / np.where(at_least > 0, at_least, 1), np.inf)
-    delta = np.where(left_out == 0, 0.0, delta)  # nothing is left out, also where there is no past at all
-    above = np.flatnonzero(delta >= tolerance)
-    index = min(above[-1] + 1 if len(above) else 0, len(delta) - 1)
-    return int(index) + 1, float(delta[index])
 
 
 def _fitted_rate(phi: np.ndarray, tail: int) -> float:

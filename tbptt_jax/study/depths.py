@@ -34,8 +34,9 @@ class Depths(NamedTuple):
 
 
 def adaptive_replay(
-    tolerance: float = 0.5, *, depths: Sequence[int] = (0, 1, 2, 4, 8), every: int = 1000, probe: int | None = None
-) -> Depths:
+    tolerance: float = 0.5, *, depths: Sequence[int] = (0, 1, 2, 4, 8), every: int = 1000, probe: int | None = None,
+    bound: str = "gradients",
+) -> Depths:  # fmt: skip
     """The smallest depth of ``replay`` whose bias is bounded to be below a tolerance, measured again and again.
 
     Each look measures, at the parameters and the carry of that moment, what windows that go back through so many before them leave
@@ -47,9 +48,10 @@ def adaptive_replay(
       tolerance: of the relative bias; positive.
       depths: windows to go back, from small to large: 0 is ``truncate()``, and with n and windows of k steps every loss sees at
         least n·k steps back.
-      every: updates from one look to the next.
+      every: updates from one look to the next, as :func:`tbptt_jax.study.lengths.adaptive` has it.
       probe: windows of a lane that a look reads; the first so many as the deepest has, and one, are for what lies before the others.
-        Default four times as many as those.
+        Default twice as many as those.
+      bound: ``"gradients"`` or ``"norms"``, likewise.
 
     Raises:
       ValueError: if an argument is not as described, or the probe has not twice as many windows as those.
@@ -65,16 +67,22 @@ def adaptive_replay(
     if not sizes or list(sizes) != sorted(set(sizes)) or sizes[-1] < 1:
         raise ValueError(f"`depths` are {list(sizes)}; give them from small to large, the last at least 1.")
     seen = int(sizes[-1]) + 1
-    probe = 4 * seen if probe is None else probe
+    probe = 2 * seen if probe is None else probe
     check_whole("probe", probe)
     if probe < 2 * seen:
         raise ValueError(f"`probe` is {probe} windows; to go back through {sizes[-1]} give at least {2 * seen}.")
 
     def look(window: int) -> Look:
-        return looking(tolerance, every, probe * window, max(2, seen * window), (window,), sizes)
+        return looking(tolerance, every, probe * window, max(2, seen * window), (window,), sizes, bound=bound)
 
     look(1)  # raises what it would
-    settings = {"adaptive replay": tolerance, "depths": list(map(int, sizes)), "every": every, "probe": probe}
+    settings = {
+        "adaptive replay": tolerance,
+        "depths": list(map(int, sizes)),
+        "every": every,
+        "probe": probe,
+        "bound": bound,
+    }
     return Depths(sizes, look, settings)
 
 

@@ -1,5 +1,6 @@
 """What a run reads: windows of one length, or of lengths that a schedule decides, from where the stream is."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,18 +113,18 @@ def of_lengths(
     """
     check_longest(lengths, stream.time)
     last_step = None if epochs is None else max(1, round(epochs * stream.total))
-    always_one = len(lengths.sizes) == 1 and lengths.look is None
-    whole = always_one and stream.time % lengths.sizes[0] == 0  # then no window is ever short
 
     def spans(course: Course) -> list[tuple[int, Span]]:
         """The steps at which the windows of the call begin, and the windows."""
         choice = course.choices[-1] if course.choices else None
-        place, found = Place(course.updates, course.steps, stream.time, choice), []
+        place = Place(course.updates, course.steps, stream.time, choice)
+        found: list[tuple[int, Span]] = []
         for _ in range(per_call):
-            span = lengths.next(place)
-            length = min(span.length, stream.time - place.steps % stream.time)
-            found.append((place.steps, span._replace(length=length)))
-            place = place._replace(updates=place.updates + 1, steps=place.steps + length)
+            span = found[0][1] if found and found[0][1].padded is None else lengths.next(place)
+            if span.padded is not None:
+                span = span._replace(length=min(span.length, stream.time - place.steps % stream.time))
+            found.append((place.steps, span))
+            place = place._replace(updates=place.updates + 1, steps=place.steps + span.length)
         return found
 
     def end(course: Course, done: int) -> int:
@@ -133,7 +134,8 @@ def of_lengths(
 
     def read(course: Course, first: int, last: int) -> tb.Window:
         found = spans(course)
-        padded = max(span.padded for _, span in found)
+        padded = max(span.padded or span.length for _, span in found)
+        always_whole = found[0][1].padded is None  # with its own program, which no masks slow down
         found = found[first - course.updates : last - course.updates]
         begin, until = found[0][0], sum((found[-1][0], found[-1][1].length))
         steps = stream.read(begin, until)
@@ -144,12 +146,14 @@ def of_lengths(
 
         def cut(x: Any) -> Any:
             """``[lanes, steps, ...]`` to ``[windows, lanes, time, ...]``, 0 where it is padding."""
+            if always_whole:
+                return x.reshape(len(x), len(at), padded, *x.shape[2:]).swapaxes(0, 1)
             x = x[:, at].swapaxes(0, 1)
             if not inside.all() and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
                 x[np.broadcast_to(~inside[:, None], x.shape[:3])] = 0
             return x
 
-        if steps.valid is None and not (whole and inside.all()):
+        if steps.valid is None and not always_whole:
             steps = steps._replace(valid=np.ones((stream.lanes, until - begin), bool))
         if any(span.edges is not None for _, span in found):
             edges = np.concatenate([span.edges[: span.length] for _, span in found]).astype(np.float32)  # type: ignore[index]
@@ -184,7 +188,7 @@ def of_lengths(
     def restored(kept: list) -> Course:
         return Course(kept[0], kept[1], choices_of(kept))
 
-    longest = max(lengths.sizes or [span.padded for _, span in spans(Course())])
+    longest = max(lengths.sizes or [span.padded or span.length for _, span in spans(Course())])
     until, unit = (last_step, "steps") if last_step is not None else (updates or 0, "updates")
     windows = -(-stream.total // longest)
     return Feed(Course(), end, read, after, told, restored, until, unit, longest, windows, stream.total, looks, look)
@@ -218,9 +222,12 @@ def stream_of(task: Task, data: Any, lanes: int) -> Stream:
 
 
 def is_due(look: Look, course: Course, done: int) -> bool:
-    """Whether the stream is looked at after so many updates: where a call begins, once in every so many of them."""
-    last = course.choices[-1].updates if course.choices else -1
-    return done == course.updates and done // look.every > last // look.every
+    """Whether the stream is looked at after so many updates: where a call begins, the less often the longer nothing changes."""
+    if done != course.updates or not course.choices:
+        return done == course.updates
+    led_to = [(choice.window, choice.depth) for choice in reversed(course.choices)]
+    alike = len(list(itertools.takewhile(led_to[0].__eq__, led_to)))
+    return done - course.choices[-1].updates >= look.every * min(2 ** (alike - 1), look.rarest)
 
 
 def chosen(look: Look, task: Task, course: Course, state: TrainState, probe: tb.Window) -> Chosen:

@@ -17,10 +17,14 @@ import jax
 import numpy as np
 
 import tbptt_jax as tb
-from tbptt_jax.arrays import check_whole, quoted
+from tbptt_jax.arrays import check_tolerance, check_whole, quoted
 from tbptt_jax.gradient import Loss
+from tbptt_jax.horizon.suggest import check_bound
 from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.window import Window
+
+
+MOST_LANES = 16  # that a look is at, spread over those that there are: as many steps of others say little more
 
 
 class Chosen(NamedTuple):
@@ -67,14 +71,15 @@ class Span(NamedTuple):
     """The next window.
 
     Attributes:
-      length: its steps; where fewer are left of the lane, it has those.
-      padded: the steps that it is padded to, at least ``length``. The windows of a compiled call are all padded to the longest
-        of them, and every length that occurs is compiled once.
+      length: its steps.
+      padded: None: all windows of the compiled call have the length of its first, and none is padded; one that comes to the end of
+        the lane reads on where other sequences, or the next reading, begin. Else the steps that it is padded to, at least
+        ``length``; where fewer are left of the lane it has those, and all windows of a call are padded to the longest of them.
       edges: ``[length]``, as :class:`tbptt_jax.Window` has them, or None.
     """
 
     length: int
-    padded: int
+    padded: int | None = None
     edges: np.ndarray | None = None
 
 
@@ -85,11 +90,13 @@ class Look(NamedTuple):
       every: updates from one look to the next, at the beginning of a compiled call.
       steps: of the probe: those of each lane that come next.
       choose: ``(model, loss, params, probe, carry) -> suggestion``, the carry that of the stream before the probe.
+      rarest: after each look that leads to what the one before did the next is twice as far off, up to so many times ``every``.
     """
 
     every: int
     steps: int
     choose: Callable[[Recurrence, Loss, Any, Window, Any], tb.horizon.Suggestion]
+    rarest: int = 1
 
 
 class Lengths(NamedTuple):
@@ -97,7 +104,7 @@ class Lengths(NamedTuple):
 
     Attributes:
       next: ``place -> span``, pure.
-      sizes: what windows are padded to, from short to long; () where that is not known before.
+      sizes: the steps that windows have, or are padded to, from short to long; () where that is not known before.
       settings: what makes it this schedule, as JSON; a run is gone on with by the same one only.
       look: how it looks at the stream, or None.
       name: for people.
@@ -111,21 +118,25 @@ class Lengths(NamedTuple):
 
 
 def adaptive(
-    tolerance: float = 0.5, *, lengths: Sequence[int] = (8, 16, 32, 64), every: int = 1000, probe: int | None = None
-) -> Lengths:
+    tolerance: float = 0.5, *, lengths: Sequence[int] = (8, 16, 32, 64), every: int = 1000, probe: int | None = None,
+    bound: str = "gradients",
+) -> Lengths:  # fmt: skip
     """The shortest window whose bias is bounded to be below a tolerance, measured again and again while the model learns.
 
     Each look measures, at the parameters and the carry of that moment, what windows of each length leave out of the gradient of
-    the steps that come next, by :func:`tbptt_jax.horizon.decay.decay` and :func:`tbptt_jax.horizon.decay.suggest`. That takes as long as
-    some hundred updates by short windows. Where no length is safe, or nothing can be measured, the longest is used, and
+    the steps that come next, by :func:`tbptt_jax.horizon.decay.decay` and :func:`tbptt_jax.horizon.suggest.suggest`. That takes as long as
+    some dozens of updates by short windows. Where no length is safe, or nothing can be measured, the longest is used, and
     the :class:`Chosen` says why.
 
     Args:
       tolerance: of the relative bias of ``truncate()``; positive.
       lengths: of windows, in steps, from short to long; a short geometric list, since each is compiled.
-      every: updates from one look to the next.
-      probe: steps of a lane that a look reads; the first so many as the longest window has are for what lies before the others.
-        Default four times the longest window.
+      every: updates from one look to the next; twice as many after each look that leads to what the one before did, up to eight
+        times.
+      probe: steps of a lane that a look reads, of 16 lanes at most; the first so many as the longest window has are for what lies before the others.
+        Default twice the longest window.
+      bound: ``"gradients"``, which is the tighter; or ``"norms"``, the paper's, which asks for longer windows on a plateau, where the
+        gradient of now says nothing of what is further back.
 
     Raises:
       ValueError: if an argument is not as described, or the probe is shorter than two of the longest windows.
@@ -140,43 +151,45 @@ def adaptive(
     if not sizes or list(sizes) != sorted(set(sizes)) or sizes[-1] < 2:
         raise ValueError(f"`lengths` are {list(sizes)}; give them from short to long, the longest at least 2.")
     longest = int(sizes[-1])
-    probe = 4 * longest if probe is None else probe
+    probe = 2 * longest if probe is None else probe
     check_whole("probe", probe)
     if probe < 2 * longest:
         raise ValueError(f"`probe` is {probe}; with windows of up to {longest} give at least {2 * longest}.")
 
     def next_span(place: Place) -> Span:
-        length = longest if place.choice is None else place.choice.window
-        return Span(length, length)
+        return Span(longest if place.choice is None else place.choice.window)
 
-    settings = {"adaptive": tolerance, "lengths": list(sizes), "every": every, "probe": probe}
-    return Lengths(next_span, sizes, settings, looking(tolerance, every, probe, longest, sizes), "auto")
+    settings = {"adaptive": tolerance, "lengths": list(sizes), "every": every, "probe": probe, "bound": bound}
+    return Lengths(next_span, sizes, settings, looking(tolerance, every, probe, longest, sizes, bound=bound), "auto")
 
 
 def looking(
-    tolerance: float, every: int, steps: int, lags: int, lengths: Sequence[int], depths: Sequence[int] | None = None
-) -> Look:
+    tolerance: float, every: int, steps: int, lags: int, lengths: Sequence[int], depths: Sequence[int] | None = None, *,
+    bound: str,
+) -> Look:  # fmt: skip
     """A look that suggests one of ``lengths``, or with a single one, of the ``depths`` of replay; the last where none is safe.
 
     Raises:
-      ValueError: if ``tolerance`` is not positive or ``every`` not a whole number of at least 1.
+      ValueError: if ``tolerance`` is not positive, ``every`` not a whole number of at least 1, or there is no such ``bound``.
     """
-    if not tolerance > 0:
-        raise ValueError(f"`tolerance` is {tolerance}; it needs to be positive, such as 0.5 for a bias of a half.")
+    check_bound(bound)
+    check_tolerance(tolerance)
     check_whole("every", every)
 
     def choose(model: Recurrence, loss: Loss, params: Any, window: Window, carry: Any) -> tb.horizon.Suggestion:
-        lanes = len(jax.tree.leaves(window.inputs)[0])
+        apart = -(-len(jax.tree.leaves(window.inputs)[0]) // MOST_LANES)
+        window, carry = jax.tree.map(lambda x: x[::apart], (window, carry))
+        probes = max(1, 2 * MOST_LANES // len(jax.tree.leaves(window.inputs)[0]))
         try:
             fading = tb.horizon.decay(
-                model, loss, params, window, lags=lags, carry=carry, burn_in=lags, probes=max(1, 64 // lanes), lengths=lengths, depths=depths
+                model, loss, params, window, lags=lags, carry=carry, burn_in=lags, probes=probes, lengths=lengths, depths=depths
             )  # fmt: skip
         except ValueError as error:  # it explodes, or no step is scored
             said, deepest = f"Nothing could be measured: {error}", depths[-1] if depths else 0
             return tb.horizon.Suggestion(lengths[-1], lags, float("inf"), False, said, deepest)
-        return tb.horizon.suggest(fading, tolerance=tolerance, largest=lags)
+        return tb.horizon.suggest(fading, tolerance=tolerance, largest=lags, bound=bound)
 
-    return Look(every, steps, choose)
+    return Look(every, steps, choose, rarest=8)
 
 
 def growing(first: int, last: int, *, updates: int | None = None, epochs: float | None = None) -> Lengths:
@@ -203,8 +216,7 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
 
     def next_span(place: Place) -> Span:
         part = place.updates / updates if updates else place.steps / place.time / (epochs or 1)
-        length = sizes[min(int(part * stages), stages)]
-        return Span(length, length)
+        return Span(sizes[min(int(part * stages), stages)])
 
     return Lengths(next_span, sizes, {"growing": [first, last], "updates": updates, "epochs": epochs}, name="growing")
 
