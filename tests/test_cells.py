@@ -102,7 +102,7 @@ CELLS = {
     "rtu, nonlinear": (tb.rtu(2, activation=jnp.tanh, activation_inside=True, initial_carry="learned"), X),
     "slstm": (tb.slstm(4, heads=2, layers=2), X),
     "slstm, normalised": (tb.slstm(4, heads=2, forget="exp", norm=True, initial_carry="learned"), X),
-    "mlstm": (tb.mlstm(4, heads=2, key_size=3), X),
+    "mlstm": (tb.mlstm(4, heads=2, key_size=3, layers=2), X),
     "mlstm, normalised": (tb.mlstm(4, norm=True, initial_carry="learned", checkpoint=3), X),
     "gated_delta": (tb.gated_delta(4, heads=2, value_size=3, residual=True), X),
     "gated_delta, without a convolution": (tb.gated_delta(3, convolution=None, initial_carry="learned"), X),
