@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tbptt_jax.arrays import is_leaf
 from tbptt_jax.cutting import split
 from tbptt_jax.gradient import Loss, as_real, gradient, objective, step_losses, weighted_mean
 from tbptt_jax.influence import Influence
 from tbptt_jax.recurrence import Recurrence, rematerialised, unroll_window
-from tbptt_jax.window import Window, check, time_shape
+from tbptt_jax.window import Window, check, step_weights, time_shape
 
 PyTree = Any
 
@@ -47,7 +48,7 @@ def bias(
     """How far an influence with windows of ``length`` is from full BPTT over the probe window, at fixed parameters.
 
     The estimate is summed over the windows; full BPTT is one window over all steps, rematerialised in segments of √time,
-    so that 100,000 steps fit.
+    so that 100,000 steps fit. Of several losses with weights of their own each counts by its mean over the probe window.
 
     Args:
       model: the recurrence.
@@ -67,6 +68,7 @@ def bias(
     check(window)
     if draws < 1:
         raise ValueError(f"`draws` is {draws}; at least 1 estimate is needed.")
+    window = balanced(window)
     windows = split(window, length)
     key = jax.random.key(0) if key is None else key
     exact, mean, spread = _compare(model, loss, influence, draws, params, window, windows, key)
@@ -123,6 +125,17 @@ def summed(
         return (stream, jax.tree.map(jnp.add, total, grads)), None
 
     return lax.scan(add, (stream, jax.tree.map(jnp.zeros_like, params)), windows)[0][1]
+
+
+def balanced(window: Window) -> Window:
+    """The same window; of several losses with weights of their own each counts by its mean over the window, as in training.
+
+    Weights that are a tree are divided each by its own sum; one array, or None, stays.
+    """
+    if window.weights is None or is_leaf(window.weights):
+        return window
+    of_mean = lambda w: w / jnp.where(w.sum() > 0, w.sum(), 1)  # noqa: E731
+    return window._replace(weights=jax.tree.map(of_mean, step_weights(window)))
 
 
 def flat(tree: PyTree) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from tbptt_jax.arrays import check_tolerance, check_whole
 from tbptt_jax.cutting import split
 from tbptt_jax.gradient import Loss
-from tbptt_jax.horizon.bias import flat, full, summed
+from tbptt_jax.horizon.bias import balanced, flat, full, summed
 from tbptt_jax.influence import Influence, replay, truncate
 from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.window import Window, check, time_shape
@@ -93,6 +93,7 @@ def choose(
     lengths = sorted(set(lengths))
     influences = {"truncate": truncate(), "replay:1": replay(1)} if influences is None else influences
     key = jax.random.key(0) if key is None else key
+    window = balanced(window)
     exact = flat(jax.jit(functools.partial(full, model, loss))(params, window))
 
     def measure(name: str, length: int) -> Candidate:
