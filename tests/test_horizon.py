@@ -305,3 +305,24 @@ def test_what_is_beyond_the_lags_counts_against_a_window():
     assert (short.window, short.safe, whole.window, whole.safe) == (4, True, 8, True)
     np.testing.assert_allclose((short.relative_bias, whole.relative_bias), (3 / 9, 1 / 9))
     assert not horizon.suggest(seen, tolerance=0.11).safe
+
+
+def test_of_losses_with_weights_of_their_own_each_counts_by_its_mean():
+    """Where one is seldom there: as in training, which goes down by the sum of means, so as if both were divided by their weights."""
+    model, params, plain = lstm(), params_of(lstm()), probe()
+    seldom = np.tile(np.arange(60) % 10 == 9, (3, 1)).astype(float)
+    weights = {"often": np.ones_like(seldom), "seldom": 7 * seldom}
+    window = plain._replace(targets=(plain.targets, seldom), weights=weights)
+
+    def both(outputs, window):
+        return {"often": ((outputs - window.targets[0]) ** 2).sum(-1) / 10, "seldom": outputs[..., 0]}
+
+    def means(outputs, window):
+        losses = both(outputs, window)
+        return losses["often"] / seldom.size + losses["seldom"] * window.targets[1] / seldom.sum()
+
+    expected = horizon.bias(model, means, params, window._replace(weights=None), 10)
+    got = horizon.bias(model, both, params, window, 10)
+    np.testing.assert_allclose(got[:2], expected[:2], rtol=1e-6)
+    chosen = horizon.choose(model, both, params, window, lengths=[10], influences={"none": tb.truncate()})
+    np.testing.assert_allclose(chosen.measured[0].relative_bias, expected.relative_bias, rtol=1e-6)

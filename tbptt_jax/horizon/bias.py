@@ -13,7 +13,7 @@ from tbptt_jax.cutting import split
 from tbptt_jax.gradient import Loss, as_real, gradient, objective, step_losses, weighted_mean
 from tbptt_jax.influence import Influence
 from tbptt_jax.recurrence import Recurrence, rematerialised, unroll_window
-from tbptt_jax.window import Window, check, step_weights, time_shape
+from tbptt_jax.window import Window, check, check_scored, step_weights, time_shape
 
 PyTree = Any
 
@@ -68,6 +68,7 @@ def bias(
     check(window)
     if draws < 1:
         raise ValueError(f"`draws` is {draws}; at least 1 estimate is needed.")
+    check_scored(window)
     window = balanced(window)
     windows = split(window, length)
     key = jax.random.key(0) if key is None else key

@@ -14,7 +14,7 @@ from tbptt_jax.gradient import Loss
 from tbptt_jax.horizon.bias import balanced, flat, full, summed
 from tbptt_jax.influence import Influence, replay, truncate
 from tbptt_jax.recurrence import Recurrence
-from tbptt_jax.window import Window, check, time_shape
+from tbptt_jax.window import Window, check, check_scored, time_shape
 
 PyTree = Any
 
@@ -93,6 +93,7 @@ def choose(
     lengths = sorted(set(lengths))
     influences = {"truncate": truncate(), "replay:1": replay(1)} if influences is None else influences
     key = jax.random.key(0) if key is None else key
+    check_scored(window)
     window = balanced(window)
     exact = flat(jax.jit(functools.partial(full, model, loss))(params, window))
 
