@@ -326,6 +326,12 @@ def test_what_is_wrong_is_refused_in_a_sentence(ask, sentence):
 
 def test_growing_windows_double_in_equal_stages():
     by_updates, by_steps = study.growing(4, 16, updates=10), study.growing(4, 16, epochs=2)
-    places = [lengths.Place(updates=n, steps=10 * n, time=50) for n in range(12)]
+    places = [lengths.Place(updates=n, steps=10 * n, time=25, reading=50) for n in range(12)]
     assert [by_updates.next(place).length for place in places] == [4] * 5 + [8] * 5 + [16] * 2
     assert [by_steps.next(place).length for place in places] == [4] * 5 + [8] * 5 + [16] * 2
+
+
+def test_windows_that_grow_are_at_their_longest_after_as_many_epochs_as_a_run_counts():
+    run = fit(task(), window=study.growing(3, 12, epochs=2), epochs=4, windows_per_call=1, learning_rate=0.0)
+    first = next(i for i, call in enumerate(run.calls) if call.window == 12)
+    assert run.calls[first - 2].steps < 2 * ONCE <= run.calls[first - 1].steps

@@ -117,7 +117,7 @@ def of_lengths(
     def spans(course: Course) -> list[tuple[int, Span]]:
         """The steps at which the windows of the call begin, and the windows."""
         choice = course.choices[-1] if course.choices else None
-        place = Place(course.updates, course.steps, stream.time, choice)
+        place = Place(course.updates, course.steps, stream.time, stream.total, choice)
         found: list[tuple[int, Span]] = []
         for _ in range(per_call):
             span = found[0][1] if found and found[0][1].padded is None else lengths.next(place)

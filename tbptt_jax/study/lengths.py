@@ -58,12 +58,15 @@ class Place(NamedTuple):
       updates: made so far, one a window.
       steps: of a lane, read so far in all readings.
       time: steps of a lane until it is at an end, where other sequences or the next reading begin.
+      reading: steps of a lane in one reading of all the data, an epoch: several times ``time`` where there are more sequences than
+        lanes.
       choice: the last :class:`Chosen`, or None.
     """
 
     updates: int
     steps: int
     time: int
+    reading: int
     choice: Chosen | None = None
 
 
@@ -199,7 +202,8 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
       first: steps of the windows at first.
       last: steps of those at the end, and from there on.
       updates: after which windows have ``last`` steps.
-      epochs: readings of a lane after which they do, instead; steps decide, not windows.
+      epochs: readings of the data after which they do, instead, as :func:`tbptt_jax.study.fit` counts them; steps decide, not
+        windows.
 
     Raises:
       ValueError: if an argument is not as described.
@@ -215,7 +219,7 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
     stages = len(sizes) - 1
 
     def next_span(place: Place) -> Span:
-        part = place.updates / updates if updates else place.steps / place.time / (epochs or 1)
+        part = place.updates / updates if updates else place.steps / place.reading / (epochs or 1)
         return Span(sizes[min(int(part * stages), stages)])
 
     return Lengths(next_span, sizes, {"growing": [first, last], "updates": updates, "epochs": epochs}, name="growing")
