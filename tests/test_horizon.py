@@ -326,3 +326,16 @@ def test_of_losses_with_weights_of_their_own_each_counts_by_its_mean():
     np.testing.assert_allclose(got[:2], expected[:2], rtol=1e-6)
     chosen = horizon.choose(model, both, params, window, lengths=[10], influences={"none": tb.truncate()})
     np.testing.assert_allclose(chosen.measured[0].relative_bias, expected.relative_bias, rtol=1e-6)
+
+
+def test_what_a_model_draws_is_left_out_on_both_sides_and_what_an_influence_draws_is_not():
+    model, window = tb.lstm(4, layers=2, dropout=0.5), probe(time=20)
+    params = model.init(jax.random.key(0), window.inputs)
+    of_mean = lambda outputs, window: outputs.mean(-1) * window.targets[..., 0]  # noqa: E731
+    assert horizon.bias(model, of_mean, params, window, 20).relative_bias < 1e-10
+    plain, short = tb.lstm(4, layers=2), {"length": 5, "draws": 2, "influence": tb.uoro()}
+    expected, got = (horizon.bias(each, of_mean, params, window, **short) for each in (plain, model))
+    assert got.relative_std > 0.01
+    np.testing.assert_allclose(got[:3], expected[:3], rtol=1e-9)
+    chosen = horizon.choose(model, of_mean, params, window, 1e-9, lengths=[20], influences={"truncate": tb.truncate()})
+    assert chosen.best is not None

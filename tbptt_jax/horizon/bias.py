@@ -12,6 +12,7 @@ from tbptt_jax.arrays import is_leaf
 from tbptt_jax.cutting import split
 from tbptt_jax.gradient import Loss, as_real, gradient, objective, step_losses, weighted_mean
 from tbptt_jax.influence import Influence
+from tbptt_jax.noise import takes_key
 from tbptt_jax.recurrence import Recurrence, rematerialised, unroll_window
 from tbptt_jax.window import Window, check, check_scored, step_weights, time_shape
 
@@ -51,7 +52,7 @@ def bias(
     so that 100,000 steps fit. Of several losses with weights of their own each counts by its mean over the probe window.
 
     Args:
-      model: the recurrence.
+      model: the recurrence. It draws nothing, as where it is not trained: no dropout.
       loss: as for :func:`tbptt_jax.gradient`.
       params: the parameters.
       window: ``[lanes, time, ...]``.
@@ -117,7 +118,7 @@ def summed(
     model: Recurrence, loss: Loss, influence: Influence | None, params: PyTree, windows: Window, key: jax.Array
 ) -> PyTree:
     """The sum of an estimator's gradients over a stream's windows, ``[windows, lanes, time, ...]``, at fixed parameters."""
-    estimate = gradient(model, loss, influence=influence, normaliser=1.0)
+    estimate = gradient(without_draws(model), loss, influence=influence, normaliser=1.0)
     stream = estimate.init(key, params, jax.tree.map(lambda x: x[0], windows))
 
     def add(state: tuple, window: Window) -> tuple[tuple, None]:
@@ -126,6 +127,18 @@ def summed(
         return (stream, jax.tree.map(jnp.add, total, grads)), None
 
     return lax.scan(add, (stream, jax.tree.map(jnp.zeros_like, params)), windows)[0][1]
+
+
+@functools.lru_cache(maxsize=64)
+def without_draws(model: Recurrence) -> Recurrence:
+    """The same model, which takes no key, and so has no dropout; a random influence draws as ever."""
+    if not isinstance(model, Recurrence) or not takes_key(model.unroll):
+        return model
+
+    def unroll(params: PyTree, carry: PyTree, inputs: PyTree, *masks: jax.Array | None, **edges: jax.Array) -> tuple:
+        return model.unroll(params, carry, inputs, *masks, **edges)
+
+    return model._replace(unroll=unroll)
 
 
 def balanced(window: Window) -> Window:

@@ -68,7 +68,7 @@ def choose(
     each that is measured, log2 of the lengths at most and one.
 
     Args:
-      model: the recurrence.
+      model: the recurrence. It draws nothing, as where it is not trained: no dropout.
       loss: as for :func:`tbptt_jax.gradient`.
       params: the parameters.
       window: ``[lanes, time, ...]``, read from the initial carry on.

@@ -23,7 +23,6 @@ from tbptt_jax.horizon.suggest import check_bound
 from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.window import Window
 
-
 MOST_LANES = 16  # that a look is at, spread over those that there are: as many steps of others say little more
 
 
