@@ -339,3 +339,39 @@ def test_what_a_model_draws_is_left_out_on_both_sides_and_what_an_influence_draw
     np.testing.assert_allclose(got[:3], expected[:3], rtol=1e-9)
     chosen = horizon.choose(model, of_mean, params, window, 1e-9, lengths=[20], influences={"truncate": tb.truncate()})
     assert chosen.best is not None
+
+
+@pytest.mark.parametrize("steps, tolerance", [(100, 0.5), (100, 0.3), (160, 0.5)])
+def test_the_shortest_window_is_chosen_also_where_a_longer_one_is_worse(steps, tolerance):
+    """Losses at every 50th step: windows of 48 cut what those of 25 do not."""
+    model = tb.from_step(lambda p, h, x: (0.97 * h + p + x, 0.97 * h + p), lambda k, x: jnp.ones(()), lambda p, n: jnp.zeros((n, 1)))  # fmt: skip
+    weights = (np.arange(steps) % 50 == 49).astype(float)[None]
+    window, params = tb.Window(np.zeros((1, steps, 1)), weights=weights), jnp.ones(())
+    of_output = lambda outputs, window: outputs[..., 0]  # noqa: E731
+    chosen = horizon.choose(model, of_output, params, window, tolerance, influences={"truncate": tb.truncate()})
+    tried = sorted({n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, steps) if n <= steps})
+    biases = {n: horizon.bias(model, of_output, params, window, n).relative_bias for n in tried}
+    assert chosen.best.window == min(n for n, bias in biases.items() if bias <= tolerance)
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        ({"lengths": 8}, "`lengths` is 8; give one or more"),
+        ({"lengths": []}, "`lengths` is .*; give one or more"),
+        ({"lengths": (n for n in (4, 61))}, "`lengths` has 61; this probe window has 60 steps"),
+        ({"influences": {}}, "`influences` is {}; give one or more by name"),
+        ({"influences": [tb.truncate()]}, "give one or more by name"),
+        ({"influences": {"r": "replay:1"}}, "`influences` has 'replay:1' for 'r'"),
+        ({"key": 3}, "`key` is 3; it needs to be one key"),
+    ],
+)
+def test_what_cannot_be_chosen_from_is_told_in_a_sentence(more, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        horizon.choose(lstm(), loss, None, probe(), **more)
+
+
+@pytest.mark.parametrize("more", [{"draws": 1.5}, {"draws": "2"}, {"draws": True}, {"key": 3}])
+def test_draws_and_their_key_are_asked_for_before_anything_is_measured(more):
+    with pytest.raises(ValueError, match=f"`{next(iter(more))}` is .*; it needs to be"):
+        horizon.bias(lstm(), loss, None, probe(), 5, **more)

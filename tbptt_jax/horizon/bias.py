@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tbptt_jax.arrays import is_leaf
+from tbptt_jax.arrays import check_whole, is_leaf, quoted
 from tbptt_jax.cutting import split
 from tbptt_jax.gradient import Loss, as_real, gradient, objective, step_losses, weighted_mean
 from tbptt_jax.influence import Influence
-from tbptt_jax.noise import takes_key
+from tbptt_jax.noise import is_key, takes_key
 from tbptt_jax.recurrence import Recurrence, rematerialised, unroll_window
 from tbptt_jax.window import Window, check, check_scored, step_weights, time_shape
 
@@ -63,17 +63,16 @@ def bias(
         is ``relative_std / √draws``.
 
     Raises:
-      ValueError: if ``draws`` is below 1, ``length`` is not a whole number from 1 to the window's steps, no step is scored,
-        or the window, the loss or the influence is not as for :func:`tbptt_jax.gradient`.
+      ValueError: if ``draws`` is not a whole number of at least 1, ``key`` is none, ``length`` is not a whole number from 1 to the
+        window's steps, no step is scored, or the window, the loss or the influence is not as for :func:`tbptt_jax.gradient`.
     """
     check(window)
-    if draws < 1:
-        raise ValueError(f"`draws` is {draws}; at least 1 estimate is needed.")
+    check_whole("draws", draws)
+    key = key_of(key)
     check_scored(window)
     window = balanced(window)
     windows = split(window, length)
-    key = jax.random.key(0) if key is None else key
-    exact, mean, spread = _compare(model, loss, influence, draws, params, window, windows, key)
+    exact, mean, spread = _compare(model, loss, influence, int(draws), params, window, windows, key)
     groups = exact.items() if isinstance(exact, dict) else [("params", exact)]
     part = (lambda tree, name: tree[name]) if isinstance(exact, dict) else (lambda tree, name: tree)
     by_group = {name: _bias(g, part(mean, name), part(spread, name), {}) for name, g in groups}
@@ -150,6 +149,20 @@ def balanced(window: Window) -> Window:
         return window
     of_mean = lambda w: w / jnp.where(w.sum() > 0, w.sum(), 1)  # noqa: E731
     return window._replace(weights=jax.tree.map(of_mean, step_weights(window)))
+
+
+def key_of(key: jax.Array | None) -> jax.Array:
+    """The key, or where it is None, ``jax.random.key(0)``.
+
+    Raises:
+      ValueError: if it is no key, as ``jax.random.key`` or ``jax.random.PRNGKey`` makes one.
+    """
+    if key is None:
+        return jax.random.key(0)
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    if not is_array or key.ndim != (0 if is_key(key) else 1) or not (is_key(key) or key.dtype == np.uint32):
+        raise ValueError(f"`key` is {quoted(key)}; it needs to be one key, such as `jax.random.key(0)`.")
+    return key
 
 
 def flat(tree: PyTree) -> np.ndarray:
