@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import numbers
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from tbptt_jax.study import averaging
 from tbptt_jax.study.depths import Depths, with_depths
 from tbptt_jax.study.feed import check_same_state, choices_of, feed_of
 from tbptt_jax.study.guard import first_not_finite
-from tbptt_jax.study.lengths import Chosen, Lengths
+from tbptt_jax.study.lengths import Chosen, Lengths, check_epochs
 from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
 from tbptt_jax.study.process.console import progress, quieted
 from tbptt_jax.study.process.lock import holding
@@ -153,8 +152,8 @@ def fit(
         raise ValueError(f"`updates` is {updates} and `epochs` is {epochs}: give one of them.")
     if epochs is None:
         check_whole("updates", updates)  # type: ignore[arg-type]
-    elif isinstance(epochs, bool) or not isinstance(epochs, numbers.Real) or not 0 < epochs < float("inf"):
-        raise ValueError(f"`epochs` is {epochs!r}; it needs to be a positive number.")
+    else:
+        check_epochs(epochs)
     if not_finite not in ("stop", "skip"):
         raise ValueError(f"`not_finite` is {not_finite!r}; it needs to be 'stop' or 'skip'.")
     needs_valid = patience is not None or (average is not None and average.nonmonotone is not None)
