@@ -1,5 +1,6 @@
 """Training a task, so that it lasts: kept on disk, gone on with bit for bit, judged on the way."""
 
+import functools
 import inspect
 import json
 import pathlib
@@ -316,19 +317,25 @@ def _legs(directory: pathlib.Path | None, feed: Feed, rate: float | None, resume
         return new
     if rate is None:
         return [*legs[:-1], [first, updates, 0.0]]
-    unit, per = ("epochs", feed.steps or 1) if unit == "steps" else (unit, 1)  # what is asked for
-    there = f"{short(path.parent)} holds a run of {last / per:.9g} {unit} with the learning rate {before:g}"
-    asked = f"{updates / per:.9g} with {rate:g} were asked for"
+    unit, told = ("epochs", functools.partial(_epochs, feed.steps or 1)) if unit == "steps" else (unit, str)
+    there = f"{short(path.parent)} holds a run of {told(last)} {unit} with the learning rate {before:g}"
+    asked = f"{told(updates)} with {rate:g} were asked for"
     if not ended:
         raise ValueError(
-            f"{there}, of which {made} updates are made, and {asked}: ask for {last / per:.9g} {unit} and "
+            f"{there}, of which {made} updates are made, and {asked}: ask for {told(last)} {unit} and "
             f"learning_rate={before:g} to end it first, or begin afresh with resume=False (--noresume) or in another workdir."
         )
     raise ValueError(
-        f"{there}, and {asked}. To go on with it give more {unit} than {made / per:.9g}, at any rate; to begin from what "
+        f"{there}, and {asked}. To go on with it give more {unit} than {told(made)}, at any rate; to begin from what "
         f"it has learned, start={short(path.parent)} (--init_from) and another workdir; to begin afresh, resume=False "
         "(--noresume)."
     )
+
+
+def _epochs(reading: int, steps: int) -> str:
+    """The shortest number of epochs that are so many steps of a lane, of which one reading of the data has ``reading``."""
+    numbers = (float(f"{steps / reading:.{digits}g}") for digits in range(1, 18))
+    return next(f"{number}".removesuffix(".0") for number in numbers if round(number * reading) == steps)
 
 
 def _started(state: TrainState, step: TrainStep, params: Any, first: tb.Window) -> TrainState:
