@@ -32,7 +32,7 @@ flags.DEFINE_list(
     "The bounds on the bias by which K is chosen: the paper's, of norms, and the library's.",
 )
 flags.DEFINE_float("tolerance", 0.5, "The relative bias δ that the K which is chosen may have.", lower_bound=1e-6)
-flags.DEFINE_list("lengths", ["4", "8", "12", "16", "20"], "The K to choose from.")
+flags.DEFINE_list("lengths", [str(K) for K in range(4, 21)], "The K to choose from.")
 flags.DEFINE_integer("look_every", 450, "Updates from one choice to the next.", lower_bound=1)
 flags.DEFINE_integer("memory", 10, "Steps of a word, which is said again as many steps later.", lower_bound=1)
 flags.DEFINE_integer("hidden", 50, "Units of each of the LSTM's two layers.", lower_bound=1)

@@ -13,13 +13,15 @@ def chosen(bound: str, tolerance: float, lengths: Sequence[int], every: int) -> 
     All are padded to the longest, so that :func:`tbptt_jax.replay` finds the one before as it was.
     """
     longest = lengths[-1]
+    far = 4 * longest
+    # Of each lane the last loss, as the authors do it, or all of the second half.
+    how = (
+        {"lags": far, "burn_in": far - 1} if bound == "norms" else {"lags": far // 2, "burn_in": far // 2, "probes": 16}
+    )
 
     def choose(model: Any, loss: Any, params: Any, window: tb.Window, carry: Any) -> tb.horizon.Suggestion:
         window = window._replace(resets=None)  # where the stream begins again too, gradients are to be seen fading
-        half = 2 * longest
-        fading = tb.horizon.decay(
-            model, loss, params, window, lags=half, carry=carry, burn_in=half, probes=16, lengths=[longest]
-        )
+        fading = tb.horizon.decay(model, loss, params, window, carry=carry, lengths=[longest], **how)
         found = tb.horizon.suggest(fading, tolerance=tolerance, largest=longest, bound=bound)
         K = next((K for K in lengths if found.horizon <= K), longest)
         return found._replace(window=K, relative_bias=found.horizon_bias, safe=found.horizon_bias < tolerance)
@@ -28,4 +30,4 @@ def chosen(bound: str, tolerance: float, lengths: Sequence[int], every: int) -> 
         return study.Span(place.choice.window if place.choice else longest, longest)
 
     settings = {"bound": bound, "tolerance": tolerance, "lengths": list(lengths), "every": every}
-    return study.Lengths(next_span, (longest,), settings, study.Look(every, 4 * longest, choose))
+    return study.Lengths(next_span, (longest,), settings, study.Look(every, far, choose))

@@ -7,6 +7,7 @@ from streams import compiled, loss, lstm, params_of, stream
 import tbptt_jax as tb
 from tbptt_jax import horizon
 from tbptt_jax.horizon.bias import _compare as compare
+from tbptt_jax.horizon.decay import _spread as spread
 
 
 def probe(time=60, lanes=3):
@@ -15,8 +16,8 @@ def probe(time=60, lanes=3):
 
 def test_decay_is_the_norm_of_each_gradient_traced_by_itself():
     model, params, window, lags = lstm(), params_of(lstm()), probe(), 20
-    got = horizon.decay(model, loss, params, window, lags=lags, probes=3)
-    assert got.probes == 9
+    got = horizon.decay(model, loss, params, window, lags=lags, burn_in=lags)
+    assert got.probes == 3 * 40
 
     def loss_at(nudges, end):
         def step(carry, at_t):
@@ -30,9 +31,21 @@ def test_decay_is_the_norm_of_each_gradient_traced_by_itself():
     nothing = jax.tree.map(lambda h: jnp.zeros((60, *h.shape)), model.initial_carry(params, 3))
     traced = jax.jit(jax.grad(loss_at))
     lags_of = lambda end: [x[end - lags : end][::-1] for x in jax.tree.leaves(traced(nothing, end))]  # noqa: E731
-    each = np.array([np.concatenate(lags_of(end), -1) for end in (20, 40, 60)])  # [probes, lags, lanes, units]
+    each = np.array([np.concatenate(lags_of(end), -1) for end in range(21, 61)])  # [probes, lags, lanes, units]
     np.testing.assert_allclose(got.norms, np.linalg.norm(each, axis=-1).mean((0, 2)), rtol=1e-5)
     np.testing.assert_allclose(got.sums, np.linalg.norm(each.mean((0, 2)).cumsum(0), axis=-1), rtol=1e-5)
+
+
+def test_what_is_traced_is_spread_over_the_scored_steps_of_each_lane():
+    scored = np.zeros((4, 60), bool)
+    scored[0], scored[1, 7::10], scored[2, 59] = True, True, True
+    found = spread(scored, 5)
+    np.testing.assert_array_equal(found.T, [[2, 14, 26, 38, 50], [7, 17, 27, 47, 57], [59, -1, -1, -1, -1], [-1] * 5])
+    np.testing.assert_array_equal(spread(scored[:1], 99)[:, 0], np.arange(60))
+    window, model = tb.Window(np.ones((4, 60, 1)), weights=scored.astype(float)), linear()
+    fading = horizon.decay(model, first_feature, {"b": jnp.array(0.1)}, window, lags=20, probes=5)
+    assert fading.probes == 11
+    np.testing.assert_allclose(fading.norms, 0.8 ** np.arange(1, 21))
 
 
 def linear(rate=0.8):
@@ -181,7 +194,17 @@ def fading(norms, rate):
     """A decay of a model of one parameter that each lag adds φ to."""
     kept = 1 + np.concatenate([[0], np.cumsum(norms)])
     return horizon.Decay(
-        norms, np.cumsum(norms), rate, 10, kept, kept[-1] - kept, 0.0, kept[-1], np.array([1]), np.array([kept[-1] - 1])
+        norms,
+        np.cumsum(norms),
+        rate,
+        10,
+        kept,
+        kept[-1] - kept,
+        0.0,
+        0.0,
+        kept[-1],
+        np.array([1]),
+        np.array([kept[-1] - 1]),
     )
 
 

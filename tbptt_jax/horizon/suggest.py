@@ -16,7 +16,8 @@ class Suggestion(NamedTuple):
     Attributes:
       window: steps of a window.
       horizon: steps that every loss needs to see back, as with ``replay(m)`` and windows of k ≥ horizon / m.
-      relative_bias: the bound δ on the relative bias of that window; infinite where nothing bounds it.
+      relative_bias: the bound δ on the relative bias of that window, or where none is safe, of the longest measured; infinite where
+        nothing bounds it.
       safe: whether it is below the tolerance.
       reason: a sentence, with what the bound rests on.
       depth: windows before it that ``replay`` goes back; 0: ``truncate()``.
@@ -41,7 +42,8 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000, bound
         δ(K) = E(K) / max_{K' ≤ K} (‖ĝ_K'‖ − E(K')).
 
     So much is true of windows too, with what they were seen to leave out in the place of ‖ĝ_lags − ĝ_K‖ and ``whole`` in that of
-    ‖ĝ_K'‖. The bound is of the losses of the window that was looked at, and rests on φ fading on beyond ``lags`` as before.
+    ‖ĝ_K'‖. The bound is of the losses of the window that was looked at, and rests on φ fading on beyond ``lags`` as before, and on no
+    lag there adding more to the parameters' gradient, for what it has of φ, than those that were seen: the reason says so.
 
     The paper's own bound, ``"norms"``, has Σ_{k > K} φ_k for E(K), the mean of that over a window's steps for what windows leave out, and
     ‖E Σ_{k ≤ K} ∂l_s/∂h_{s-k}‖ for ‖ĝ_K‖: gradients by the carry, as if ∂h/∂θ were as large at every step. A mean of norms does not
@@ -65,8 +67,8 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000, bound
     """
     check_bound(bound)
     check_tolerance(tolerance)
-    if largest < 1:
-        raise ValueError(f"`largest` is {largest}; a window has at least 1 step.")
+    if not isinstance(largest, int | np.integer) or largest < 1:
+        raise ValueError(f"`largest` is {largest!r}; it needs to be a whole number of steps, at least 1.")
     if largest < fading.lengths[0]:
         raise ValueError(
             f"`largest` is {largest}, and no window was measured shorter than {fading.lengths[0]}: allow that, or give `decay` shorter `lengths`."
@@ -87,10 +89,13 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000, bound
     window, depth = (int(tried[allowed][index - 1]) for tried in (fading.lengths, depths))
     rests = (
         f"if gradients fade by {fading.rate:.4f} a lag beyond lag {lags} too"
-        if fading.beyond
+        if fading.rest
         else "which is all there is"
     )
-    rests = f"by norms of gradients by the carry, {rests}" if bound == "norms" else rests
+    if bound == "norms":
+        rests = f"as if ∂h/∂θ were as large at every step, {rests}"
+    elif fading.rest:
+        rests += ", and add no more to those by the parameters for it"
     fits = f"β̂ is {fading.rate:.4f}; every loss should see {horizon} steps back."
     if delta < tolerance:
         reason = f"Windows of {_named(window, depth)} have a relative bias of at most {delta:.2g} on these losses, {rests}. {fits}"
@@ -116,11 +121,10 @@ def _by_gradients(fading: Decay, depths: np.ndarray, largest: int) -> tuple[np.n
 
 def _by_norms(fading: Decay, depths: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """The same, by the carry. Of a window's steps the first sees what depths before it have, and each one step more."""
-    beyond = fading.norms[-1] * fading.rate / (1 - fading.rate) if fading.beyond else 0.0
     tails = np.append(fading.norms[::-1].cumsum()[::-1], 0.0)
     ends = fading.lengths * (depths + 1)
     left_out, kept = _further(
-        fading, tails, np.append(0.0, fading.sums), beyond, max(largest, ends[-1], len(tails) - 1)
+        fading, tails, np.append(0.0, fading.sums), fading.rest, max(largest, ends[-1], len(tails) - 1)
     )
     means = [left_out[end - n : end].mean() for n, end in zip(fading.lengths, ends, strict=True)]
     return left_out[: largest + 1], kept[: largest + 1], np.array(means), np.max(kept - left_out)

@@ -24,7 +24,7 @@ from tbptt_jax.horizon.suggest import check_bound
 from tbptt_jax.recurrence import Recurrence
 from tbptt_jax.window import Window
 
-MOST_LANES = 16  # that a look is at, spread over those that there are: as many steps of others say little more
+MOST_LANES = 16  # that a look is at, drawn once: as many steps of others say little more
 
 
 class Chosen(NamedTuple):
@@ -136,7 +136,7 @@ def adaptive(
       lengths: of windows, in steps, from short to long; a short geometric list, since each is compiled.
       every: updates from one look to the next, which is made where a compiled call begins, of ``windows_per_call`` updates
         (:func:`tbptt_jax.study.fit`); twice as many after each look that leads to what the one before did, up to eight times.
-      probe: steps of a lane that a look reads, of 16 lanes at most; the first so many as the longest window has are for what lies before the others.
+      probe: steps of a lane that a look reads, of 16 lanes at most, drawn once; the first so many as the longest window has are for what lies before the others.
         Default twice the longest window.
       bound: ``"gradients"``, which is the tighter; or ``"norms"``, the paper's, which asks for longer windows on a plateau, where the
         gradient of now says nothing of what is further back.
@@ -188,9 +188,11 @@ def looking(
     check_whole("every", every)
 
     def choose(model: Recurrence, loss: Loss, params: Any, window: Window, carry: Any) -> tb.horizon.Suggestion:
-        apart = -(-len(jax.tree.leaves(window.inputs)[0]) // MOST_LANES)
-        window, carry = jax.tree.map(lambda x: x[::apart], (window, carry))
-        probes = max(1, 2 * MOST_LANES // len(jax.tree.leaves(window.inputs)[0]))
+        lanes = len(jax.tree.leaves(window.inputs)[0])
+        if lanes > MOST_LANES:  # any, since lanes may be laid out in some order
+            some = np.sort(np.random.default_rng(0).permutation(lanes)[:MOST_LANES])
+            window, carry = jax.tree.map(lambda x: x[some], (window, carry))
+        probes = max(1, 2 * MOST_LANES // lanes)
         try:
             fading = tb.horizon.decay(
                 model, loss, params, window, lags=lags, carry=carry, burn_in=lags, probes=probes, lengths=lengths, depths=depths
