@@ -294,6 +294,15 @@ def test_the_learning_rate_goes_by_the_steps_read():
         np.testing.assert_allclose(state.params, 0.5 * factor, rtol=1e-6)
 
 
+def own(span, sizes=(), look=None):
+    """A run by a schedule of one's own, whose windows are all this one."""
+    fit(task(), window=study.Lengths(lambda place: span, sizes, {}, look), updates=1)
+
+
+def losses(outputs, window):
+    return {"one": loss(outputs, window), "other": loss(outputs, window)}
+
+
 WRONG = {
     "tolerance": (lambda: study.adaptive(0.0), "positive"),
     "no number": (lambda: study.adaptive("0.5"), "`tolerance` is '0.5'; it needs to be a number"),
@@ -317,6 +326,26 @@ WRONG = {
         "no past to go back",
     ),
     "stateless": (lambda: fit(task(), window=told(2, 4), stateless=True, updates=1), "know no past"),
+    "growing by a word": (lambda: study.growing(4, 8, updates="1"), "`updates` is '1'; it needs to be a whole number"),
+    "growing by a half": (lambda: study.growing(4, 8, updates=2.5), "`updates` is 2.5; it needs to be a whole number"),
+    "growing if": (lambda: study.growing(4, 8, updates=True), "`updates` is True; it needs to be a whole number"),
+    "epochs of a word": (lambda: study.growing(4, 8, epochs="1"), "`epochs` is '1'; it needs to be a positive number"),
+    "epochs if": (lambda: study.growing(4, 8, epochs=True), "`epochs` is True; it needs to be a positive number"),
+    "endless": (lambda: study.growing(4, 8, epochs=float("inf")), "`epochs` is inf; it needs to be a positive number"),
+    "drawn of nothing": (lambda: study.drawn(lambda: 3), "a function of a key and of how many steps there are"),
+    "seed": (lambda: study.drawn(tb.schedules.fixed(5), seed="a"), "`seed` is 'a'; it needs to be a whole number"),
+    "a depth below": (lambda: study.adaptive_replay(depths=(-1, 2)), "`depths` has -1"),
+    "window for influence": (lambda: fit(task(), window=4, influence=told(2), updates=1), "which is for `window`"),
+    "influence for window": (lambda: fit(task(), window=told_depths(1), updates=1), "which is for `influence`"),
+    "no span": (lambda: own(4), "returned 4; it needs to be a study.Span"),
+    "no step": (lambda: own(study.Span(0)), "`Span.length` is 0"),
+    "half a step": (lambda: own(study.Span(2.5)), "`Span.length` is 2.5"),
+    "padded": (lambda: own(study.Span(5, 3)), "5 steps, padded to 3"),
+    "edges": (lambda: own(study.Span(4, 4, np.ones(3))), r"4 steps, and edges \[3\]"),
+    "sizes": (lambda: own(study.Span(7), (4,)), r"7 steps, and its `sizes` are \[4\]"),
+    "no suggestion": (lambda: own(study.Span(4), look=study.Look(4, 8, lambda *seen: None)), "returned None"),
+    "no look": (lambda: own(study.Span(4), look=study.Look(0, 8, lambda *seen: None)), "`look.every` is 0"),
+    "losses": (lambda: fit(task()._replace(loss=losses), window=4, updates=1), "a run reports one number"),
     "cut": (lambda: fit(study.task("first_bit"), window=told(2, 4), updates=1), "cuts its windows itself"),
 }
 
@@ -329,6 +358,44 @@ def test_what_is_wrong_is_refused_in_a_sentence(ask, sentence):
 
 def test_growing_windows_double_in_equal_stages():
     by_updates, by_steps = study.growing(4, 16, updates=10), study.growing(4, 16, epochs=2)
-    places = [lengths.Place(updates=n, steps=10 * n, time=50) for n in range(12)]
+    places = [lengths.Place(updates=n, steps=10 * n, time=25, reading=50) for n in range(12)]
     assert [by_updates.next(place).length for place in places] == [4] * 5 + [8] * 5 + [16] * 2
     assert [by_steps.next(place).length for place in places] == [4] * 5 + [8] * 5 + [16] * 2
+
+
+def test_numbers_of_numpy_are_as_those_of_python(tmp_path):
+    two, eight = np.int64(2), np.int32(8)
+    schedules = {
+        "adaptive": study.adaptive(np.float64(0.5), lengths=np.array([2, 4]), every=eight, probe=eight),
+        "growing": study.growing(two, eight, epochs=np.float64(0.5)),
+        "drawn": study.drawn(tb.schedules.fixed(4), seed=two),
+        "own": study.Lengths(lambda place: study.Span(two, eight, np.ones(2)), (8,), {}),
+    }
+    for name, window in schedules.items():
+        assert fit(task(), window=window, updates=5, workdir=tmp_path / name).updates == 5
+        json.dumps(window.settings)
+    assert schedules["adaptive"].settings == study.adaptive(0.5, lengths=(2, 4), every=8, probe=8).settings
+    some = study.adaptive_replay(np.float64(0.5), depths=np.arange(3), every=eight, probe=eight)
+    assert json.dumps(some.settings) == json.dumps(study.adaptive_replay(depths=(0, 1, 2), every=8, probe=8).settings)
+
+
+def test_what_is_left_of_a_run_by_steps_is_told_in_epochs_and_doing_it_works(tmp_path):
+    ask = {"window": study.growing(2, 4, epochs=1), "workdir": tmp_path, "checkpoint_every": 4}
+
+    def kill(event):
+        if event.updates >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(task(), **ask, epochs=1, listeners=[kill])
+    with pytest.raises(ValueError, match=r"a run of 1 epochs .* 8 updates are made, and 2 with .*: ask for 1 epochs"):
+        fit(task(), **ask, epochs=2)
+    assert fit(task(), **ask, epochs=1).epochs >= 1
+    with pytest.raises(ValueError, match=r"of 1 epochs .*, and 0\.5 with .* give more epochs than 1"):
+        fit(task(), **ask, epochs=0.5)
+
+
+def test_windows_that_grow_are_at_their_longest_after_as_many_epochs_as_a_run_counts():
+    run = fit(task(), window=study.growing(3, 12, epochs=2), epochs=4, windows_per_call=1, learning_rate=0.0)
+    first = next(i for i, call in enumerate(run.calls) if call.window == 12)
+    assert run.calls[first - 2].steps < 2 * ONCE <= run.calls[first - 1].steps

@@ -349,3 +349,75 @@ def test_what_is_beyond_the_lags_counts_against_a_window():
     assert (short.window, short.safe, whole.window, whole.safe) == (4, True, 8, True)
     np.testing.assert_allclose((short.relative_bias, whole.relative_bias), (3 / 9, 1 / 9))
     assert not horizon.suggest(seen, tolerance=0.11).safe
+
+
+def test_of_losses_with_weights_of_their_own_each_counts_by_its_mean():
+    """Where one is seldom there: as in training, which goes down by the sum of means, so as if both were divided by their weights."""
+    model, params, plain = lstm(), params_of(lstm()), probe()
+    seldom = np.tile(np.arange(60) % 10 == 9, (3, 1)).astype(float)
+    weights = {"often": np.ones_like(seldom), "seldom": 7 * seldom}
+    window = plain._replace(targets=(plain.targets, seldom), weights=weights)
+
+    def both(outputs, window):
+        return {"often": ((outputs - window.targets[0]) ** 2).sum(-1) / 10, "seldom": outputs[..., 0]}
+
+    def means(outputs, window):
+        losses = both(outputs, window)
+        return losses["often"] / seldom.size + losses["seldom"] * window.targets[1] / seldom.sum()
+
+    expected = horizon.bias(model, means, params, window._replace(weights=None), 10)
+    got = horizon.bias(model, both, params, window, 10)
+    np.testing.assert_allclose(got[:2], expected[:2], rtol=1e-6)
+    chosen = horizon.choose(model, both, params, window, lengths=[10], influences={"none": tb.truncate()})
+    np.testing.assert_allclose(chosen.measured[0].relative_bias, expected.relative_bias, rtol=1e-6)
+
+
+def test_what_a_model_draws_is_left_out_on_both_sides_and_what_an_influence_draws_is_not():
+    model, window = tb.lstm(4, layers=2, dropout=0.5), probe(time=20)
+    params = model.init(jax.random.key(0), window.inputs)
+    of_mean = lambda outputs, window: outputs.mean(-1) * window.targets[..., 0]  # noqa: E731
+    assert horizon.bias(model, of_mean, params, window, 20).relative_bias < 1e-10
+    plain, short = tb.lstm(4, layers=2), {"length": 5, "draws": 2, "influence": tb.uoro()}
+    expected, got = (horizon.bias(each, of_mean, params, window, **short) for each in (plain, model))
+    assert got.relative_std > 0.01
+    np.testing.assert_allclose(got[:3], expected[:3], rtol=1e-9)
+    chosen = horizon.choose(model, of_mean, params, window, 1e-9, lengths=[20], influences={"truncate": tb.truncate()})
+    assert chosen.best is not None
+
+
+@pytest.mark.parametrize("lengths, tolerance", [([50, 60, 100], 0.12), (None, 0.3), (None, 0.1)])
+def test_the_shortest_window_is_chosen_also_where_a_longer_one_is_worse(lengths, tolerance):
+    """Losses at every 50th step: windows of 60 cut what those of 50 do not, and only one of all steps cuts nothing."""
+    model = tb.from_step(lambda p, h, x: (0.97 * h + p + x, 0.97 * h + p), lambda k, x: jnp.ones(()), lambda p, n: jnp.zeros((n, 1)))  # fmt: skip
+    weights = (np.arange(100) % 50 == 49).astype(float)[None]
+    window, params = tb.Window(np.zeros((1, 100, 1)), weights=weights), jnp.ones(())
+    of_output = lambda outputs, window: outputs[..., 0]  # noqa: E731
+    ask = {"lengths": lengths, "influences": {"truncate": tb.truncate()}}
+    chosen = horizon.choose(model, of_output, params, window, tolerance, **ask)
+    tried = lengths or [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
+    biases = {n: horizon.bias(model, of_output, params, window, n).relative_bias for n in tried}
+    assert chosen.best.window == min(n for n, bias in biases.items() if bias <= tolerance)
+    assert all(np.isclose(each.relative_bias, biases[each.window]) for each in chosen.measured)
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        ({"lengths": 8}, "`lengths` is 8; give one or more"),
+        ({"lengths": []}, "`lengths` is .*; give one or more"),
+        ({"lengths": (n for n in (4, 61))}, "`lengths` has 61; this probe window has 60 steps"),
+        ({"influences": {}}, "`influences` is {}; give one or more by name"),
+        ({"influences": [tb.truncate()]}, "give one or more by name"),
+        ({"influences": {"r": "replay:1"}}, "`influences` has 'replay:1' for 'r'"),
+        ({"key": 3}, "`key` is 3; it needs to be one key"),
+    ],
+)
+def test_what_cannot_be_chosen_from_is_told_in_a_sentence(more, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        horizon.choose(lstm(), loss, None, probe(), **more)
+
+
+@pytest.mark.parametrize("more", [{"draws": 1.5}, {"draws": "2"}, {"draws": True}, {"key": 3}])
+def test_draws_and_their_key_are_asked_for_before_anything_is_measured(more):
+    with pytest.raises(ValueError, match=f"`{next(iter(more))}` is .*; it needs to be"):
+        horizon.bias(lstm(), loss, None, probe(), 5, **more)

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tbptt_jax.arrays import check_whole, is_leaf, quoted
 from tbptt_jax.cutting import split
 from tbptt_jax.gradient import Loss, as_real, gradient, objective, step_losses, weighted_mean
 from tbptt_jax.influence import Influence
+from tbptt_jax.noise import is_key, takes_key
 from tbptt_jax.recurrence import Recurrence, rematerialised, unroll_window
-from tbptt_jax.window import Window, check, time_shape
+from tbptt_jax.window import Window, check, check_scored, step_weights, time_shape
 
 PyTree = Any
 
@@ -47,10 +49,10 @@ def bias(
     """How far an influence with windows of ``length`` is from full BPTT over the probe window, at fixed parameters.
 
     The estimate is summed over the windows; full BPTT is one window over all steps, rematerialised in segments of √time,
-    so that 100,000 steps fit.
+    so that 100,000 steps fit. Of several losses with weights of their own each counts by its mean over the probe window.
 
     Args:
-      model: the recurrence.
+      model: the recurrence. It draws nothing, as where it is not trained: no dropout.
       loss: as for :func:`tbptt_jax.gradient`.
       params: the parameters.
       window: ``[lanes, time, ...]``.
@@ -61,15 +63,16 @@ def bias(
         is ``relative_std / √draws``.
 
     Raises:
-      ValueError: if ``draws`` is below 1, ``length`` is not a whole number from 1 to the window's steps, no step is scored,
-        or the window, the loss or the influence is not as for :func:`tbptt_jax.gradient`.
+      ValueError: if ``draws`` is not a whole number of at least 1, ``key`` is none, ``length`` is not a whole number from 1 to the
+        window's steps, no step is scored, or the window, the loss or the influence is not as for :func:`tbptt_jax.gradient`.
     """
     check(window)
-    if draws < 1:
-        raise ValueError(f"`draws` is {draws}; at least 1 estimate is needed.")
+    check_whole("draws", draws)
+    key = key_of(key)
+    check_scored(window)
+    window = balanced(window)
     windows = split(window, length)
-    key = jax.random.key(0) if key is None else key
-    exact, mean, spread = _compare(model, loss, influence, draws, params, window, windows, key)
+    exact, mean, spread = _compare(model, loss, influence, int(draws), params, window, windows, key)
     groups = exact.items() if isinstance(exact, dict) else [("params", exact)]
     part = (lambda tree, name: tree[name]) if isinstance(exact, dict) else (lambda tree, name: tree)
     by_group = {name: _bias(g, part(mean, name), part(spread, name), {}) for name, g in groups}
@@ -114,7 +117,7 @@ def summed(
     model: Recurrence, loss: Loss, influence: Influence | None, params: PyTree, windows: Window, key: jax.Array
 ) -> PyTree:
     """The sum of an estimator's gradients over a stream's windows, ``[windows, lanes, time, ...]``, at fixed parameters."""
-    estimate = gradient(model, loss, influence=influence, normaliser=1.0)
+    estimate = gradient(without_draws(model), loss, influence=influence, normaliser=1.0)
     stream = estimate.init(key, params, jax.tree.map(lambda x: x[0], windows))
 
     def add(state: tuple, window: Window) -> tuple[tuple, None]:
@@ -123,6 +126,43 @@ def summed(
         return (stream, jax.tree.map(jnp.add, total, grads)), None
 
     return lax.scan(add, (stream, jax.tree.map(jnp.zeros_like, params)), windows)[0][1]
+
+
+@functools.lru_cache(maxsize=64)
+def without_draws(model: Recurrence) -> Recurrence:
+    """The same model, which takes no key, and so has no dropout; a random influence draws as ever."""
+    if not isinstance(model, Recurrence) or not takes_key(model.unroll):
+        return model
+
+    def unroll(params: PyTree, carry: PyTree, inputs: PyTree, *masks: jax.Array | None, **edges: jax.Array) -> tuple:
+        return model.unroll(params, carry, inputs, *masks, **edges)
+
+    return model._replace(unroll=unroll)
+
+
+def balanced(window: Window) -> Window:
+    """The same window; of several losses with weights of their own each counts by its mean over the window, as in training.
+
+    Weights that are a tree are divided each by its own sum; one array, or None, stays.
+    """
+    if window.weights is None or is_leaf(window.weights):
+        return window
+    of_mean = lambda w: w / jnp.where(w.sum() > 0, w.sum(), 1)  # noqa: E731
+    return window._replace(weights=jax.tree.map(of_mean, step_weights(window)))
+
+
+def key_of(key: jax.Array | None) -> jax.Array:
+    """The key, or where it is None, ``jax.random.key(0)``.
+
+    Raises:
+      ValueError: if it is no key, as ``jax.random.key`` or ``jax.random.PRNGKey`` makes one.
+    """
+    if key is None:
+        return jax.random.key(0)
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    if not is_array or key.ndim != (0 if is_key(key) else 1) or not (is_key(key) or key.dtype == np.uint32):
+        raise ValueError(f"`key` is {quoted(key)}; it needs to be one key, such as `jax.random.key(0)`.")
+    return key
 
 
 def flat(tree: PyTree) -> np.ndarray:

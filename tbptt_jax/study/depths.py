@@ -48,7 +48,8 @@ def adaptive_replay(
       tolerance: of the relative bias; positive.
       depths: windows to go back, from small to large: 0 is ``truncate()``, and with n and windows of k steps every loss sees at
         least n·k steps back.
-      every: updates from one look to the next, as :func:`tbptt_jax.study.lengths.adaptive` has it.
+      every: updates from one look to the next, which is made where a compiled call begins, and the more rarely the longer nothing
+        changes, as :func:`tbptt_jax.study.lengths.adaptive` has it.
       probe: windows of a lane that a look reads; the first so many as the deepest has, and one, are for what lies before the others.
         Default twice as many as those.
       bound: ``"gradients"`` or ``"norms"``, likewise.
@@ -60,15 +61,16 @@ def adaptive_replay(
     """
     if np.ndim(depths) != 1:
         raise ValueError(f"`depths` is {quoted(depths)}; give several, such as (0, 1, 2, 4).")
-    sizes = tuple(depths)
-    for depth in sizes:
-        if depth != 0:
-            check_whole("depths", depth)
+    for depth in depths:
+        if isinstance(depth, bool) or not isinstance(depth, int | np.integer) or depth < 0:
+            raise ValueError(f"`depths` has {quoted(depth)}; each needs to be a whole number, at least 0.")
+    sizes = tuple(map(int, depths))
     if not sizes or list(sizes) != sorted(set(sizes)) or sizes[-1] < 1:
         raise ValueError(f"`depths` are {list(sizes)}; give them from small to large, the last at least 1.")
-    seen = int(sizes[-1]) + 1
+    seen = sizes[-1] + 1
     probe = 2 * seen if probe is None else probe
     check_whole("probe", probe)
+    probe = int(probe)
     if probe < 2 * seen:
         raise ValueError(f"`probe` is {probe} windows; to go back through {sizes[-1]} give at least {2 * seen}.")
 
@@ -77,9 +79,9 @@ def adaptive_replay(
 
     look(1)  # raises what it would
     settings = {
-        "adaptive replay": tolerance,
-        "depths": list(map(int, sizes)),
-        "every": every,
+        "adaptive replay": float(tolerance),
+        "depths": list(sizes),
+        "every": int(every),
         "probe": probe,
         "bound": bound,
     }

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 
 import tbptt_jax as tb
-from tbptt_jax.arrays import pad
+from tbptt_jax.arrays import check_whole, is_leaf, pad, quoted
+from tbptt_jax.gradient import step_losses
+from tbptt_jax.recurrence import unroll_window
 from tbptt_jax.study.lengths import Chosen, Lengths, Look, Place, Span
 from tbptt_jax.study.task import Task, reader
 from tbptt_jax.training import TrainState, TrainStep
@@ -109,7 +111,7 @@ def of_lengths(
     """Windows whose lengths a schedule decides, for so many updates, or readings of the data.
 
     Raises:
-      ValueError: if the longest are longer than the stream.
+      ValueError: if the longest are longer than the stream; from the feed, if the schedule gives a window that cannot be.
     """
     check_longest(lengths, stream.time)
     last_step = None if epochs is None else max(1, round(epochs * stream.total))
@@ -117,10 +119,10 @@ def of_lengths(
     def spans(course: Course) -> list[tuple[int, Span]]:
         """The steps at which the windows of the call begin, and the windows."""
         choice = course.choices[-1] if course.choices else None
-        place = Place(course.updates, course.steps, stream.time, choice)
+        place = Place(course.updates, course.steps, stream.time, stream.total, choice)
         found: list[tuple[int, Span]] = []
         for _ in range(per_call):
-            span = found[0][1] if found and found[0][1].padded is None else lengths.next(place)
+            span = found[0][1] if found and found[0][1].padded is None else check_span(lengths.next(place), lengths)
             if span.padded is not None:
                 span = span._replace(length=min(span.length, stream.time - place.steps % stream.time))
             found.append((place.steps, span))
@@ -156,7 +158,8 @@ def of_lengths(
         if steps.valid is None and not always_whole:
             steps = steps._replace(valid=np.ones((stream.lanes, until - begin), bool))
         if any(span.edges is not None for _, span in found):
-            edges = np.concatenate([span.edges[: span.length] for _, span in found]).astype(np.float32)  # type: ignore[index]
+            each = [np.ones(span.length) if span.edges is None else span.edges[: span.length] for _, span in found]
+            edges = np.concatenate(each).astype(np.float32)
             before = np.float32(1) if steps.edges is None else steps.edges
             steps = steps._replace(edges=np.broadcast_to(edges * before, (stream.lanes, until - begin)))
         windows = jax.tree.map(cut, steps)
@@ -231,9 +234,15 @@ def is_due(look: Look, course: Course, done: int) -> bool:
 
 
 def chosen(look: Look, task: Task, course: Course, state: TrainState, probe: tb.Window) -> Chosen:
-    """What a look at the steps that come next leads to."""
+    """What a look at the steps that come next leads to.
+
+    Raises:
+      ValueError: if that is no :class:`tbptt_jax.horizon.Suggestion`.
+    """
     params, carry = jax.device_get((state.params, state.stream.carry))
     found = look.choose(task.model, task.loss, params, probe, carry)
+    if not isinstance(found, tb.horizon.Suggestion):
+        raise ValueError(f"The schedule's `look.choose` returned {quoted(found)}; it needs to be a horizon.Suggestion.")
     return Chosen(
         course.updates, course.steps, int(found.window), float(found.relative_bias), int(found.horizon), bool(found.safe), found.reason, int(found.depth)
     )  # fmt: skip
@@ -252,11 +261,44 @@ def check_schedule(task: Task, lengths: Lengths, stateless: bool = False) -> Non
         )
     if lengths.look and jax.process_count() > 1:
         raise ValueError("A schedule that looks at the stream runs in one process: give `window` a number.")
+    for name in ("every", "steps", "rarest") if lengths.look else ():
+        check_whole(f"look.{name}", getattr(lengths.look, name))
     if task.cut is not Task._field_defaults["cut"]:
         raise ValueError(
             f"The task {task.name!r} cuts its windows itself, so their lengths cannot change: give `window` a number, or the task "
             "no `cut` of its own (awd_lstm: random_lengths=False)."
         )
+
+
+def check_span(span: Any, lengths: Lengths) -> Span:
+    """The next window, in Python's numbers.
+
+    Raises:
+      ValueError: if it is none that a schedule of these sizes can have.
+    """
+    if not isinstance(span, Span):
+        raise ValueError(
+            f"The schedule's `next` returned {quoted(span)}; it needs to be a study.Span, such as Span(16)."
+        )
+    check_whole("Span.length", span.length)
+    length, padded = int(span.length), span.padded
+    if padded is not None:
+        check_whole("Span.padded", padded)
+        padded = int(padded)
+        if padded < length:
+            raise ValueError(
+                f"The schedule's window has {length} steps, padded to {padded}: pad it to {length} or more."
+            )
+    if span.edges is not None and np.shape(span.edges) != (length,):
+        raise ValueError(
+            f"The schedule's window has {length} steps, and edges {list(np.shape(span.edges))}: give one a step."
+        )
+    if lengths.sizes and (size := padded or length) not in lengths.sizes:
+        raise ValueError(
+            f"The schedule's window has {size} steps, and its `sizes` are {list(lengths.sizes)}: give that size too, or () where "
+            "sizes are not known before."
+        )
+    return Span(length, padded, span.edges)
 
 
 def check_longest(lengths: Lengths, time: int) -> None:
@@ -277,3 +319,24 @@ def check_same_state(step: TrainStep, first: tb.Window) -> None:
             f"The influence keeps windows of one length, {time}: with a schedule of lengths give another, such as truncate, "
             "rtrl or uoro."
         )
+
+
+def carry_of(task: Task, first: tb.Window) -> Any:
+    """The shapes of the carry before a window.
+
+    Raises:
+      ValueError: if the loss is a tree, which a run has no one number of, or not as for :func:`tbptt_jax.gradient`.
+    """
+
+    def read(key: jax.Array, window: tb.Window) -> tuple[Any, Any]:
+        params = task.model.init(key, window.inputs)
+        carry = task.model.initial_carry(params, len(jax.tree.leaves(window.inputs)[0]))
+        return carry, step_losses(task.loss, unroll_window(task.model, params, carry, window)[1], window)
+
+    carry, losses = jax.eval_shape(read, jax.random.key(0), first)
+    if not is_leaf(losses):
+        raise ValueError(
+            f"The task's loss is the tree {jax.tree.map(lambda x: list(x.shape), losses)}, and a run reports one number: give their "
+            "sum, [lanes, time], or train by `tb.train_step` and `tb.train_windows`, which take trees."
+        )
+    return carry

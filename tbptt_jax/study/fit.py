@@ -1,8 +1,8 @@
 """Training a task, so that it lasts: kept on disk, gone on with bit for bit, judged on the way."""
 
+import functools
 import inspect
 import json
-import numbers
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ from tbptt_jax.checkpoint import newest
 from tbptt_jax.sharding import own_lanes, place
 from tbptt_jax.study import averaging
 from tbptt_jax.study.depths import Depths, with_depths
-from tbptt_jax.study.feed import check_same_state, choices_of, feed_of
+from tbptt_jax.study.feed import Feed, carry_of, check_same_state, choices_of, feed_of
 from tbptt_jax.study.guard import first_not_finite
-from tbptt_jax.study.lengths import Chosen, Lengths
+from tbptt_jax.study.lengths import Chosen, Lengths, check_epochs
 from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
 from tbptt_jax.study.process.console import progress, quieted
 from tbptt_jax.study.process.lock import holding
@@ -145,6 +145,12 @@ def fit(
       OSError: if a checkpoint could not be written.
     """
     check_task(task)
+    if isinstance(window, Depths):
+        raise ValueError(
+            "`window` is study.adaptive_replay(), which is for `influence`: give `window` a number of steps."
+        )
+    if isinstance(influence, Lengths):
+        raise ValueError(f"`influence` is the schedule {influence.name!r} of window lengths, which is for `window`.")
     lanes = task.lanes if lanes is None else lanes
     for name, number in {"window": 1 if isinstance(window, Lengths) else window, "lanes": lanes, "windows_per_call": windows_per_call,
                          "checkpoint_every": checkpoint_every, "patience": 1 if patience is None else patience}.items():  # fmt: skip
@@ -153,8 +159,8 @@ def fit(
         raise ValueError(f"`updates` is {updates} and `epochs` is {epochs}: give one of them.")
     if epochs is None:
         check_whole("updates", updates)  # type: ignore[arg-type]
-    elif isinstance(epochs, bool) or not isinstance(epochs, numbers.Real) or not 0 < epochs < float("inf"):
-        raise ValueError(f"`epochs` is {epochs!r}; it needs to be a positive number.")
+    else:
+        check_epochs(epochs)
     if not_finite not in ("stop", "skip"):
         raise ValueError(f"`not_finite` is {not_finite!r}; it needs to be 'stop' or 'skip'.")
     needs_valid = patience is not None or (average is not None and average.nonmonotone is not None)
@@ -172,6 +178,7 @@ def fit(
         feed = with_depths(feed, influence, task, window, stateless)
     first = jax.tree.map(lambda x: x[0], feed.read(feed.begin, 0, 1))
     lanes = len(jax.tree.leaves(first.inputs)[0])
+    carry = carry_of(task, first)
     begin_from = None if start is None else (start if isinstance(start, Run) else load(start)).params
     named = influence.settings if isinstance(influence, Depths) else influence
     identity = {
@@ -183,8 +190,8 @@ def fit(
         **(settings or {}),
     }  # fmt: skip
     with holding(workdir) as directory:
-        legs = _legs(directory, feed.until, None if optimiser is not None else learning_rate, resume, feed.unit)
-        units = max([h.shape[-1] for h in jax.tree.leaves(_carry(task, first)) if h.ndim > 1] or [1])
+        legs = _legs(directory, feed, None if optimiser is not None else learning_rate, resume)
+        units = max([h.shape[-1] for h in jax.tree.leaves(carry) if h.ndim > 1] or [1])
         mesh = lane_mesh(lanes=lanes, window=feed.longest, units=units, devices=devices)
         past = f"replay:{influence.depths[-1]}" if isinstance(influence, Depths) else influence
         falls = tuple(map(tuple, legs))
@@ -284,10 +291,9 @@ def _run(
     return Run(task, params, kept.state, calls, updates, windows, directory, settings, choices, steps)
 
 
-def _legs(
-    directory: pathlib.Path | None, updates: int, rate: float | None, resume: bool, unit: str
-) -> list[list[float]]:
+def _legs(directory: pathlib.Path | None, feed: Feed, rate: float | None, resume: bool) -> list[list[float]]:
     """The stretches ``[first, last, rate]``, in updates or in steps, over which the rate falls, those of a run that is gone on with first."""
+    updates, unit = feed.until, feed.unit
     new: list[list[float]] = [[0, updates, rate if rate is not None else 0.0]]
     path = directory and directory / RECORD
     if not resume or path is None or not path.exists() or not (path.parent / "checkpoints").exists():
@@ -297,6 +303,8 @@ def _legs(
         legs = record["legs"]
     except (KeyError, ValueError) as error:
         raise ValueError(f"{short(path)} is broken, so its run is not known: give another workdir.") from error
+    if record.get("settings", {}).get("learning rate by", "updates") != unit:
+        return new  # another run, which is refused as such
     first, last, before = legs[-1]
     if [last, before] == new[0][1:]:
         return legs
@@ -309,27 +317,25 @@ def _legs(
         return new
     if rate is None:
         return [*legs[:-1], [first, updates, 0.0]]
-    there = f"{short(path.parent)} holds a run of {last} {unit} with the learning rate {before:g}"
-    asked = f"{updates} with {rate:g} were asked for"
+    unit, told = ("epochs", functools.partial(_epochs, feed.steps or 1)) if unit == "steps" else (unit, str)
+    there = f"{short(path.parent)} holds a run of {told(last)} {unit} with the learning rate {before:g}"
+    asked = f"{told(updates)} with {rate:g} were asked for"
     if not ended:
         raise ValueError(
-            f"{there}, of which {made} are made, and {asked}: ask for {last} {unit} and learning_rate={before:g} to end it "
-            "first, or begin afresh with resume=False (--noresume) or in another workdir."
+            f"{there}, of which {made} updates are made, and {asked}: ask for {told(last)} {unit} and "
+            f"learning_rate={before:g} to end it first, or begin afresh with resume=False (--noresume) or in another workdir."
         )
     raise ValueError(
-        f"{there}, and {asked}. To go on with it give more {unit} than {made}, at any rate; to begin from what it has "
-        f"learned, start={short(path.parent)} (--init_from) and another workdir; to begin afresh, resume=False "
+        f"{there}, and {asked}. To go on with it give more {unit} than {told(made)}, at any rate; to begin from what "
+        f"it has learned, start={short(path.parent)} (--init_from) and another workdir; to begin afresh, resume=False "
         "(--noresume)."
     )
 
 
-def _carry(task: Task, first: tb.Window) -> Any:
-    lanes = len(jax.tree.leaves(first.inputs)[0])
-
-    def initial(key: jax.Array, inputs: Any) -> Any:
-        return task.model.initial_carry(task.model.init(key, inputs), lanes)
-
-    return jax.eval_shape(initial, jax.random.key(0), first.inputs)
+def _epochs(reading: int, steps: int) -> str:
+    """The shortest number of epochs that are so many steps of a lane, of which one reading of the data has ``reading``."""
+    numbers = (float(f"{steps / reading:.{digits}g}") for digits in range(1, 18))
+    return next(f"{number}".removesuffix(".0") for number in numbers if round(number * reading) == steps)
 
 
 def _started(state: TrainState, step: TrainStep, params: Any, first: tb.Window) -> TrainState:

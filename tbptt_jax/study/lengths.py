@@ -9,6 +9,7 @@ the same. The carry, the optimiser and the position in the data do not depend on
 """
 
 import functools
+import numbers
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -57,12 +58,15 @@ class Place(NamedTuple):
       updates: made so far, one a window.
       steps: of a lane, read so far in all readings.
       time: steps of a lane until it is at an end, where other sequences or the next reading begin.
+      reading: steps of a lane in one reading of all the data, an epoch: several times ``time`` where there are more sequences than
+        lanes.
       choice: the last :class:`Chosen`, or None.
     """
 
     updates: int
     steps: int
     time: int
+    reading: int
     choice: Chosen | None = None
 
 
@@ -130,8 +134,8 @@ def adaptive(
     Args:
       tolerance: of the relative bias of ``truncate()``; positive.
       lengths: of windows, in steps, from short to long; a short geometric list, since each is compiled.
-      every: updates from one look to the next; twice as many after each look that leads to what the one before did, up to eight
-        times.
+      every: updates from one look to the next, which is made where a compiled call begins, of ``windows_per_call`` updates
+        (:func:`tbptt_jax.study.fit`); twice as many after each look that leads to what the one before did, up to eight times.
       probe: steps of a lane that a look reads, of 16 lanes at most, drawn once; the first so many as the longest window has are for what lies before the others.
         Default twice the longest window.
       bound: ``"gradients"``, which is the tighter; or ``"norms"``, the paper's, which asks for longer windows on a plateau, where the
@@ -144,22 +148,30 @@ def adaptive(
     """
     if np.ndim(lengths) != 1:
         raise ValueError(f"`lengths` is {quoted(lengths)}; give several, such as (8, 16, 32, 64).")
-    sizes = tuple(lengths)
-    for length in sizes:
+    for length in lengths:
         check_whole("lengths", length)
+    sizes = tuple(map(int, lengths))
     if not sizes or list(sizes) != sorted(set(sizes)) or sizes[-1] < 2:
         raise ValueError(f"`lengths` are {list(sizes)}; give them from short to long, the longest at least 2.")
-    longest = int(sizes[-1])
+    longest = sizes[-1]
     probe = 2 * longest if probe is None else probe
     check_whole("probe", probe)
+    probe = int(probe)
     if probe < 2 * longest:
         raise ValueError(f"`probe` is {probe}; with windows of up to {longest} give at least {2 * longest}.")
 
     def next_span(place: Place) -> Span:
         return Span(longest if place.choice is None else place.choice.window)
 
-    settings = {"adaptive": tolerance, "lengths": list(sizes), "every": every, "probe": probe, "bound": bound}
-    return Lengths(next_span, sizes, settings, looking(tolerance, every, probe, longest, sizes, bound=bound), "auto")
+    look = looking(tolerance, every, probe, longest, sizes, bound=bound)
+    settings = {
+        "adaptive": float(tolerance),
+        "lengths": list(sizes),
+        "every": look.every,
+        "probe": probe,
+        "bound": bound,
+    }
+    return Lengths(next_span, sizes, settings, look, "auto")
 
 
 def looking(
@@ -190,7 +202,7 @@ def looking(
             return tb.horizon.Suggestion(lengths[-1], lags, float("inf"), False, said, deepest)
         return tb.horizon.suggest(fading, tolerance=tolerance, largest=lags, bound=bound)
 
-    return Look(every, steps, choose, rarest=8)
+    return Look(int(every), steps, choose, rarest=8)
 
 
 def growing(first: int, last: int, *, updates: int | None = None, epochs: float | None = None) -> Lengths:
@@ -200,7 +212,8 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
       first: steps of the windows at first.
       last: steps of those at the end, and from there on.
       updates: after which windows have ``last`` steps.
-      epochs: readings of a lane after which they do, instead; steps decide, not windows.
+      epochs: readings of the data after which they do, instead, as :func:`tbptt_jax.study.fit` counts them; steps decide, not
+        windows.
 
     Raises:
       ValueError: if an argument is not as described.
@@ -209,17 +222,29 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
     check_whole("last", last)
     if last < first:
         raise ValueError(f"`first` is {first} and `last` is {last}: windows that grow need `last` to be the longer.")
-    if (updates is None) == (epochs is None) or not (updates or epochs or 0) > 0:
-        raise ValueError(f"`updates` is {updates} and `epochs` is {epochs}: give one of them, more than 0.")
+    if (updates is None) == (epochs is None):
+        raise ValueError(f"`updates` is {quoted(updates)} and `epochs` is {quoted(epochs)}: give one of them.")
+    if epochs is None:
+        check_whole("updates", updates)  # type: ignore[arg-type]
+    else:
+        check_epochs(epochs)
+    first, last = int(first), int(last)
+    updates, epochs = updates and int(updates), epochs and float(epochs)
     sizes = tuple(first * 2**i for i in range((last // first).bit_length()))
     sizes = sizes if sizes[-1] == last else (*sizes, last)
     stages = len(sizes) - 1
 
     def next_span(place: Place) -> Span:
-        part = place.updates / updates if updates else place.steps / place.time / (epochs or 1)
+        part = place.updates / updates if updates else place.steps / place.reading / (epochs or 1)
         return Span(sizes[min(int(part * stages), stages)])
 
     return Lengths(next_span, sizes, {"growing": [first, last], "updates": updates, "epochs": epochs}, name="growing")
+
+
+def check_epochs(epochs: float) -> None:
+    """Raises a ``ValueError`` unless ``epochs`` is a positive number."""
+    if isinstance(epochs, bool) or not isinstance(epochs, numbers.Real) or not 0 < epochs < float("inf"):
+        raise ValueError(f"`epochs` is {epochs!r}; it needs to be a positive number.")
 
 
 def drawn(schedule: tb.schedules.Schedule, *, seed: int = 0) -> Lengths:
@@ -230,13 +255,23 @@ def drawn(schedule: tb.schedules.Schedule, *, seed: int = 0) -> Lengths:
 
     Args:
       schedule: from :mod:`tbptt_jax.schedules`, such as ``random_length(70)`` or ``polynomial_tail(20)``.
-      seed: of the draws.
+      seed: of the draws, a whole number.
 
     Raises:
-      ValueError: if it draws no :class:`tbptt_jax.schedules.Cuts`.
+      ValueError: if it draws no :class:`tbptt_jax.schedules.Cuts`, or the seed is none.
     """
-    if not callable(schedule) or not isinstance(cuts := schedule(jax.random.key(seed), 1000), tb.schedules.Cuts):
-        raise ValueError(f"`schedule` is {schedule!r}; it needs to be such as `tb.schedules.random_length(70)`.")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise ValueError(f"`seed` is {quoted(seed)}; it needs to be a whole number.")
+    seed, wrong = (
+        int(seed),
+        f"`schedule` is {quoted(schedule)}; it needs to be such as `tb.schedules.random_length(70)`",
+    )
+    try:
+        cuts = schedule(jax.random.key(seed), 1000)
+    except TypeError as error:  # no function, or one of other arguments
+        raise ValueError(f"{wrong}, a function of a key and of how many steps there are: {error}") from error
+    if not isinstance(cuts, tb.schedules.Cuts):
+        raise ValueError(f"{wrong}; it returned {quoted(cuts)}.")
     own = zlib.crc32(np.asarray(cuts.lengths, np.int64).tobytes(), 0 if cuts.edges is None else 1)
 
     @functools.lru_cache(maxsize=2)
