@@ -13,6 +13,7 @@ from jax import lax
 
 from tbptt_jax.arrays import at_least_float32, check_whole, quoted, where_lanes
 from tbptt_jax.gradient import Loss, differentiable, objective, of_real, step_losses, weighted_mean
+from tbptt_jax.horizon.bias import balanced
 from tbptt_jax.recurrence import Recurrence, unroll_window
 from tbptt_jax.window import Window, check, is_scored, step_weights, time_shape
 
@@ -114,7 +115,7 @@ def decay(
     probes = max(1, 1024 // lanes) if probes is None else probes
     check_whole("probes", probes)
     burnt = jax.tree.map(lambda w: w.at[:, :burn_in].set(0), step_weights(window))
-    window = window._replace(weights=burnt)
+    window = balanced(window._replace(weights=burnt))
     traced = _spread(np.asarray(is_scored(window)), probes)
     if not len(traced):
         raise ValueError(
@@ -170,7 +171,7 @@ def decay(
         )  # of β̂'s curves, the one that none of the tail is above
         rest = float(above * rate / (1 - rate)) if rate < 1 else float("inf")
         tails = np.append(phi[::-1].cumsum()[::-1], 0) + rest  # Σ_{j > k} φ_j for k = 0 … lags
-        of_steps = np.asarray(functools.reduce(jnp.add, jax.tree.leaves(burnt)).sum(0), np.float64)
+        of_steps = np.asarray(functools.reduce(jnp.add, jax.tree.leaves(window.weights)).sum(0), np.float64)
         unseen = (
             rest
             if carry is None or rate >= 1
