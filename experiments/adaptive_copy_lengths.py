@@ -15,7 +15,7 @@ def chosen(bound: str, tolerance: float, lengths: Sequence[int], every: int) -> 
     longest = lengths[-1]
     far = 4 * longest
     # Of each lane the last loss, as the authors do it, or all of the second half.
-    how = (
+    how: dict[str, Any] = (
         {"lags": far, "burn_in": far - 1} if bound == "norms" else {"lags": far // 2, "burn_in": far // 2, "probes": 16}
     )
 

@@ -1,7 +1,6 @@
-"""Launches: in processes of their own, which share what they compile, or in this one for as long as a test needs it."""
+"""Launches in this process, for as long as a test needs one; launches.py has those in processes of their own."""
 
 import importlib
-import os
 import re
 import sys
 
@@ -11,8 +10,6 @@ from absl.testing import flagsaver
 
 from experiments import launch
 from tbptt_jax.study.process import lock
-
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}  # with what conftest.py says of compiling
 
 
 def program_of(name):

@@ -14,8 +14,14 @@ F64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 LANES, TIME, FEATURES, UNITS = 4, 23, 2, 3
 
 
+def some(key, shape, dtype=jnp.float64):
+    """Weights to begin from, compiled in no time, as orthogonal matrices are not."""
+    return jax.random.uniform(key, shape, dtype, -0.8, 0.8)
+
+
 def lstm(**options):
-    return tb.from_linen(nn.OptimizedLSTMCell(UNITS, **F64), readout=nn.Dense(2, **F64), **options)
+    cell = nn.OptimizedLSTMCell(UNITS, kernel_init=some, recurrent_kernel_init=some, **F64)
+    return tb.from_linen(cell, readout=nn.Dense(2, kernel_init=some, **F64), **options)
 
 
 def loss(outputs, window):

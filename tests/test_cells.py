@@ -80,7 +80,7 @@ def several():
 
 
 CELLS = {
-    "lstm": (tb.lstm(UNITS, layers=2, readout=nn.Dense(2, **F64)), X),
+    "lstm": (tb.lstm(UNITS, readout=nn.Dense(2, **F64)), X),
     "lstm, projected and normalised": (tb.lstm(UNITS, projection=2, layer_norm=True), X),
     "lstm that draws": (tb.lstm(UNITS, **DROPS), X),
     "lstm that begins from the data": (tb.lstm(UNITS, initial_carry=lambda p, x: (given(p, x) * 2,)), X),

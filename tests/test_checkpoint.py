@@ -61,14 +61,15 @@ def restored(directory, like, settings=SETTINGS):
 )
 def test_a_run_goes_on_bit_for_bit(tmp_path, influence):
     step = tb.train_step(tb.gradient(lstm(), loss, influence=influence), optax.adam(1e-2))
-    init = lambda: step.init(jax.random.key(0), first(WINDOWS))  # noqa: E731
+    begun = jax.device_put(step.init(jax.random.key(0), first(WINDOWS)), jax.devices()[0])  # as what is restored
+    like = jax.eval_shape(lambda: begun)
     with checkpoint.open(tmp_path, SETTINGS) as store:
-        assert store.restore(jax.eval_shape(init)) is None
-        state, _ = tb.train_windows(step, init(), part(0, HALF))
+        assert store.restore(like) is None
+        state, _ = tb.train_windows(step, begun, part(0, HALF))
         store.save(HALF, state, {"loss": 0.1 + 0.2})
         there = bits(state)
         state, metrics = tb.train_windows(step, state, part(HALF))  # donates what is being saved
-    update, again, data = restored(tmp_path, jax.eval_shape(init))
+    update, again, data = restored(tmp_path, like)
     assert update == HALF == again.updates and data == {"loss": 0.1 + 0.2} and bits(again) == there
     again, its_metrics = tb.train_windows(step, again, part(HALF))
     assert bits((again, its_metrics)) == bits((state, metrics))

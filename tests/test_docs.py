@@ -1,6 +1,7 @@
 """The documentation is true: its programs run as pasted and print what it says, its flags exist, its site builds."""
 
 import ast
+import functools
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import launches
 import pytest
 
 import tbptt_jax as tb
@@ -28,9 +30,8 @@ PAGES.remove("influences.md")  # test_influence.py runs it, and goes on with the
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_s_program_runs_as_pasted_and_prints_what_the_page_says(page):
     """In a process of its own: Keras takes its backend from the environment, and a reader has float32."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    program = "\n".join(blocks(page, "python"))
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    ran = launches.Forked(functools.partial(exec, "\n".join(blocks(page, "python")), {"__name__": "__main__"}))
+    ran.communicate()
     assert ran.returncode == 0, ran.stderr
     said = "".join(blocks(page, "text"))
     assert NUMBER.sub("#", ran.stdout) == NUMBER.sub("#", said)

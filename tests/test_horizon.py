@@ -167,6 +167,27 @@ def test_in_the_middle_of_a_stream_the_past_goes_on():
     np.testing.assert_allclose(going_on.norms, begun.norms)
 
 
+@pytest.mark.parametrize("burn_in", [0, 3, 10, None])
+def test_in_the_middle_of_a_stream_what_the_first_losses_have_before_the_window_is_left_out_too(burn_in):
+    window, params, lags = tb.Window(np.random.default_rng(0).normal(size=(2, 20, 1))), {"b": jnp.array(0.1)}, 8
+    fading = horizon.decay(linear(), first_feature, params, window, lags=lags, carry=jnp.ones((2, 1)), burn_in=burn_in)
+    seen = np.arange(8 if burn_in is None else burn_in, 20).clip(max=lags)
+    np.testing.assert_allclose(fading.beyond, np.mean(0.8 ** (seen + 1) / 0.2), rtol=1e-5)
+
+
+def test_where_no_parameter_was_seen_to_hear_of_the_past_it_is_not_said_that_none_does():
+    """A cue every 100 steps, and 30 steps after it a loss: at 10 lags back nothing is, though the gradient by h is large."""
+    model = tb.from_step(
+        lambda b, h, x: (0.95 * h + b * x, 0.95 * h + b * x), lambda k, x: jnp.ones(()), lambda p, n: jnp.zeros((n, 1))
+    )
+    cue, scored = (np.broadcast_to(np.arange(300) % 100 == at, (2, 300)).astype(float) for at in (0, 30))
+    window = tb.Window(cue[..., None], weights=scored)
+    near = horizon.decay(model, first_feature, jnp.ones(()), window, lags=10)
+    far = horizon.decay(model, first_feature, jnp.ones(()), window, lags=40)
+    assert not near.kept.any() and not horizon.suggest(near, tolerance=0.5).safe
+    np.testing.assert_allclose(far.kept[[29, 30]], [0, 0.95**30])
+
+
 def test_what_all_losses_keep_is_what_each_keeps_where_all_are_probes():
     """In stretches with the one before, each loss sees at least so many steps back, and a geometric decay tells how many."""
     window, params, lags = tb.Window(np.random.default_rng(0).normal(size=(2, 47, 1))), {"b": jnp.array(0.1)}, 10

@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from streams import compiled
+from streams import compiled, some
 
 import tbptt_jax as tb
 from tbptt_jax.influence.uoro import push_signs
@@ -57,7 +57,10 @@ def bare(units=3, features=2):
 
 def linen(cell, units=3, readout=True):
     kinds = {"dtype": F64, "param_dtype": F64}
-    return tb.from_linen(cell(units, **kinds), readout=nn.Dense(1, **kinds) if readout else None)
+    return tb.from_linen(
+        cell(units, kernel_init=some, recurrent_kernel_init=some, **kinds),
+        readout=nn.Dense(1, **kinds) if readout else None,
+    )
 
 
 def diagonal(units=2, features=2):

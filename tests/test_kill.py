@@ -6,7 +6,6 @@
 import functools
 import json
 import os
-import pathlib
 import random
 import re
 import signal
@@ -15,29 +14,25 @@ import sys
 import time
 
 import jax
+import launches
 import numpy as np
 import optax
 import pytest
-from programs import ENVIRONMENT
+from launches import ROOT
 from streams import first, loss, lstm, stream
 
 import tbptt_jax as tb
 from tbptt_jax.study import feed, guard, loop
 
-ROOT = pathlib.Path(__file__).parents[1]
 KILLS = int(os.environ.get("TBPTT_KILLS", "4"))
 UPDATES = 730  # of which 50 are a call; the last call is shorter
 
 
 def start(directory, workdir, *flags):
-    command = [sys.executable, "-m", "experiments.char_lm", f"--workdir={directory / workdir}"]
     small = ["--window=7", "--lanes=3", "--hidden=8", f"--updates={UPDATES}", "--checkpoint_every=50"]
     text = directory / "text.txt"
     text.write_text("the cat sat on the mat, and the dog ran. " * 40)
-    command = [*command, *small, f"--text={text}", *flags]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
-    )
+    return launches.begin("char_lm", f"--workdir={directory / workdir}", *small, f"--text={text}", *flags)
 
 
 def checkpoints(workdir):

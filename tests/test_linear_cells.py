@@ -193,7 +193,7 @@ def test_it_is_trained_kept_served_and_spread_over_devices(name, tmp_path):
     model = CASES[name].cell(encoder=nn.Dense(INPUTS), readout=nn.Dense(2), initial_carry="learned")
     data = jax.tree.map(lambda x: x.astype("float32") if x.dtype == "float64" else x, stream(lanes=4, time=12))
     windows = tb.split(data, 4)
-    one = tb.gradient(model, loss, influence=tb.rtrl())
+    one = tb.gradient(model, loss)
     two, trained = tb.sharding.over_lanes(one, tb.sharding.mesh(lane=2)), []
     for each in (one, two):
         step = tb.skip_not_finite(tb.train_step(each, optax.sgd(1e-2)))

@@ -9,10 +9,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from streams import F64, FEATURES, LANES, UNITS, assert_close, first, loss, stream
+from streams import F64, FEATURES, LANES, UNITS, assert_close, first, loss, some, stream
 
 import tbptt_jax as tb
 from tbptt_jax import noise, sharding, testing
+
+CELL = F64 | {"kernel_init": some, "recurrent_kernel_init": some}
 
 
 class DropCell(nn.GRUCell):
@@ -27,7 +29,7 @@ class DropCell(nn.GRUCell):
 
 def linen(rate, part, **options):
     drop = nn.Sequential([nn.Dropout(rate, deterministic=False), nn.Dense(2, **F64)])
-    cell = DropCell(UNITS, rate=rate, **F64) if part == "cell" else nn.GRUCell(UNITS, **F64)
+    cell = DropCell(UNITS, rate=rate, **CELL) if part == "cell" else nn.GRUCell(UNITS, **CELL)
     readout = drop if part == "readout" else nn.Dense(2, **F64)
     return tb.from_linen(cell, encoder=drop if part == "encoder" else None, readout=readout, **options)
 
@@ -63,7 +65,7 @@ def drop_and_zoneout(rate, make=tb.lstm, **options):
 
 
 def stacked(rate, **options):
-    hidden = tb.from_linen(nn.GRUCell(UNITS, **F64), readout=nn.Dropout(rate, deterministic=False), **options)
+    hidden = tb.from_linen(nn.GRUCell(UNITS, **CELL), readout=nn.Dropout(rate, deterministic=False), **options)
     return tb.stack(hidden, by_hand_on(UNITS, rate, **options))
 
 
@@ -171,7 +173,8 @@ def test_two_devices_and_a_resumed_run_draw_what_one_that_goes_on_does(influence
     ]  # one program for both
     plain = tb.gradient(stacked(0.5), loss, influence=influence)
     step = tb.train_step(plain, optax.adam(1e-2))
-    half, _ = tb.train_windows(step, step.init(jax.random.key(0), first(windows)), halves[0])
+    begun = jax.device_put(step.init(jax.random.key(0), first(windows)), jax.devices()[0])  # as what is loaded
+    half, _ = tb.train_windows(step, begun, halves[0])
     tb.checkpoint.save(tmp_path, half)
     resumed, _ = tb.train_windows(step, tb.checkpoint.load(tmp_path, like=half), halves[1])
     whole, metrics = tb.train_windows(step, half, halves[1])

@@ -1,17 +1,12 @@
 """Two processes of two devices each train as one device does, and each goes on from the other's checkpoints."""
 
 import json
-import pathlib
 import shutil
 import socket
-import subprocess
-import sys
 
+import launches
 import numpy as np
 import orbax.checkpoint as ocp
-from programs import ENVIRONMENT
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def launch(workdir, updates, processes):
@@ -19,19 +14,20 @@ def launch(workdir, updates, processes):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.char_lm", f"--workdir={workdir}", f"--updates={updates}"]
-    small = ["--window=7", "--lanes=4", "--hidden=8", "--checkpoint_every=50", "--learning_rate=0.001"]
+    small = [
+        f"--workdir={workdir}",
+        f"--updates={updates}",
+        "--window=7",
+        "--lanes=4",
+        "--hidden=8",
+        "--checkpoint_every=50",
+        "--learning_rate=0.001",
+    ]
     text = workdir.parent / "text.txt"
     text.write_text("the cat sat on the mat, and the dog ran. " * 40)
     together = [f"--coordinator=localhost:{port}", f"--processes={processes}", "--devices=2"]
     flags = [[*together, f"--process={i}"] for i in range(processes)] if processes > 1 else [["--devices=1"]]
-    runs = [
-        subprocess.Popen(
-            [*command, *small, f"--text={text}", *own],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT,
-        )
-        for own in flags
-    ]  # fmt: skip
+    runs = [launches.begin("char_lm", *small, f"--text={text}", *own) for own in flags]
     told = [run.communicate() for run in runs]
     assert not any(run.returncode for run in runs), told
     return told[0][0]

@@ -1,25 +1,21 @@
 """A task of one's own: trained, killed, gone on with, swept, loaded, and used."""
 
 import json
-import pathlib
 import shutil
-import subprocess
-import sys
 import time
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import launches
 import numpy as np
 import optax
 import pytest
-from programs import ENVIRONMENT
 
 import tbptt_jax as tb
 from tbptt_jax import study
 from tbptt_jax.study.process import lock
 
-ROOT = pathlib.Path(__file__).parents[1]
 FILE = """
 import flax.linen as nn, numpy as np
 import tbptt_jax as tb
@@ -56,10 +52,7 @@ def equal(one, other):
 
 
 def launch(name, file, workdir, *flags):
-    command = [sys.executable, "-m", f"experiments.{name}", f"--task={file}:task", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
-    )
+    return launches.begin(name, f"--task={file}:task", f"--workdir={workdir}", *flags)
 
 
 def ended(workdir):
@@ -76,7 +69,7 @@ def test_killed_three_times_it_ends_with_the_bits_of_a_run_never_killed(file, tm
     small = ["--window=5", "--updates=900", "--windows_per_call=10", "--checkpoint_every=20", "--learning_rate=0.03"]
     flags = [*small, "--average=asgd:2", "--patience=12", "--log=jsonl,tensorboard"]
     whole = launch("fit", file, tmp_path / "whole", *flags)
-    assert whole.wait() == 0, whole.stderr.read()
+    assert whole.wait() == 0, whole.communicate()
     last = int(ended(tmp_path / "whole")[0])
     for kill in range(1, 4):
         run = launch("fit", file, tmp_path / "killed", *flags)
@@ -88,7 +81,7 @@ def test_killed_three_times_it_ends_with_the_bits_of_a_run_never_killed(file, tm
         run.kill()
         run.communicate()
     run = launch("fit", file, tmp_path / "killed", *flags)
-    assert run.wait() == 0, run.stderr.read()
+    assert run.wait() == 0, run.communicate()
     assert ended(tmp_path / "killed") == ended(tmp_path / "whole")
     updates = [m["updates"] for m in ended(tmp_path / "killed")[3]]
     assert updates == sorted(set(updates)) and updates[-1] == last
@@ -99,7 +92,7 @@ def test_killed_three_times_it_ends_with_the_bits_of_a_run_never_killed(file, tm
 
 def test_it_is_swept_over_windows_and_seeds_and_reported(file, tmp_path):
     run = launch("truncation_sweep", file, tmp_path, "--windows=2,5,10,30", "--seeds=3", "--updates=20")
-    assert run.wait() == 0, run.stderr.read()
+    assert run.wait() == 0, run.communicate()
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {row["window"] for row in rows} == {2, 5, 10, 30} and all(len(row["metrics"]) == 3 for row in rows)
     assert "error" in (tmp_path / "report.html").read_text()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import random
 import signal
 import socket
@@ -12,9 +11,11 @@ import time
 
 import jax
 import jax.numpy as jnp
+import launches
 import numpy as np
 import pytest
-from programs import ENVIRONMENT, program_of, refused
+from launches import ENVIRONMENT, ROOT
+from programs import program_of, refused
 
 import tbptt_jax as tb
 from tbptt_jax import horizon, study
@@ -24,7 +25,6 @@ from tbptt_jax.study.points import mark
 from tbptt_jax.study.task import NAMES
 from tbptt_jax.study.trainings import Training, compiled, cut, train
 
-ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
     "--windows=10,20",
     "--influences=truncate,replay:1",
@@ -36,12 +36,12 @@ SMALL = (
 POINTS = 2 * 3 * 2  # windows, of stateful truncate and replay:1 and of stateless, in two budgets
 
 
-def command(workdir, *arguments):
-    return [sys.executable, "-m", "experiments.truncation_sweep", f"--workdir={workdir}", *arguments]
+def start(workdir, *arguments):
+    return launches.begin("truncation_sweep", f"--workdir={workdir}", *arguments)
 
 
 def sweep(workdir, *arguments):
-    return subprocess.run(command(workdir, *arguments), capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    return launches.run("truncation_sweep", f"--workdir={workdir}", *arguments)
 
 
 def numbers(workdir):
@@ -100,13 +100,7 @@ def test_a_training_among_many_is_the_training_alone_also_of_two_processes(whole
     with socket.socket() as free:
         free.bind(("localhost", 0))
         together = [f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2", "--devices=1", "--tensorboard"]
-    runs = [
-        subprocess.Popen(
-            command(tmp_path, *alone, *together, f"--process={i}"),
-            cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
+    runs = [start(tmp_path, *alone, *together, f"--process={i}") for i in range(2)]
     told = [run.communicate() for run in runs]
     assert not any(run.returncode for run in runs), told
     assert len(list((tmp_path / "tensorboard").glob("*/events*"))) == 1
@@ -123,14 +117,7 @@ def test_a_training_among_many_is_the_training_alone_also_of_two_processes(whole
 def test_killed_at_any_moment_it_ends_with_the_same_numbers(whole, tmp_path):
     chance = random.Random(0)
     for _ in range(int(os.environ.get("TBPTT_KILLS", "2"))):
-        running = subprocess.Popen(
-            command(tmp_path, *SMALL),
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        running = start(tmp_path, *SMALL)
         # A moment of its own kind each time: while it compiles, or some points on.
         if chance.random() < 0.3:
             time.sleep(chance.uniform(1, 8))
@@ -146,10 +133,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(whole, tmp_path):
 
 
 def test_asked_to_stop_it_ends_with_its_point_kept(tmp_path):
-    running = subprocess.Popen(
-        command(tmp_path, *SMALL, "--influences=truncate"),
-        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    running = start(tmp_path, *SMALL, "--influences=truncate")
     while running.poll() is None and not list((tmp_path / "points").glob("*.json")):
         time.sleep(0.002)
     running.send_signal(signal.SIGTERM)

@@ -284,7 +284,7 @@ def _traced(
         return (state, edges), (
             phi,
             _norm(edges),
-            _norm(added),
+            _norm(added) / past,
             _norm(state[1]),
             _norm(optax.tree.sub(reference, state[1])),
         )
