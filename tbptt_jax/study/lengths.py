@@ -135,7 +135,7 @@ def adaptive(
       tolerance: of the relative bias of ``truncate()``; positive.
       lengths: of windows, in steps, from short to long; a short geometric list, since each is compiled.
       every: updates from one look to the next, which is made where a compiled call begins, of ``windows_per_call`` updates
-        (:func:`tbptt_jax.study.fit`); twice as many after each look that leads to what the one before did, up to eight times.
+        (:func:`tbptt_jax.study.fit.fit`); twice as many after each look that leads to what the one before did, up to eight times.
       probe: steps of a lane that a look reads, of 16 lanes at most, drawn once; the first so many as the longest window has are for what lies before the others.
         Default twice the longest window.
       bound: ``"gradients"``, which is the tighter; or ``"norms"``, the paper's, which asks for longer windows on a plateau, where the
@@ -212,7 +212,7 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
       first: steps of the windows at first.
       last: steps of those at the end, and from there on.
       updates: after which windows have ``last`` steps.
-      epochs: readings of the data after which they do, instead, as :func:`tbptt_jax.study.fit` counts them; steps decide, not
+      epochs: readings of the data after which they do, instead, as :func:`tbptt_jax.study.fit.fit` counts them; steps decide, not
         windows.
 
     Raises:
