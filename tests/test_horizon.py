@@ -41,7 +41,7 @@ def test_what_is_traced_is_spread_over_the_scored_steps_of_each_lane():
     scored[0], scored[1, 7::10], scored[2, 59] = True, True, True
     found = spread(scored, 5)
     np.testing.assert_array_equal(found.T, [[2, 14, 26, 38, 50], [7, 17, 27, 47, 57], [59, -1, -1, -1, -1], [-1] * 5])
-    np.testing.assert_array_equal(spread(scored[:1], 99)[:, 0], np.arange(60))
+    np.testing.assert_array_equal(spread(scored[:1], 60)[:, 0], np.arange(60))
     window, model = tb.Window(np.ones((4, 60, 1)), weights=scored.astype(float)), linear()
     fading = horizon.decay(model, first_feature, {"b": jnp.array(0.1)}, window, lags=20, probes=5)
     assert fading.probes == 11

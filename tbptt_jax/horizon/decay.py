@@ -116,8 +116,8 @@ def decay(
     check_whole("probes", probes)
     burnt = jax.tree.map(lambda w: w.at[:, :burn_in].set(0), step_weights(window))
     window = balanced(window._replace(weights=burnt))
-    traced = _spread(np.asarray(is_scored(window)), probes)
-    if not len(traced):
+    traced = _spread(np.asarray(is_scored(window)), min(probes, time - burn_in))
+    if (traced < 0).all():
         raise ValueError(
             f"No step of the probe window is scored from step {burn_in} on, so there is no loss to look at."
         )
@@ -166,17 +166,14 @@ def decay(
     rate = _fitted_rate(phi, tail)
     rest = beyond = 0.0
     if time > lags + 1 or carry is not None:
-        above = np.max(
-            phi[tail - 1 :] * rate ** np.arange(lags - tail, -1, -1.0)
-        )  # of β̂'s curves, the one that none of the tail is above
+        # Of the curves that shrink by β̂ the one that all of the tail is below, at its end.
+        above = np.max(phi[tail - 1 :] * rate ** np.arange(lags - tail, -1, -1.0))
         rest = float(above * rate / (1 - rate)) if rate < 1 else float("inf")
         tails = np.append(phi[::-1].cumsum()[::-1], 0) + rest  # Σ_{j > k} φ_j for k = 0 … lags
         of_steps = np.asarray(functools.reduce(jnp.add, jax.tree.leaves(window.weights)).sum(0), np.float64)
-        unseen = (
-            rest
-            if carry is None or rate >= 1
-            else float(tails[np.minimum(np.arange(time), lags)] @ of_steps / of_steps.sum())
-        )
+        unseen = rest
+        if carry is not None and rate < 1:  # what the first losses have before the window is not seen either
+            unseen = float(tails[np.minimum(np.arange(time), lags)] @ of_steps / of_steps.sum())
         if unseen > 0:
             heard = np.max(added[1:] / np.where(phi > 0, phi, np.inf), initial=0.0)
             beyond = unseen * (heard or float(_heard(model, loss, params, carry, window)))
@@ -188,7 +185,7 @@ def decay(
 def _spread(scored: np.ndarray, probes: int) -> np.ndarray:
     """Of the scored steps of each lane, ``[lanes, time]``, so many, evenly and in each lane at other places, ``[probes, lanes]``; where
     a lane has fewer, -1."""
-    found = np.full((min(probes, scored.sum(1).max()), len(scored)), -1)
+    found = np.full((probes, len(scored)), -1)
     for lane, steps in enumerate(map(np.flatnonzero, scored)):
         if len(steps) > probes:  # the last of so many stretches in the last lane, in the others before that
             at = (np.arange(probes) + (lane + 1) / len(scored)) * len(steps) / probes
