@@ -88,14 +88,14 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000, bound
     index, delta = _first_below(of_windows[allowed], np.full(allowed.sum(), whole), tolerance)
     window, depth = (int(tried[allowed][index - 1]) for tried in (fading.lengths, depths))
     rests = (
-        f"if gradients fade by {fading.rate:.4f} a lag beyond lag {lags} too"
+        f"if gradients by the carry fade by {fading.rate:.4f} a lag beyond lag {lags} too"
         if fading.rest
         else "which is all there is"
     )
     if bound == "norms":
         rests = f"as if ∂h/∂θ were as large at every step, {rests}"
     elif fading.rest:
-        rests += ", and add no more to those by the parameters for it"
+        rests += ", and those by the parameters with them"
     fits = f"β̂ is {fading.rate:.4f}; every loss should see {horizon} steps back."
     if delta < tolerance:
         reason = f"Windows of {_named(window, depth)} have a relative bias of at most {delta:.2g} on these losses, {rests}. {fits}"
