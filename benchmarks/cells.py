@@ -373,9 +373,8 @@ PEERS: dict[str, dict[str, Peer]] = {
 
 
 UNROLLED = ("PyTorch, loop, compiled", "recurrentgemma")
-STATELESS = (
-    "mlstm_kernels, parallel, compiled",
-)  # about half the products of a window that begins with a state and ends with one
+# About half the products of a window that begins with a state and ends with one.
+STATELESS = ["mlstm_kernels, parallel, compiled"]
 
 
 def peers(seconds: float) -> str:

@@ -84,10 +84,13 @@ def check_whole(name: str, value: int, hint: str = "") -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raises a ``ValueError`` unless ``value`` is one real number."""
-    try:
-        float(value + 0.0)
-    except (TypeError, ValueError):
-        raise ValueError(f"`{name}` is {quoted(value)}; it needs to be a number.") from None
+    x = np.asarray(value) if np.ndim(value) == 0 else None
+    if (
+        x is None
+        or x.dtype == bool
+        or not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer))
+    ):
+        raise ValueError(f"`{name}` is {quoted(value)}; it needs to be a number.")
 
 
 def check_tolerance(tolerance: float) -> None:

@@ -305,6 +305,7 @@ def losses(outputs, window):
 
 WRONG = {
     "tolerance": (lambda: study.adaptive(0.0), "positive"),
+    "no number either": (lambda: study.adaptive(True), "`tolerance` is True; it needs to be a number"),
     "no number": (lambda: study.adaptive("0.5"), "`tolerance` is '0.5'; it needs to be a number"),
     "lengths": (lambda: study.adaptive(lengths=(8, 4)), "from short to long"),
     "probe": (lambda: study.adaptive(lengths=(4, 8), probe=9), "give at least 16"),

@@ -342,10 +342,7 @@ def test_a_schedules_row_is_that_of_a_fit_for_each_seed_and_rate_bit_for_bit(tmp
         for run, looks, windows in zip(runs, row["looks"], row["windows"], strict=True):
             assert [(look["updates"], look["window"]) for look in looks] == [(c.updates, c.window) for c in run.choices]
             assert len(looks) > 2 and windows[0] == [0, run.choices[0].window]
-            read = windows[-1][0]
-            assert (
-                read == round(run.calls[-1].steps * 1.5) and 0 <= read - 180 * 5 < 1.5 * 8
-            )  # the last goes on to its end
+            assert windows[-1][0] == round(run.calls[-1].steps * 1.5)  # of all lanes; the last goes on to its end
         assert row["updates"] == round(np.mean([run.updates for run in runs]))
         assert row["mean_window"] == np.mean([run.calls[-1].steps / run.updates for run in runs])
         with np.load(tmp_path / "points" / "data-stateful-truncate-auto.npz") as kept:

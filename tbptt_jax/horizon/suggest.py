@@ -83,7 +83,9 @@ def suggest(fading: Decay, *, tolerance: float = 0.1, largest: int = 1000, bound
         return Suggestion(most, largest, float("inf"), False, reason, deepest)
 
     lags, allowed = len(fading.norms), fading.lengths <= largest
-    left_out, kept, of_windows, whole = (_by_norms if bound == "norms" else _by_gradients)(fading, depths, largest)
+    left_out, kept, of_windows, whole = (
+        _by_norms(fading, depths, largest) if bound == "norms" else _by_gradients(fading, largest)
+    )
     horizon, there = _first_below(left_out[1:], np.maximum.accumulate(kept[1:] - left_out[1:]), tolerance)
     index, delta = _first_below(of_windows[allowed], np.full(allowed.sum(), whole), tolerance)
     window, depth = (int(tried[allowed][index - 1]) for tried in (fading.lengths, depths))
@@ -113,7 +115,7 @@ def check_bound(bound: str) -> None:
         raise ValueError(f"`bound` is {bound!r}; it needs to be {' or '.join(map(repr, BOUNDS))}.")
 
 
-def _by_gradients(fading: Decay, depths: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+def _by_gradients(fading: Decay, largest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """E(K) and ‖ĝ_K‖ for K = 0 … largest, what the windows leave out, and the least that the whole gradient is: by the parameters."""
     left_out, kept = _further(fading, fading.left_out, fading.kept, fading.beyond, largest)
     return left_out, kept, fading.windows + fading.beyond, fading.whole - fading.beyond

@@ -19,7 +19,7 @@ from tbptt_jax.study import averaging
 from tbptt_jax.study.depths import Depths, with_depths
 from tbptt_jax.study.feed import Feed, carry_of, check_same_state, choices_of, feed_of
 from tbptt_jax.study.guard import first_not_finite
-from tbptt_jax.study.lengths import Chosen, Lengths, check_epochs
+from tbptt_jax.study.lengths import Chosen, Lengths, check_until
 from tbptt_jax.study.loop import Call, Event, Judge, Kept, train
 from tbptt_jax.study.process.console import progress, quieted
 from tbptt_jax.study.process.lock import holding
@@ -155,12 +155,7 @@ def fit(
     for name, number in {"window": 1 if isinstance(window, Lengths) else window, "lanes": lanes, "windows_per_call": windows_per_call,
                          "checkpoint_every": checkpoint_every, "patience": 1 if patience is None else patience}.items():  # fmt: skip
         check_whole(name, number)
-    if (updates is None) == (epochs is None):
-        raise ValueError(f"`updates` is {updates} and `epochs` is {epochs}: give one of them.")
-    if epochs is None:
-        check_whole("updates", updates)  # type: ignore[arg-type]
-    else:
-        check_epochs(epochs)
+    check_until(updates, epochs)
     if not_finite not in ("stop", "skip"):
         raise ValueError(f"`not_finite` is {not_finite!r}; it needs to be 'stop' or 'skip'.")
     needs_valid = patience is not None or (average is not None and average.nonmonotone is not None)

@@ -222,12 +222,7 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
     check_whole("last", last)
     if last < first:
         raise ValueError(f"`first` is {first} and `last` is {last}: windows that grow need `last` to be the longer.")
-    if (updates is None) == (epochs is None):
-        raise ValueError(f"`updates` is {quoted(updates)} and `epochs` is {quoted(epochs)}: give one of them.")
-    if epochs is None:
-        check_whole("updates", updates)  # type: ignore[arg-type]
-    else:
-        check_epochs(epochs)
+    check_until(updates, epochs)
     first, last = int(first), int(last)
     updates, epochs = updates and int(updates), epochs and float(epochs)
     sizes = tuple(first * 2**i for i in range((last // first).bit_length()))
@@ -241,9 +236,13 @@ def growing(first: int, last: int, *, updates: int | None = None, epochs: float 
     return Lengths(next_span, sizes, {"growing": [first, last], "updates": updates, "epochs": epochs}, name="growing")
 
 
-def check_epochs(epochs: float) -> None:
-    """Raises a ``ValueError`` unless ``epochs`` is a positive number."""
-    if isinstance(epochs, bool) or not isinstance(epochs, numbers.Real) or not 0 < epochs < float("inf"):
+def check_until(updates: int | None, epochs: float | None) -> None:
+    """Raises a ``ValueError`` unless one of them is given, ``updates`` a whole number or ``epochs`` a positive one."""
+    if (updates is None) == (epochs is None):
+        raise ValueError(f"`updates` is {quoted(updates)} and `epochs` is {quoted(epochs)}: give one of them.")
+    if epochs is None:
+        check_whole("updates", updates)  # type: ignore[arg-type]
+    elif isinstance(epochs, bool) or not isinstance(epochs, numbers.Real) or not 0 < epochs < float("inf"):
         raise ValueError(f"`epochs` is {epochs!r}; it needs to be a positive number.")
 
 
